@@ -1,0 +1,13 @@
+"""The model. Importing this package teaches transformers' Auto classes the `minimind` and `minimind-v` families."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .model_minimind import MiniMindConfig, MiniMindForCausalLM
+from .model_vlm import MiniMindVLM, VLMConfig
+
+AutoConfig.register(MiniMindConfig.model_type, MiniMindConfig, exist_ok=True)
+AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(VLMConfig, MiniMindVLM, exist_ok=True)
+
+__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindVLM", "VLMConfig"]

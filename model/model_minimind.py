@@ -1,0 +1,340 @@
+"""The MiniMind decoder: a small Llama-like language model as a transformers-native class.
+
+Legend of shapes: B rows of a batch, T tokens of this call, K tokens in cache plus this call, D hidden size,
+H query heads, G key/value heads, d size of a head, V vocabulary, S supervised positions.
+
+Parts and sources: RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245),
+SwiGLU (2002.05202), YaRN for longer contexts (2309.00071). The Mixture-of-Experts variant is in moe.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from .moe import MoEGate, MOEFeedForward
+
+IGNORE_INDEX = -100  # the label of a token that carries no loss
+
+
+class MiniMindConfig(PretrainedConfig):
+    """Configuration of the decoder; the defaults are the published 26M model.
+
+    `rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}` turns YaRN on.
+    transformers keeps both it and `rope_theta` in `rope_parameters`.
+
+    Raises ValueError for sizes that cannot work together.
+    """
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1_000_000.0  # rope_theta when none is given
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    intermediate_size: int | None = None  # None: 8/3 of hidden_size, rounded up to a multiple of 64
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict | None = None
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    # Mixture of Experts; the names are those of the published configuration files.
+    use_moe: bool = False
+    num_experts_per_tok: int = 2
+    n_routed_experts: int = 4
+    n_shared_experts: int = 1
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.1
+    seq_aux: bool = True
+    norm_topk_prob: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        if self.head_dim % 2:
+            raise ValueError(f"the size of a head, {self.head_dim}, is odd: rotary positions turn pairs of channels")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly"
+            )
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(f"{self.num_experts_per_tok} experts a token out of {self.n_routed_experts} experts")
+        if self.scoring_func != "softmax":
+            raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; the router knows 'softmax'")
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def rope_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
+    """Angles per position [d/2] in radians, and the factor on cos and sin (1.0 without YaRN).
+
+    YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): a pair of channels that turns more than `beta_fast` times
+    within the original context keeps its frequency, one that turns less than `beta_slow` times is slowed down by
+    `factor`, and a linear ramp over the channels lies between.
+    """
+    rope, dim = config.rope_parameters, config.head_dim
+    base = rope["rope_theta"]
+    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if rope["rope_type"] == "default":
+        return inv_freq, 1.0
+    if rope["rope_type"] != "yarn":
+        raise ValueError(f"rope_type {rope['rope_type']!r} is unknown; the decoder knows 'default' and 'yarn'")
+
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+
+    def channel_of(turns: float) -> float:
+        """The channel pair that turns `turns` times over the original context."""
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(channel_of(rope.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(channel_of(rope.get("beta_slow") or 1)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    inv_freq = inv_freq * (1 - ramp) + inv_freq / factor * ramp
+    # Section 3.4: longer contexts flatten attention; scaling q and k by this sharpens it again.
+    scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return inv_freq, scale
+
+
+def rope_tables(config: MiniMindConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 [T, d], of int64 `positions` [T].
+
+    Computed anew from the configuration at every call (microseconds): a table kept as a non-persistent buffer is lost
+    when transformers builds a model on the meta device.
+    """
+    inv_freq, scale = rope_frequencies(config)
+    angles = torch.outer(positions.float(), inv_freq.to(positions.device))
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the channel pairs (i, i + d/2) of x [B, heads, T, d]; in fp32, returned in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; statistics in fp32 whatever the dtype of x."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: H query heads read G key/value heads."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]. `attention_mask` [B, 1, T, K] is True where attention may look; None
+        stands for plain causal attention, or for "look at everything" when a single token follows a cache."""
+        B, T, D = hidden_states.shape
+        q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        is_causal = attention_mask is None and T > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MiniMindBlock(nn.Module):
+    """Pre-norm block: attention, then the feed-forward layer (dense, or a mixture of experts)."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MOEFeedForward(config, expert_class=FeedForward) if config.use_moe else FeedForward(config)
+        self.use_moe = config.use_moe
+
+    def forward(self, hidden_states, rope, attention_mask, past_key_values, token_mask):
+        """Returns hidden states [B, T, D] and the router's auxiliary loss (None in a dense block or in eval mode)."""
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states), rope, attention_mask, past_key_values
+        )
+        normed = self.post_attention_layernorm(hidden_states)
+        update, aux_loss = self.mlp(normed, token_mask) if self.use_moe else (self.mlp(normed), None)
+        return hidden_states + update, aux_loss
+
+
+@dataclass
+class MiniMindModelOutput(ModelOutput):
+    """Hidden states [B, T, D] after the final norm, the cache, and the sum of the routers' auxiliary losses."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about this family."""
+
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MiniMindBlock"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoEGate):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embedding, blocks, final norm: ids or embeddings in, hidden states out."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MiniMindBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> MiniMindModelOutput:
+        """`input_ids` [B, T] or `inputs_embeds` [B, T, D] -> hidden states [B, T, D].
+
+        `attention_mask` [B, K] is 1 for real tokens and 0 for padding, on either side. Rows padded on the right need
+        none for right results: causal attention never looks ahead. The router's auxiliary loss does need it.
+        Raises ValueError unless exactly one of ids and embeddings is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        T = inputs_embeds.shape[1]
+        # Rotary attention depends on distances alone, so padding on the left may shift the positions of a row.
+        positions = torch.arange(T, device=inputs_embeds.device) + past
+        rope = rope_tables(self.config, positions)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+            past_key_values=past_key_values, position_ids=positions.unsqueeze(0),
+        )  # fmt: skip
+        padded = attention_mask is not None and attention_mask.ndim == 2
+        token_mask = attention_mask[:, -T:] if padded else None
+
+        hidden_states, aux_losses = inputs_embeds, []
+        for layer in self.layers:
+            hidden_states, aux_loss = layer(hidden_states, rope, mask, past_key_values, token_mask)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        return MiniMindModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
+        )
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head, tied to the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> MoeCausalLMOutputWithPast:
+        """Next-token logits, and the loss when `labels` are given.
+
+        `labels` int64 [B, T] stand where their tokens stand (transformers' convention: the shift happens inside) and
+        are -100 where there is no loss. With labels, `logits` are those that predict the S supervised tokens,
+        [S, V], in reading order; `logits_to_keep=n` (or an index tensor) asks for the last n positions,
+        [B, n, V], instead. With neither, all positions: [B, T, V].
+        `loss` is the mean cross-entropy over supervised tokens (0 when there is none); `aux_loss` is the routers'
+        auxiliary loss in training, not included in `loss`.
+        """
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            targets = labels[:, 1:]
+            supervised = targets != IGNORE_INDEX
+            logits = self.lm_head(hidden_states[:, :-1][supervised])  # [S, V]
+            total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+            loss = total / supervised.sum().clamp(min=1)
+        keep_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
+        if labels is None or keep_some:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept] if keep_some else hidden_states)
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=outputs.aux_loss, logits=logits, past_key_values=outputs.past_key_values
+        )

@@ -1,0 +1,170 @@
+"""The vision-language model: patch vectors take the place of image placeholders, the rest is the decoder.
+
+Legend of shapes: B rows, T tokens, N pictures of the whole batch in reading order, P = 196 patches of a picture,
+W width of the vision tower, D of the decoder.
+"""
+
+import torch
+from transformers import Cache, CLIPVisionModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .model_minimind import MiniMindConfig, MiniMindForCausalLM
+from .vision import VisionProj, encode_images, tower_patches
+
+
+class VLMConfig(MiniMindConfig):
+    """The decoder's configuration and how pictures enter it."""
+
+    model_type = "minimind-v"
+
+    image_token_id: int = 34  # "@" in the published tokenizer and in ours
+    image_tokens: int = 196  # placeholders, and patch vectors, of one picture
+    vision_hidden_size: int = 768
+
+
+def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
+    """Indices int64 [N * P] into the flattened ids [B * T]: the non-overlapping leftmost runs of P placeholders.
+
+    For callers that know ids only. The renderer records positions itself, so that no user's text can look like a
+    picture.
+    """
+    positions = []
+    for row, ids in enumerate((input_ids == image_token_id).tolist()):
+        start = run = 0
+        for column, is_placeholder in enumerate(ids):
+            if not is_placeholder:
+                run = 0
+                continue
+            start, run = (column, 1) if run == 0 else (start, run + 1)
+            if run == image_tokens:
+                positions.append(torch.arange(start, start + run) + row * input_ids.shape[1])
+                run = 0
+    flat = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
+    return flat.to(input_ids.device)
+
+
+def splice_image_features(
+    inputs_embeds: torch.Tensor, features: torch.Tensor, image_positions: torch.Tensor
+) -> torch.Tensor:
+    """`features` [N, P, D] at `image_positions` [N * P] (indices into B * T) of `inputs_embeds` [B, T, D].
+
+    Raises ValueError when pictures and places do not match.
+    """
+    N, P, D = features.shape
+    if image_positions.numel() != N * P:
+        raise ValueError(
+            f"{N} pictures ({N * P} patch vectors), but places for {image_positions.numel() / P:g}"
+            f" ({image_positions.numel()} placeholder positions)"
+        )
+    flat = inputs_embeds.reshape(-1, D)
+    return flat.index_copy(0, image_positions, features.reshape(-1, D).to(flat.dtype)).view_as(inputs_embeds)
+
+
+class MiniMindVLM(MiniMindForCausalLM):
+    """Decoder, projector, and a frozen vision tower that is held but not owned.
+
+    The tower is no submodule: it appears in neither `parameters()` nor `state_dict()`, and `train()` cannot wake it.
+    It does follow the model to its device. Without one, the model reads text and ready-made `image_features`.
+    """
+
+    config_class = VLMConfig
+
+    def __init__(self, config: VLMConfig, vision_tower: CLIPVisionModel | None = None):
+        super().__init__(config)
+        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
+        self.attach_vision_tower(vision_tower)
+        self.post_init()
+
+    def attach_vision_tower(self, vision_tower: CLIPVisionModel | None) -> None:
+        """Raises ValueError when the tower's width or number of patches is not the configuration's."""
+        if vision_tower is not None:
+            width, patches = vision_tower.config.hidden_size, tower_patches(vision_tower)
+            if (width, patches) != (self.config.vision_hidden_size, self.config.image_tokens):
+                raise ValueError(
+                    f"the vision tower gives {patches} patch vectors of width {width}; the model was made for"
+                    f" {self.config.image_tokens} of width {self.config.vision_hidden_size}"
+                )
+            vision_tower.eval().requires_grad_(False)
+        self.__dict__["vision_encoder"] = vision_tower  # past nn.Module's registration, on purpose
+
+    def _apply(self, fn, recurse=True):
+        """Moves the tower along when the model moves."""
+        if self.vision_encoder is not None:
+            self.vision_encoder._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token embeddings [B, T, D] with the pictures' projected patch vectors in their places."""
+        inputs_embeds = self.model.embed_tokens(input_ids)
+        if image_features is None and pixel_values is not None and len(pixel_values):
+            if self.vision_encoder is None:
+                raise ValueError("pictures were given, but the model has no vision tower; attach one, or give features")
+            image_features = encode_images(self.vision_encoder, pixel_values)
+        if image_features is None or len(image_features) == 0:
+            if self.training:
+                # Every parameter takes part in every step: under DDP a rank without pictures would else leave the
+                # projector without a gradient, and the others waiting for it.
+                blank = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
+                inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
+            return inputs_embeds
+        if image_positions is None:
+            image_positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
+        return splice_image_features(inputs_embeds, self.vision_proj(image_features), image_positions)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> MoeCausalLMOutputWithPast:
+        """As the decoder's forward, with pictures.
+
+        `pixel_values` [N, 3, 224, 224], normalised, are all pictures of the batch in reading order; `image_features`
+        [N, P, W] are the tower's output for them, to skip it. `image_positions` int64 [N * P] are indices into the
+        flattened [B * T] ids; None means the leftmost runs of P placeholder ids.
+        Raises ValueError when pictures and places do not match, with both counts.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values, image_positions, image_features)
+        return super().forward(
+            inputs_embeds=inputs_embeds, labels=labels, attention_mask=attention_mask,
+            past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Pictures enter with the prompt; later steps read them from the cache."""
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_positions", "image_features")}
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return {**inputs, **images} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeats a row's pictures with the row: for beams and `num_return_sequences`."""
+        positions, P = kwargs.pop("image_positions", None), self.config.image_tokens
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
+        images = {name: value for name, value in images.items() if value is not None}
+        if images and expand_size > 1:
+            if positions is None:
+                positions = find_image_positions(input_ids, self.config.image_token_id, P)
+            T = input_ids.shape[1]
+            row_of, columns = positions.view(-1, P)[:, 0] // T, positions.view(-1, P) % T
+            new_rows = torch.arange(len(input_ids) * expand_size, device=input_ids.device)
+            picture, row = (row_of[:, None] == new_rows // expand_size).nonzero(as_tuple=True)
+            order = row.argsort(stable=True)
+            picture, row = picture[order], row[order]
+            images = {name: value[picture] for name, value in images.items()}
+            positions = (columns[picture] + row[:, None] * T).flatten()
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, **images, "image_positions": positions}

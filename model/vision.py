@@ -1,0 +1,121 @@
+"""The eye: picture -> pixels -> patch vectors, by a frozen CLIP vision tower, and the projector to the decoder's width.
+
+Legend of shapes: N pictures, P patches of a picture (196 for ViT-B/16 at 224 pixels), W width of the tower, D of the
+decoder.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from transformers import CLIPVisionModel
+
+IMAGE_SIZE = 224  # pixels a side
+# Mean and standard deviation of CLIP's training pixels per channel, of values in [0, 1] (arXiv 2103.00020's release).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTowerError(Exception):
+    """The folder of a vision tower is missing or does not hold one; the message says what to do."""
+
+
+class VisionProj(nn.Module):
+    """One linear layer from the tower's width to the decoder's: [..., W] -> [..., D]."""
+
+    def __init__(self, vision_width: int, hidden_size: int):
+        super().__init__()
+        self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.vision_proj(features)
+
+
+def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
+    """The frozen vision half of a CLIP folder in transformers format, in eval mode and fp32.
+
+    A folder of a whole CLIPModel serves as well: its text half is never read into memory.
+    Raises VisionTowerError when the folder is missing, holds another kind of model, or lacks some of the weights.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise VisionTowerError(
+            f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
+            f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
+            f"or name another CLIP folder with --vision_model_path."
+        )
+    try:
+        tower, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise VisionTowerError(f"cannot load a CLIP vision tower from {folder}: {error}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise VisionTowerError(
+            f"{folder} is not a whole CLIP vision tower: {len(missing)} weights missing"
+            f" (first: {missing[:3]}), wrong shapes: {sorted(info['mismatched_keys'])[:3]}."
+            f" Fetch the folder again, or name another with --vision_model_path."
+        )
+    if tower.config.image_size != IMAGE_SIZE:
+        raise VisionTowerError(
+            f"the tower in {folder} takes pictures of {tower.config.image_size} pixels, not {IMAGE_SIZE}"
+        )
+    return tower.eval().requires_grad_(False)
+
+
+def tower_patches(tower: CLIPVisionModel) -> int:
+    """Patch vectors of one picture."""
+    return (tower.config.image_size // tower.config.patch_size) ** 2
+
+
+def tower_fingerprint(tower: CLIPVisionModel) -> str:
+    """A short hash of the tower's weights: the same weights give the same fingerprint, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any PIL picture as RGB, upright, transparency on white; the first frame of an animation, 16 bits scaled to 8."""
+    picture.seek(0)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        picture = Image.alpha_composite(white, rgba)
+    return picture.convert("RGB")
+
+
+def preprocess(picture: Image.Image) -> torch.Tensor:
+    """Pixels uint8 [3, 224, 224]: shorter side to 224 (bicubic), then the middle square, as CLIP was trained.
+
+    Only the square is resampled, so a very long picture costs no more than a square one.
+    """
+    picture = to_rgb(picture)
+    width, height = picture.size
+    short = min(width, height)
+    new_width, new_height = int(IMAGE_SIZE * width / short), int(IMAGE_SIZE * height / short)
+    left, top = (new_width - IMAGE_SIZE) // 2, (new_height - IMAGE_SIZE) // 2
+    box = (left * width / new_width, top * height / new_height,
+           (left + IMAGE_SIZE) * width / new_width, (top + IMAGE_SIZE) * height / new_height)  # fmt: skip
+    square = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
+    flat = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    return flat.view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels [N, 3, 224, 224] -> the float values that CLIP expects, on the device of the pixels."""
+    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
+    return (pixels / 255 - mean) / std
+
+
+@torch.no_grad()
+def encode_images(tower: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Pictures [N, 3, 224, 224] -> patch vectors [N, P, W] of the tower's last layer, without the class token."""
+    return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state[:, 1:]

@@ -1,0 +1,12 @@
+"""The one kind of error that bad data raises."""
+
+
+class SampleError(ValueError):
+    """A sample that cannot be trained on as it stands.
+
+    `problem` says what is wrong with which value; `where` is "file:line" (or a file); the text has both.
+    """
+
+    def __init__(self, problem: str, where: str = ""):
+        super().__init__(f"{where}: {problem}" if where else problem)
+        self.problem, self.where = problem, where

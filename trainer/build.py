@@ -1,0 +1,169 @@
+"""From settings to the objects of a run: tokenizer, model, data, optimizer, number format."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dataset.conversation import Renderer
+from dataset.sources import DataError, open_images, open_samples
+from dataset.vlm_dataset import VLMDataset, collate
+from model import MiniMindVLM, VLMConfig
+from model.vision import VisionTowerError, load_vision_tower, tower_patches
+
+from .checkpoint import fingerprints, load_weights
+from .config import TrainConfig, UsageError
+from .distributed import Ranks
+from .sampler import ResumableSampler
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class Run:
+    """What the loop works on."""
+
+    config: TrainConfig
+    ranks: Ranks
+    model: MiniMindVLM
+    dataset: VLMDataset
+    sampler: ResumableSampler
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    fingerprints: dict[str, str]
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; raises UsageError when there is none."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def build_model(
+    hidden_size: int, num_hidden_layers: int, use_moe: bool, vision_model_path: str, tokenizer: PreTrainedTokenizerBase
+) -> MiniMindVLM:
+    """A fresh model around the frozen tower, in fp32 on the CPU."""
+    try:
+        tower = load_vision_tower(vision_model_path)
+        config = VLMConfig(
+            hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe, vocab_size=len(tokenizer),
+            image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=tower_patches(tower),
+            vision_hidden_size=tower.config.hidden_size,
+        )  # fmt: skip
+    except (VisionTowerError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return MiniMindVLM(config, tower)
+
+
+def freeze(model: MiniMindVLM, mode: int) -> None:
+    """0: everything learns; 1: the projector; 2: the projector and the decoder's last block. The tower never does."""
+    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    for name, parameter in model.named_parameters():
+        learns = mode == 0 or name.startswith("vision_proj.") or (mode == 2 and name.startswith(last))
+        parameter.requires_grad_(learns)
+
+
+def bf16_is_fast(device: torch.device, size: int = 768) -> bool:
+    """Whether the device multiplies bf16 matrices at least as fast as fp32 ones: measured, in milliseconds."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(size, size, device=device).to(dtype)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for _ in range(3):
+                b = a @ a
+            b.sum().item()  # waits for the device
+            times.append(time.perf_counter() - begin)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] <= seconds[torch.float32]
+
+
+def choose_dtype(name: str | None, ranks: Ranks) -> torch.dtype:
+    """The number format asked for, or bf16 unless this device is slower at it."""
+    if name is not None:
+        return DTYPES[name]
+    # The first rank measures for all: two answers would be two models.
+    fast = ranks.sum([float(bf16_is_fast(ranks.device)) if ranks.is_main else 0.0])[0] > 0
+    if not fast:
+        ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def worker_count(wanted: int, ranks: Ranks) -> int:
+    """Loader processes of this rank: at most its share of the machine's cores."""
+    cores = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    most = max(1, cores // ranks.local_size)
+    if wanted > most:
+        ranks.print(f"notice: --num_workers {wanted} capped to {most}, this machine's {cores} cores")
+    return min(wanted, most)
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Run:
+    """Everything that a run needs, or a UsageError that lists all that is missing."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    problems = []
+    model = samples = images = None
+    try:
+        model = build_model(config.hidden_size, config.num_hidden_layers, bool(config.use_moe),
+                            config.vision_model_path, tokenizer)  # fmt: skip
+    except UsageError as error:
+        problems.append(str(error))
+    try:
+        samples, images = open_samples(config.data_path), open_images(config.images_path)
+    except DataError as error:
+        problems.append(str(error))
+    start = config.start_file
+    used = fingerprints(model, tokenizer) if model else {}
+    if start is not None and not config.from_resume:
+        try:
+            if model is not None or not start.is_file():
+                fresh = load_weights(start, model, used)
+                ranks.print(f"weights from {start}" + (f"; {', '.join(fresh)} start fresh" if fresh else ""))
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+
+    freeze(model, config.freeze_llm)
+    model.to(ranks.device).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.01, fused=True)
+    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len)
+    sampler = ResumableSampler(len(dataset), config.batch_size, config.accumulation_steps, config.seed,
+                               ranks.rank, ranks.size)  # fmt: skip
+    total, learning = model.num_parameters(), sum(p.numel() for p in trainable)
+    ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples")
+    return Run(config, ranks, model, dataset, sampler, optimizer, choose_dtype(config.dtype, ranks), used)
+
+
+def build_loader(run: Run, epoch: int, skip: int, workers: int) -> tuple[DataLoader, list[int]]:
+    """A loader of this rank's micro-batches after `skip` samples of the epoch, and how many make up each update."""
+    updates = list(run.sampler.updates(epoch, skip))
+    model_config = run.model.config
+    loader = DataLoader(
+        run.dataset,
+        batch_sampler=[micro_batch for update in updates for micro_batch in update],
+        collate_fn=partial(collate, pad_id=model_config.pad_token_id, image_tokens=model_config.image_tokens),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=run.ranks.device.type == "cuda",
+        generator=torch.Generator().manual_seed(run.config.seed),  # leaves the training's own random state alone
+    )
+    return loader, [len(update) for update in updates]
+
+
+def _start_worker(_: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer decides when workers end
+    torch.set_num_threads(1)

@@ -1,0 +1,195 @@
+"""Files of a run: weights and sidecar in save_dir, training state in the checkpoint folder. Written atomically, read
+strictly, and never by executing what they hold.
+"""
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from model import MiniMindVLM
+from model.vision import tower_fingerprint
+
+from .config import UsageError
+
+STATE_VERSION = 1
+
+
+@dataclass
+class TrainState:
+    """How far a run has come. All counts are of finished things."""
+
+    epoch: int = 0  # finished epochs
+    update: int = 0  # finished updates, over all epochs
+    samples: int = 0  # samples of the running epoch that are trained on, over all ranks
+    read: int = 0  # samples read so far, bad ones included
+    bad: int = 0  # bad ones among them
+    seconds: float = 0.0  # spent training, over all interruptions
+    tracker_id: str | None = None
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """The file at `path` is the old one or the whole new one, whenever the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name is on disk, too
+    finally:
+        os.close(folder)
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """What torch.save wrote, tensors and plain values only; raises UsageError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and unpickling errors share no base class
+        raise UsageError(
+            f"{path} is no readable {what}: {type(error).__name__}: {str(error).splitlines()[0]}. It is torn, of"
+            f" another kind, or holds more than tensors; fetch or make it again."
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of everything that decides how text becomes ids."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What weights depend on without containing it."""
+    return {"tokenizer": tokenizer_fingerprint(tokenizer), "vision_encoder": tower_fingerprint(model.vision_encoder)}
+
+
+def save_weights(path: Path, model: MiniMindVLM, sidecar: dict) -> None:
+    """`path` gets the state dict in fp16, the json file beside it what a reader needs to rebuild the model.
+
+    Raises FloatingPointError when a weight does not fit into fp16, rather than writing infinity.
+    """
+    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise FloatingPointError(f"weights beyond fp16's range or not finite: {', '.join(broken[:3])}; not saved")
+    text = json.dumps({"config": model.config.to_diff_dict(), **sidecar}, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def read_sidecar(path: Path) -> dict | None:
+    """The json file beside the weights at `path`; None when there is none, as with published weights."""
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        return None
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{sidecar} is broken ({error}); remove it to load the weights without it") from error
+
+
+def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None = None) -> list[str]:
+    """Loads the weights at `path` into `model`, strictly. Returns the names that stay at their fresh values: the
+    projector's, when the weights are a plain language model's.
+
+    Raises UsageError for a missing or torn file, other keys or shapes, and for a tokenizer or encoder other than the
+    ones trained with (`expected` holds those in use; see `fingerprints`).
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"no weights at {path}. Published ones:\n"
+            f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
+            f"or train them; --from_weight names another prefix, none starts from scratch."
+        )
+    check_fingerprints(path, expected or {}, (read_sidecar(path) or {}).get("fingerprints", {}))
+    state = read_tensors(path, "weight file")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"{path} is no state dict: it should hold names and tensors")
+    # Published full checkpoints carry the encoder; it is loaded from its own folder.
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}
+    own = model.state_dict()
+    fresh = [name for name in own if name not in state and name.startswith("vision_proj.")]
+    missing = [name for name in own if name not in state and name not in fresh]
+    unexpected = [name for name in state if name not in own]
+    shapes = [f"{name} {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+              for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
+    problems = [f"{len(names)} {kind} (first: {names[0]})"
+                for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+                if names]  # fmt: skip
+    if problems:
+        raise UsageError(
+            f"{path} does not fit the model: weights {'; '.join(problems)}. Check --hidden_size,"
+            f" --num_hidden_layers, --use_moe and --vision_model_path."
+        )
+    model.load_state_dict(state, strict=False)  # what strict would say is said above, and the fresh names are meant
+    return fresh
+
+
+def check_fingerprints(path: Path, used: dict[str, str], recorded: dict[str, str]) -> None:
+    """Raises UsageError when a tokenizer or encoder in use differs from the one that the files were made with."""
+    flags = {"tokenizer": "--tokenizer_path", "vision_encoder": "--vision_model_path"}
+    for kind, value in used.items():
+        if recorded.get(kind, value) != value:
+            raise UsageError(
+                f"{path} was trained with another {kind.replace('_', ' ')} (fingerprint {recorded[kind]}, in use:"
+                f" {value}). Give the one it was trained with by {flags[kind]}."
+            )
+
+
+def rng_state(device: torch.device) -> dict:
+    """The random states of this process, in types that a safe loader accepts."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
+        "python": [version, list(internal), gauss],
+        "numpy": [keys.tolist(), position, has_gauss, cached],
+    }
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def save_training_state(path: Path, state: TrainState, objects: dict[str, Any], extra: dict) -> None:
+    """Everything that must resume. `objects` have a state_dict(); `extra` are plain values and tensors."""
+    content = {name: item.state_dict() for name, item in objects.items()}
+    content |= {"state": asdict(state), "version": STATE_VERSION, **extra}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_training_state(path: Path) -> dict:
+    """The content of a training state; raises UsageError when there is none or it is of another version."""
+    if not path.is_file():
+        raise UsageError(
+            f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
+            f" --hidden_size, --use_moe and --checkpoint_dir."
+        )
+    content = read_tensors(path, "training state")
+    if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
+        raise UsageError(f"{path} is no training state of version {STATE_VERSION}")
+    return content

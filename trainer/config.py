@@ -1,0 +1,135 @@
+"""Flags and settings of training: one frozen dataclass, checked when it is made, and the names of files.
+
+A mistake here is a UsageError: the scripts print it and end with exit code 2.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; the message says what, where and what to do instead."""
+
+
+def setting(default, help_text: str, choices: tuple | None = None):
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a training run. Relative paths hang off the current folder, default ones off the repository."""
+
+    save_dir: str = setting(str(REPOSITORY / "out"), "folder for weights")
+    save_weight: str = setting("pretrain_vlm", "prefix of the weight files")
+    epochs: int = setting(4, "passes over the data")
+    batch_size: int = setting(16, "samples of a micro-batch, per process")
+    learning_rate: float = setting(4e-4, "peak of the cosine")
+    device: str | None = setting(None, "default: cuda:0, mps or cpu, the best there is")
+    dtype: str | None = setting(
+        None, "default: bfloat16, or float32 where the device multiplies that faster",
+        ("bfloat16", "float16", "float32"),
+    )  # fmt: skip
+    num_workers: int = setting(8, "loader processes, capped to the machine's cores")
+    accumulation_steps: int = setting(1, "micro-batches of an update")
+    grad_clip: float = setting(1.0, "largest global norm of the gradient")
+    log_interval: int = setting(100, "updates between two log lines")
+    save_interval: int = setting(100, "updates between two saves")
+    hidden_size: int = setting(512, "width of the decoder")
+    num_hidden_layers: int = setting(8, "blocks of the decoder")
+    max_seq_len: int = setting(640, "longest sample in tokens, picture placeholders included")
+    use_moe: int = setting(0, "1: Mixture of Experts", (0, 1))
+    data_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_data.jsonl"), "training data, jsonl")
+    images_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_images"), "folder of pictures")
+    from_weight: str = setting("llm", "prefix of the weights in save_dir to start from; none: from scratch")
+    from_resume: int = setting(0, "1: go on from the last training state", (0, 1))
+    freeze_llm: int = setting(1, "0: train all, 1: the projector only, 2: projector and last block", (0, 1, 2))
+    use_wandb: bool = setting(False, "track with SwanLab")
+    wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
+    wandb_run_name: str | None = setting(None, "run name for SwanLab; default: made from the settings")
+    vision_model_path: str = setting(
+        str(REPOSITORY / "model" / "vision_model" / "clip-vit-base-patch16"), "CLIP folder in transformers format"
+    )
+    tokenizer_path: str = setting(str(REPOSITORY / "model"), "folder of the tokenizer")
+    checkpoint_dir: str = setting(str(REPOSITORY / "checkpoints"), "folder for training states")
+    on_bad_sample: str = setting(
+        "skip", "skip: log it and go on, up to 1%% of what was read; raise: stop at the first", ("skip", "raise")
+    )
+    seed: int = setting(42, "of the order of samples and of fresh weights")
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            choices, value = item.metadata["choices"], getattr(self, item.name)
+            if choices and value is not None and value not in choices:
+                raise UsageError(f"--{item.name} {value}: choose from {', '.join(map(str, choices))}")
+        for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval", "hidden_size",
+                     "num_hidden_layers", "max_seq_len", "learning_rate", "grad_clip"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be greater than 0")
+        for name in ("num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
+        for name in ("save_weight", "from_weight"):
+            if not getattr(self, name) or os.sep in getattr(self, name):
+                raise UsageError(f"--{name} {getattr(self, name)!r}: a name without folders; folders go to --save_dir")
+
+    @property
+    def run_name(self) -> str:
+        """{weight}_{hidden}{_moe}: the stem of every file of the run."""
+        return weight_name(self.save_weight, self.hidden_size, bool(self.use_moe))
+
+    @property
+    def weight_file(self) -> Path:
+        """Where the weights go."""
+        return Path(self.save_dir) / f"{self.run_name}.pth"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One json line a log interval."""
+        return Path(self.save_dir) / f"{self.run_name}.metrics.jsonl"
+
+    @property
+    def resume_file(self) -> Path:
+        """Where the training state goes."""
+        return Path(self.checkpoint_dir) / f"{self.run_name}_resume.pth"
+
+    @property
+    def start_file(self) -> Path | None:
+        """The weights to start from; None for a start from scratch."""
+        if self.from_weight == "none":
+            return None
+        return Path(self.save_dir) / f"{weight_name(self.from_weight, self.hidden_size, bool(self.use_moe))}.pth"
+
+    def to_json(self) -> str:
+        """The settings as json text, for records."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def weight_name(weight: str, hidden_size: int, use_moe: bool) -> str:
+    """{weight}_{hidden}{_moe}, the published naming of weight files."""
+    return f"{weight}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+def parse_config(description: str, defaults: dict, argv: list[str] | None = None) -> TrainConfig:
+    """Command-line flags over `defaults` over the dataclass's own. Ends the process with code 2 for bad flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in dataclasses.fields(TrainConfig):
+        default = defaults.get(item.name, item.default)
+        shown = "" if default is None else f" (default: {default})"
+        options = {"default": default, "help": item.metadata["help"] + shown}
+        if item.type is bool:
+            options["action"] = "store_true"
+        else:
+            kinds = {int: int, float: float}
+            options |= {"type": kinds.get(item.type, str), "choices": item.metadata["choices"]}
+        parser.add_argument(f"--{item.name}", **options)
+    try:
+        return TrainConfig(**vars(parser.parse_args(argv)))
+    except UsageError as error:
+        parser.error(str(error))

@@ -1,0 +1,79 @@
+"""Ranks and devices, absorbed here: the loop does not know whether it runs alone.
+
+Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); started plainly, there is one rank.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `size`, on `device`."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, message: str) -> None:
+        """Printed once, by the first rank, on standard error."""
+        if self.is_main:
+            print(message, file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        """Printed by whichever rank has something to say."""
+        print(f"[rank {self.rank}] {message}" if self.size > 1 else message, file=sys.stderr, flush=True)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all ranks, in float64."""
+        if self.size == 1:
+            return values
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        tensor = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def default_device() -> str:
+    """"cuda:0", "mps" or "cpu": the best there is."""
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        return "cuda:0" if kind == "cuda" else kind
+    return "cpu"
+
+
+def start(device_name: str) -> Ranks:
+    """Joins the process group that torchrun's environment describes, if there is one."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device(device_name)
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.accelerator.set_device_index(device.index or 0)
+    elif device.type == "cpu" and local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    return Ranks(rank, size, local_size, device)
+
+
+def stop() -> None:
+    """Leaves the process group, after every rank has come here: none is left waiting for one that is still saving."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -37,13 +37,14 @@ class Sample:
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     where: str = ""
+    kind: str = ""  # of the answers, for scoring; optional
 
 
 def parse_sample(row: Any, where: str = "") -> Sample:
     """A decoded json line as a Sample.
 
-    Raises SampleError for anything SPEC'd otherwise: missing keys, wrong types, unknown roles, no answer to learn from,
-    <image> marks that do not match the pictures.
+    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> marks that do
+    not match the pictures.
     """
     if not isinstance(row, dict):
         raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
@@ -54,7 +55,7 @@ def parse_sample(row: Any, where: str = "") -> Sample:
         raise SampleError(f"{marks} {IMAGE_MARK} marks in the user's turns, but {len(images)} pictures", where)
     if not any(turn.role == "assistant" for turn in turns):
         raise SampleError("no assistant turn: nothing to learn from", where)
-    return Sample(turns, images, where)
+    return Sample(turns, images, where, str(row.get("kind", "")))
 
 
 def parse_turns(conversations: Any, where: str = "") -> tuple[Turn, ...]:

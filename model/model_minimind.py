@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from .moe import MoEGate, MOEFeedForward
+from .moe import MOEFeedForward, MoEGate
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss
 

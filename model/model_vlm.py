@@ -93,6 +93,12 @@ class MiniMindVLM(MiniMindForCausalLM):
             self.vision_encoder._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch vectors [N, P, W] of pictures [N, 3, 224, 224]; raises ValueError when there is no tower."""
+        if self.vision_encoder is None:
+            raise ValueError("pictures were given, but the model has no vision tower; attach one, or give features")
+        return encode_images(self.vision_encoder, pixel_values)
+
     def embed(
         self,
         input_ids: torch.Tensor,
@@ -103,9 +109,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         """Token embeddings [B, T, D] with the pictures' projected patch vectors in their places."""
         inputs_embeds = self.model.embed_tokens(input_ids)
         if image_features is None and pixel_values is not None and len(pixel_values):
-            if self.vision_encoder is None:
-                raise ValueError("pictures were given, but the model has no vision tower; attach one, or give features")
-            image_features = encode_images(self.vision_encoder, pixel_values)
+            image_features = self.encode_images(pixel_values)
         if image_features is None or len(image_features) == 0:
             if self.training:
                 # Every parameter takes part in every step: under DDP a rank without pictures would else leave the

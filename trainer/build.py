@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from .checkpoint import fingerprints, load_weights
 from .config import TrainConfig, UsageError
 from .distributed import Ranks
 from .sampler import ResumableSampler
+from .signals import StopRequest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -163,7 +165,7 @@ def build_loader(run: Run, epoch: int, skip: int, workers: int) -> tuple[DataLoa
 
 
 def _start_worker(_: int) -> None:
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer decides when workers end
+    for signum in StopRequest.SIGNALS[1:]:
+        signal.signal(signum, signal.SIG_DFL)  # not the trainer's handler, which a forked worker inherits
     torch.set_num_threads(1)

@@ -1,0 +1,203 @@
+"""The embedded demo: the whole pipeline in small, on easy-VQA's pictures. `make demo` runs it.
+
+    python -m dataset.demo                 # data, three trainings, scoring; at the end accuracy and where things lie
+    python -m dataset.demo --prepare_only  # the data alone
+
+Reads the PyPI package `easy-vqa` (MIT): 5,000 pictures of one coloured shape each, 48,248 questions, official split.
+Writes dataset/demo/ (jsonl files, pictures) and, by the project's own scripts, out/{llm,pretrain_vlm,sft_vlm}_256.pth,
+out/demo_predictions.jsonl and out/demo_report.json.
+
+The stages are the real ones in small. `llm` learns on text alone to compare what is asked with what is described
+("blue rectangle" / "is there no red shape?"); `pretrain_vlm` teaches the projector to say what a picture shows;
+`sft_vlm` trains everything on questions about pictures.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FOLDER = REPOSITORY / "dataset" / "demo"
+OUT = REPOSITORY / "out"
+TOWER = REPOSITORY / "model" / "vision_model" / "tiny-clip"
+SHAPES = ("circle", "rectangle", "triangle")
+DESCRIBE = "Describe the image."
+DECODER = ["--hidden_size", "256", "--num_hidden_layers", "4"]
+STAGES = {
+    "llm": ["train_sft_vlm.py", "--from_weight", "none", "--data_path", "llm.jsonl", "--epochs", "1",
+            "--batch_size", "16", "--learning_rate", "2e-3"],
+    "pretrain_vlm": ["train_pretrain_vlm.py", "--from_weight", "llm", "--data_path", "captions.jsonl", "--epochs", "1",
+                     "--batch_size", "16", "--learning_rate", "2e-3"],
+    "sft_vlm": ["train_sft_vlm.py", "--from_weight", "pretrain_vlm", "--data_path", "sft.jsonl", "--epochs", "3",
+                "--batch_size", "8", "--learning_rate", "1e-3"],
+}  # fmt: skip
+
+
+def kind_of(answer: str) -> str:
+    """easy-VQA's three kinds of questions, told by their answers."""
+    return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"
+
+
+def describe(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
+    """(colour, shape) of a picture as far as its own questions and answers tell."""
+    colour = next((answer for _, answer in questions if kind_of(answer) == "colour"), None)
+    shape = next((answer for _, answer in questions if answer in SHAPES), None)
+    return colour, shape
+
+
+def conversation(turns: list[tuple[str, str]], image: str | None = None, **more) -> dict:
+    """One jsonl row: questions and answers in turn, the picture shown with the first question."""
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        mark = "<image>\n" if image and number == 0 else ""
+        messages += [{"role": "user", "content": mark + question}, {"role": "assistant", "content": answer}]
+    return {"conversations": messages, **({"image": image} if image else {}), **more}
+
+
+def read_split(split: str) -> dict[int, list[tuple[str, str]]]:
+    """Questions and answers of each picture of "train" or "test"."""
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise SystemExit("the demo needs easy-VQA's pictures: pip install easy-vqa==1.0 (make demo does it)") from error
+    read = easy_vqa.get_train_questions if split == "train" else easy_vqa.get_test_questions
+    pictures: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in zip(*read(), strict=True):
+        pictures.setdefault(image, []).append((question, answer))
+    return dict(sorted(pictures.items()))
+
+
+def copy_pictures(folder: Path) -> None:
+    """easy-VQA's pictures as {folder}/train/0.png and so on."""
+    import easy_vqa
+
+    for split, paths in (("train", easy_vqa.get_train_image_paths()), ("test", easy_vqa.get_test_image_paths())):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for number, path in paths.items():
+            shutil.copyfile(path, folder / split / f"{number}.png")
+
+
+def text_rows(train: dict, rng: random.Random, count: int, questions: int) -> list[dict]:
+    """Text-only conversations: a description, then questions that training pictures of that kind were asked."""
+    asked: dict[tuple, dict[str, str]] = {}
+    for turns in train.values():
+        if None not in describe(turns):
+            asked.setdefault(describe(turns), {}).update(turns)
+    rows = []
+    for _ in range(count):
+        (colour, shape), known = rng.choice(sorted(asked.items()))
+        turns = rng.sample(sorted(known.items()), questions)
+        turns[0] = (f"{colour} {shape}\n{turns[0][0]}", turns[0][1])
+        rows.append(conversation(turns))
+    return rows
+
+
+def caption_rows(train: dict) -> list[dict]:
+    """One caption a picture: what its own questions and answers tell of it."""
+    described = {number: describe(turns) for number, turns in train.items()}
+    return [conversation([(DESCRIBE, f"{colour} {shape}")], f"train/{number}.png")
+            for number, (colour, shape) in described.items() if colour and shape]  # fmt: skip
+
+
+def question_rows(train: dict, rng: random.Random, questions: int) -> list[dict]:
+    """Every training question once, a few of a picture to a conversation."""
+    rows = []
+    for number, turns in train.items():
+        turns = rng.sample(turns, len(turns))
+        groups = [turns[start : start + questions] for start in range(0, len(turns), questions)]
+        rows += [conversation(group, f"train/{number}.png") for group in groups]
+    return rows
+
+
+def test_rows(test: dict) -> list[dict]:
+    """Every test question by itself."""
+    return [conversation([(question, answer)], f"test/{number}.png", kind=kind_of(answer))
+            for number, turns in test.items() for question, answer in turns]  # fmt: skip
+
+
+def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
+    """Writes the demo's data, the same for the same seed."""
+    rng = random.Random(seed)
+    train, test = read_split("train"), read_split("test")
+    copy_pictures(folder / "images")
+    files = {
+        "llm": text_rows(train, rng, count=8000, questions=8),
+        "captions": caption_rows(train),
+        "sft": question_rows(train, rng, questions=4),
+        "test": test_rows(test),
+    }
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{folder / name}.jsonl: {len(rows)} conversations", flush=True)
+
+
+def run_script(arguments: list[str]) -> None:
+    """Runs one of the project's scripts and shows what it says; ends the demo when the script fails."""
+    print(f"\n$ python {' '.join(arguments)}", flush=True)
+    done = subprocess.run([sys.executable, str(REPOSITORY / arguments[0]), *arguments[1:]], check=False)
+    if done.returncode:
+        raise SystemExit(f"demo: {arguments[0]} ended with exit code {done.returncode}")
+
+
+def train_stage(stage: str) -> None:
+    """One stage of training, with the demo's data, decoder and tower."""
+    script, *flags = STAGES[stage]
+    flags = [str(FOLDER / flag) if flag.endswith(".jsonl") else flag for flag in flags]
+    run_script([script, *flags, *DECODER, "--save_weight", stage, "--images_path", str(FOLDER / "images"),
+                "--vision_model_path", str(TOWER), "--log_interval", "50", "--save_interval", "500"])  # fmt: skip
+
+
+def report(seconds: float, timings: dict[str, float]) -> None:
+    """Writes out/demo_report.json and prints the figures, some answers, and what to try next."""
+    rows = [json.loads(line) for line in (OUT / "demo_predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    right = sum(row["correct"] for row in rows)
+    by_kind = {}
+    for kind in sorted({row["kind"] for row in rows}):
+        of_kind = [row["correct"] for row in rows if row["kind"] == kind]
+        by_kind[kind] = sum(of_kind) / len(of_kind)
+    figures = {
+        "accuracy": right / len(rows), "questions": len(rows), "seconds": seconds, "accuracy_by_kind": by_kind,
+        "seconds_by_stage": timings,
+    }  # fmt: skip
+    (OUT / "demo_report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print("\nSome answers:")
+    for row in random.Random(0).sample(rows, 8):
+        print(f"  {row['images'][0]}: {row['question']} -> {row['prediction']} ({'right' if row['correct'] else row['answer']})")
+    print(f"\nseconds by stage: {', '.join(f'{name} {value:.0f}' for name, value in timings.items())}")
+    print(f"accuracy by kind: {', '.join(f'{kind} {value:.3f}' for kind, value in by_kind.items())}")
+    print(f"weights: {OUT}/sft_vlm_256.pth, predictions: {OUT}/demo_predictions.jsonl, data: {FOLDER}")
+    print("chat with it (inside make's environment: . .venv/bin/activate):")
+    print(f"  python eval_vlm.py --weight sft_vlm {' '.join(DECODER)} --vision_model_path {TOWER} --mode chat")
+    print(f"demo: accuracy {right / len(rows):.3f} on {len(rows)} test questions, {seconds:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prepare_only", action="store_true", help="make the data and stop")
+    args = parser.parse_args()
+    began, timings = time.monotonic(), {}
+    prepare()
+    timings["data"] = time.monotonic() - began
+    if args.prepare_only:
+        return
+    steps = {stage: lambda stage=stage: train_stage(stage) for stage in STAGES}
+    steps["score"] = lambda: run_script([
+        "eval_vlm.py", "--weight", "sft_vlm", *DECODER, "--vision_model_path", str(TOWER),
+        "--score", str(FOLDER / "test.jsonl"), "--image_dir", str(FOLDER / "images"),
+        "--predictions", str(OUT / "demo_predictions.jsonl"),
+    ])  # fmt: skip
+    for name, step in steps.items():
+        start = time.monotonic()
+        step()
+        timings[name] = time.monotonic() - start
+    report(time.monotonic() - began, timings)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ W width of the vision tower, D of the decoder.
 import torch
 from transformers import Cache, CLIPVisionModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
 from .vision import VisionProj, encode_images, tower_patches
@@ -121,6 +122,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             image_positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
         return splice_image_features(inputs_embeds, self.vision_proj(image_features), image_positions)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

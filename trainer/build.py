@@ -165,7 +165,8 @@ def build_loader(run: Run, epoch: int, skip: int, workers: int) -> tuple[DataLoa
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer decides when workers end
-    for signum in StopRequest.SIGNALS[1:]:
-        signal.signal(signum, signal.SIG_DFL)  # not the trainer's handler, which a forked worker inherits
+    # A signal to the whole group, Ctrl-C among them, is the trainer's to answer: it still needs its workers to finish
+    # the update. They end with it, or when it is gone.
+    for signum in StopRequest.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)

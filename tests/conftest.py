@@ -1,0 +1,135 @@
+"""What tests share: tiny towers, tiny data, and a way to run the scripts as a user does."""
+
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load as load_safetensors
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+
+from dataset.conversation import Renderer
+from model import MiniMindVLM, VLMConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+DECODER = ["--hidden_size", "32", "--num_hidden_layers", "2"]
+
+os.environ.setdefault("SWANLAB_MODE", "offline")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict:
+    """The recorded figures of the original implementation, and the configurations behind them."""
+    blob = lzma.decompress((FIXTURES / "reference.safetensors.xz").read_bytes())
+    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
+    tensors = {"configs": json.loads(header["configs"])}
+    for key, value in load_safetensors(blob).items():
+        if key.endswith("#f32"):  # floats lie there as four planes of bytes, which pack better
+            key = key.removesuffix("#f32")
+            value = value.T.contiguous().view(torch.float32).view(json.loads(header[key]))
+        tensors[key] = value
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(REPOSITORY / "model")
+
+
+@pytest.fixture(scope="session")
+def renderer(tokenizer) -> Renderer:
+    return Renderer(tokenizer)
+
+
+def make_tower(seed: int = 0, width: int = 24) -> CLIPVisionModel:
+    """A random tower of the real geometry: 196 patches of 224 pixels."""
+    torch.manual_seed(seed)
+    return CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2, patch_size=16,
+        image_size=224,
+    )).eval()  # fmt: skip
+
+
+def make_model(seed: int = 0, tower: CLIPVisionModel | None = None, **config) -> MiniMindVLM:
+    """A small VLM with random weights; `config` overrides its sizes."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vision_hidden_size": 24} | config  # fmt: skip
+    return MiniMindVLM(VLMConfig(**sizes), tower)
+
+
+@pytest.fixture(scope="session")
+def tower_folder(tmp_path_factory) -> Path:
+    """A tower saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("tower")
+    make_tower().save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    """Rows as json lines; a str row is written as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def make_data(folder: Path, count: int, seed: int = 0) -> tuple[Path, Path]:
+    """`count` samples with 0, 1 or 2 pictures each and answers of different lengths: a jsonl file and its folder."""
+    rng, pictures = random.Random(seed), folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        colours = [rng.choice(COLOURS) for _ in range(rng.choice((0, 1, 1, 2)))]
+        for place, colour in enumerate(colours):
+            picture = Image.new("RGB", (40, 30), "gray")
+            ImageDraw.Draw(picture).rectangle((5, 5, 20 + number % 7, 22), fill=colour)
+            picture.save(pictures / f"{number}_{place}.png")
+        marks = "".join("<image>\n" for _ in colours)
+        answer = " and ".join(colours) or "nothing" * rng.randint(1, 3)
+        turns = [{"role": "user", "content": f"{marks}What is shown in {number}?"}, {"role": "assistant", "content": answer}]
+        row = {"conversations": turns}
+        if colours:
+            row["image"] = ", ".join(f"{number}_{place}.png" for place in range(len(colours)))
+        rows.append(row)
+    return write_jsonl(folder / "data.jsonl", rows), pictures
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> tuple[Path, Path]:
+    return make_data(tmp_path_factory.mktemp("data"), 22)
+
+
+def run_script(*arguments, processes: int = 0, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """A script of the project in a process of its own, as users run it; under torchrun when `processes` is given."""
+    script = str(REPOSITORY / arguments[0])
+    command = [sys.executable, script]
+    if processes:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), script]
+    return subprocess.run(
+        [*command, *map(str, arguments[1:])], cwd=cwd, text=True, capture_output=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def training_flags(data, tower_folder, out: Path, **flags) -> list[str]:
+    """Flags of a small, quick run that writes into `out`."""
+    settings = {
+        "data_path": data[0], "images_path": data[1], "vision_model_path": tower_folder, "save_dir": out / "out",
+        "checkpoint_dir": out / "checkpoints", "from_weight": "none", "batch_size": 2, "num_workers": 1,
+        "dtype": "float32", "log_interval": 1, "epochs": 1, "learning_rate": 1e-3, "freeze_llm": 0, "device": "cpu",
+    } | flags  # fmt: skip
+    return [*DECODER, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+
+
+def read_metrics(out: Path, name: str) -> list[dict]:
+    """The lines of a run's metrics file."""
+    return [json.loads(line) for line in (out / "out" / f"{name}.metrics.jsonl").read_text().splitlines()]

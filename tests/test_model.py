@@ -1,0 +1,288 @@
+"""The decoder and the splice: equivalences that must hold whatever the weights."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+import model as model_package
+from model import MiniMindForCausalLM, MiniMindVLM, VLMConfig
+from model.model_vlm import find_image_positions, splice_image_features
+from model.moe import MOEFeedForward
+from tests.conftest import make_model, make_tower
+
+P = 196
+
+
+def text(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(100, 6000, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def with_images(pattern: list[list[int]], tail: int = 5) -> torch.Tensor:
+    """ids [B, T] with pictures after the given numbers of text tokens, e.g. [[3, 0]]: 3 tokens, picture, picture."""
+    rows = []
+    for row, gaps in enumerate(pattern):
+        parts = [part for gap in gaps for part in (text(1, gap, row)[0], torch.full((P,), 34))]
+        rows.append(torch.cat([*parts, text(1, tail, 9 + row)[0]]))
+    longest = max(map(len, rows))
+    return torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_cached_chunked_and_static_decoding_equal_a_full_forward(use_moe):
+    model = make_model(use_moe=use_moe).eval()
+    ids = text(2, 17)
+    with torch.no_grad():
+        full = model(ids).logits
+        for cache in (None, StaticCache(config=model.config, max_cache_len=32)):
+            pieces, at = [], 0
+            for size in (5, 1, 7, 4):  # a first chunk, one token, chunks of several after a cache
+                out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True)
+                cache, at = out.past_key_values, at + size
+                pieces.append(out.logits)
+            assert (torch.cat(pieces, 1) - full).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_padding_changes_nothing(side, use_moe):
+    model = make_model(use_moe=use_moe).eval()
+    short, long = text(1, 6), text(1, 11, seed=1)
+    padding = (5, 0) if side == "left" else (0, 5)
+    ids, mask = torch.cat([F.pad(short, padding), long]), torch.cat([F.pad(torch.ones_like(short), padding), torch.ones_like(long)])
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        place = slice(5, None) if side == "left" else slice(0, 6)
+        assert (logits[0, place] - model(short).logits[0]).abs().max() < 1e-5
+        assert (logits[1] - model(long).logits[0]).abs().max() < 1e-5
+        if side == "right":  # causal attention makes the mask unnecessary
+            assert (model(ids).logits[0, place] - logits[0, place]).abs().max() < 1e-5
+
+
+def test_all_ones_mask_equals_no_mask():
+    model, ids = make_model().eval(), text(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+def test_loss_is_the_mean_over_supervised_tokens_of_full_logits():
+    model, ids = make_model(), text(2, 12)
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 3:] = -100
+    out = model(ids, labels=labels)
+    expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert out.logits.shape == ((labels[:, 1:] != -100).sum(), model.config.vocab_size)
+    gradient = torch.autograd.grad(out.loss, model.model.norm.weight)[0]
+    assert torch.allclose(gradient, torch.autograd.grad(expected, model.model.norm.weight)[0], rtol=1e-4, atol=1e-8)
+
+
+def test_no_supervised_token_is_zero_loss_not_nan():
+    model, ids = make_model(), text(2, 7)
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_logits_only_where_asked():
+    model, ids = make_model().eval(), text(2, 9)
+    with torch.no_grad():
+        full = model(ids).logits
+        assert torch.allclose(model(ids, logits_to_keep=3).logits, full[:, -3:], atol=1e-6)
+        assert torch.allclose(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]], atol=1e-6)
+
+
+def test_every_forward_gives_an_output_of_its_own():
+    model = make_model().eval()
+    first = model(text(1, 5))
+    before = first.logits.clone()
+    second = model(text(3, 4, seed=2))
+    assert torch.equal(first.logits, before) and second.logits.shape[0] == 3
+    ghost = weakref.ref(first.logits)
+    del first
+    assert ghost() is None
+
+
+def test_save_and_load_as_transformers_folder(tmp_path):
+    model = make_model(use_moe=True).eval()
+    model.save_pretrained(tmp_path)
+    ids = text(1, 8)
+    for loaded in (MiniMindVLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert isinstance(loaded, MiniMindVLM) and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_registered_with_transformers():
+    assert VLMConfig().model_type == "minimind-v" and VLMConfig().intermediate_size == 1408
+    assert set(model_package.__all__) == {"MiniMindConfig", "MiniMindForCausalLM", "MiniMindVLM", "VLMConfig"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_size": 30}, {"num_key_value_heads": 3}, {"use_moe": True, "num_experts_per_tok": 9},
+              {"scoring_func": "sigmoid"}, {"hidden_size": 12}],
+)  # fmt: skip
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(ValueError):
+        VLMConfig(**({"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2} | wrong))
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [[[2]], [[2, 3]], [[0, 0, 0]], [[2], [4]], [[1, 0], [0, 2]], [[1, 1, 0], [2, 0, 0]], [[3, 0], [2]]])
+def test_each_picture_lands_in_its_own_place(pattern):
+    model, ids = make_model().eval(), with_images(pattern)
+    N = sum(map(len, pattern))
+    features = torch.randn(N, P, 24)
+    with torch.no_grad():
+        embeds = model.embed(ids, image_features=features)
+        projected = model.vision_proj(features)
+    places = [(row, place) for row, gaps in enumerate(pattern) for place in accumulate(gaps)]
+    for number, (row, start) in enumerate(places):
+        assert torch.equal(embeds[row, start : start + P], projected[number])
+    untouched = ids != 34
+    assert torch.equal(embeds[untouched], model.model.embed_tokens(ids)[untouched])
+
+
+def accumulate(gaps: list[int]) -> list[int]:
+    starts, at = [], 0
+    for gap in gaps:
+        starts.append(at + gap)
+        at += gap + P
+    return starts
+
+
+def test_runs_are_leftmost_and_do_not_overlap():
+    assert len(find_image_positions(torch.full((1, 3 * P + 5), 34), 34, P)) == 3 * P
+    assert len(find_image_positions(torch.full((2, P - 1), 34), 34, P)) == 0
+    ids = torch.full((1, P + 4), 34)
+    assert find_image_positions(ids, 34, P).tolist() == list(range(P))
+
+
+def test_counts_that_do_not_match_are_named():
+    model, ids = make_model(), with_images([[2]])
+    with pytest.raises(ValueError, match=r"2 pictures .* places for 1 "):
+        model(ids, image_features=torch.randn(2, P, 24))
+    with pytest.raises(ValueError, match=r"1 pictures .* places for 0 "):
+        model(text(1, 9), image_features=torch.randn(1, P, 24))
+    with pytest.raises(ValueError, match="no vision tower"):
+        model(ids, pixel_values=torch.randn(1, 3, 224, 224))
+
+
+def test_splice_gradient_reaches_features_and_text_alone():
+    embeds, features = torch.randn(1, 10, 4, requires_grad=True), torch.randn(1, 3, 4, requires_grad=True)
+    splice_image_features(embeds, features, torch.tensor([2, 3, 4])).sum().backward()
+    assert torch.equal(features.grad, torch.ones_like(features))
+    assert embeds.grad[0, :, 0].tolist() == [1, 1, 0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_the_tower_is_held_but_not_owned():
+    tower = make_tower()
+    model = make_model(tower=tower).train()
+    model.to(torch.float64)
+    assert not tower.training and not any(p.requires_grad for p in tower.parameters())
+    assert tower.dtype == torch.float64, "the tower follows the model"
+    assert not any("vision_encoder" in name for name, _ in [*model.named_parameters(), *model.state_dict().items()])
+    assert copy.deepcopy(model).vision_encoder is not tower
+    with pytest.raises(ValueError, match="width 24"):
+        make_model(tower=tower, vision_hidden_size=768)
+
+
+def test_text_only_batches_give_every_parameter_a_gradient():
+    for use_moe in (False, True):
+        model, ids = make_model(use_moe=use_moe).train(), text(1, 2)  # 1 token a row and expert at most
+        model(ids, labels=ids).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert model.vision_proj.vision_proj[0].weight.grad.abs().max() == 0
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def test_generate_equals_repeated_full_forwards_with_pictures():
+    model = make_model(tower=make_tower()).eval()
+    ids, pixels = with_images([[2, 1]]), torch.randn(2, 3, 224, 224)
+    out = model.generate(ids, pixel_values=pixels, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    grown = ids
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(grown, pixel_values=pixels).logits[:, -1]
+            grown = torch.cat([grown, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, grown)
+    uncached = model.generate(ids, pixel_values=pixels, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=False)
+    assert torch.equal(uncached, grown)
+
+
+def test_several_answers_and_beams_keep_each_rows_pictures():
+    model = make_model(tower=make_tower()).eval()
+    ids, pixels = with_images([[2, 1], [1, 2]]), torch.randn(4, 3, 224, 224)
+    alone = [model.generate(ids[row : row + 1], pixel_values=pixels[2 * row : 2 * row + 2], max_new_tokens=4, num_beams=3,
+                            do_sample=False, eos_token_id=None) for row in range(2)]  # fmt: skip
+    both = model.generate(ids, pixel_values=pixels, max_new_tokens=4, num_beams=3, do_sample=False, eos_token_id=None)
+    assert torch.equal(both, torch.cat(alone))
+    torch.manual_seed(0)
+    several = model.generate(ids, pixel_values=pixels, max_new_tokens=2, do_sample=True, num_return_sequences=3, eos_token_id=None)
+    assert several.shape == (6, ids.shape[1] + 2) and torch.equal(several[:3, : ids.shape[1]], ids[:1].expand(3, -1))
+
+
+def test_repetition_penalty_lowers_scores_of_either_sign():
+    scores = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[0, 1]]), torch.tensor([[3.0, -2.0, 1.0]]))
+    assert scores.tolist() == [[2.0, -3.0, 1.0]]
+
+
+# --- Mixture of Experts -----------------------------------------------------------------------------------------------
+
+
+def plain_moe(layer: MOEFeedForward, x: torch.Tensor) -> torch.Tensor:
+    """The definition, token by token."""
+    experts, weights, _ = layer.gate(x)
+    rows = []
+    for token, chosen, weight in zip(x.flatten(0, 1), experts, weights, strict=True):
+        routed = sum(w * layer.experts[e](token) for e, w in zip(chosen.tolist(), weight, strict=True))
+        rows.append(routed + sum(expert(token) for expert in layer.shared_experts))
+    return torch.stack(rows).view_as(x)
+
+
+def test_sorted_experts_equal_the_definition_with_gradients():
+    layer = make_model(use_moe=True).model.layers[0].mlp.eval()
+    x = torch.randn(2, 7, 32)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    out, plain = layer(x)[0], plain_moe(layer, x)
+    assert torch.allclose(out, plain, atol=1e-6)
+    ours = torch.autograd.grad(out.square().sum(), parameters)
+    theirs = torch.autograd.grad(plain.square().sum(), parameters, allow_unused=True)
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-6), name
+
+
+def test_auxiliary_loss_ignores_padding_and_is_kept_apart():
+    model = make_model(use_moe=True).train()
+    ids = text(2, 6)
+    padded, mask = F.pad(ids, (0, 9)), F.pad(torch.ones_like(ids), (0, 9))
+    labels, padded_labels = ids, F.pad(ids, (0, 9), value=-100)
+    plain, out = model(ids, labels=labels), model(padded, labels=padded_labels, attention_mask=mask)
+    assert out.aux_loss.item() == pytest.approx(plain.aux_loss.item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
+    assert model(padded, labels=padded_labels).aux_loss.item() != pytest.approx(plain.aux_loss.item(), rel=1e-3)
+    assert model.eval()(ids).aux_loss is None and make_model().train()(ids).aux_loss is None
+
+
+def test_moe_keeps_the_number_format():
+    layer = make_model(use_moe=True).model.layers[0].mlp.train()
+    x = 1e5 * torch.randn(1, 4, 32)  # beyond fp16
+    assert torch.isfinite(layer(x)[0]).all() and layer(x)[0].dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(layer(x)[0]).all()
+
+
+def test_decoder_alone_is_a_transformers_model():
+    torch.manual_seed(0)
+    config = model_package.MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    decoder = MiniMindForCausalLM(config).eval()
+    out = decoder.generate(text(2, 4), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert out.shape == (2, 7)

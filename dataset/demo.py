@@ -26,11 +26,13 @@ FOLDER = REPOSITORY / "dataset" / "demo"
 OUT = REPOSITORY / "out"
 TOWER = REPOSITORY / "model" / "vision_model" / "tiny-clip"
 SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 DESCRIBE = "Describe the image."
+NEGATED_SHARE = 0.4  # of the negated questions that the text-only stage keeps
 DECODER = ["--hidden_size", "256", "--num_hidden_layers", "4"]
 STAGES = {
     "llm": ["train_sft_vlm.py", "--from_weight", "none", "--data_path", "llm.jsonl", "--epochs", "1",
-            "--batch_size", "16", "--learning_rate", "2e-3"],
+            "--batch_size", "32", "--learning_rate", "1e-3"],
     "pretrain_vlm": ["train_pretrain_vlm.py", "--from_weight", "llm", "--data_path", "captions.jsonl", "--epochs", "1",
                      "--batch_size", "16", "--learning_rate", "2e-3"],
     "sft_vlm": ["train_sft_vlm.py", "--from_weight", "pretrain_vlm", "--data_path", "sft.jsonl", "--epochs", "3",
@@ -44,10 +46,17 @@ def kind_of(answer: str) -> str:
 
 
 def describe(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """(colour, shape) of a picture as far as its own questions and answers tell."""
-    colour = next((answer for _, answer in questions if kind_of(answer) == "colour"), None)
-    shape = next((answer for _, answer in questions if answer in SHAPES), None)
-    return colour, shape
+    """(colour, shape) of a picture as far as its own questions and answers tell, yes/no questions included."""
+    found: dict[str, str] = {}
+    for question, answer in questions:
+        kind, word = kind_of(answer), answer
+        if kind == "yes/no":
+            word = next((w for w in question.rstrip("?").split() if w in SHAPES or w in COLOURS), None)
+            if word is None or (answer == "yes") == is_negated(question):
+                continue  # it tells what is absent
+            kind = kind_of(word)
+        found[kind] = word
+    return found.get("colour"), found.get("shape")
 
 
 def conversation(turns: list[tuple[str, str]], image: str | None = None, **more) -> dict:
@@ -82,25 +91,49 @@ def copy_pictures(folder: Path) -> None:
             shutil.copyfile(path, folder / split / f"{number}.png")
 
 
-def text_rows(train: dict, rng: random.Random, count: int, questions: int) -> list[dict]:
-    """Text-only conversations: a description, then questions that training pictures of that kind were asked."""
+def phrase(colour: str, shape: str) -> str:
+    """The description of a picture, in words that its questions use, too ("red" and " red" are different tokens)."""
+    return f"a {colour} {shape}"
+
+
+def is_negated(question: str) -> bool:
+    """Whether a yes/no question asks for absence."""
+    return bool({"no", "not"} & set(question.rstrip("?").split()))
+
+
+def text_rows(train: dict, rng: random.Random, count: int) -> list[dict]:
+    """Text-only conversations: a description and one question that training pictures of that kind were asked.
+
+    The mix is a curriculum in itself. In easy-VQA as it is, half of the yes/no questions are negated and seven of eight
+    colours are absent, so "yes exactly when negated" is right most of the time, and with presence balanced as well the
+    answer is an exclusive or, with nothing to learn from one half alone. Here presence is balanced and most questions
+    are plain: comparing is learned within a minute, and negation after it.
+    """
     asked: dict[tuple, dict[str, str]] = {}
     for turns in train.values():
         if None not in describe(turns):
             asked.setdefault(describe(turns), {}).update(turns)
+    pools = {}
+    for (colour, shape), known in sorted(asked.items()):
+        yes_no = [(question, answer) for question, answer in sorted(known.items()) if kind_of(answer) == "yes/no"]
+        open_ended = [(question, answer) for question, answer in sorted(known.items()) if kind_of(answer) != "yes/no"]
+        named = [turn for turn in yes_no if {colour, shape} & set(turn[0].rstrip("?").split())]
+        absent = [turn for turn in yes_no if turn not in named]
+        pools[colour, shape] = [*open_ended, (DESCRIBE, phrase(colour, shape))], named, absent
     rows = []
-    for _ in range(count):
-        (colour, shape), known = rng.choice(sorted(asked.items()))
-        turns = rng.sample(sorted(known.items()), questions)
-        turns[0] = (f"{colour} {shape}\n{turns[0][0]}", turns[0][1])
-        rows.append(conversation(turns))
+    while len(rows) < count:
+        (colour, shape), (open_ended, named, absent) = rng.choice(list(pools.items()))
+        pool = open_ended if rng.random() < 0.15 else named if rng.random() < 0.5 else absent
+        question, answer = rng.choice(pool)
+        if kind_of(answer) != "yes/no" or not is_negated(question) or rng.random() < NEGATED_SHARE:
+            rows.append(conversation([(f"{phrase(colour, shape)}\n{question}", answer)]))
     return rows
 
 
 def caption_rows(train: dict) -> list[dict]:
     """One caption a picture: what its own questions and answers tell of it."""
     described = {number: describe(turns) for number, turns in train.items()}
-    return [conversation([(DESCRIBE, f"{colour} {shape}")], f"train/{number}.png")
+    return [conversation([(DESCRIBE, phrase(colour, shape))], f"train/{number}.png")
             for number, (colour, shape) in described.items() if colour and shape]  # fmt: skip
 
 
@@ -126,7 +159,7 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     train, test = read_split("train"), read_split("test")
     copy_pictures(folder / "images")
     files = {
-        "llm": text_rows(train, rng, count=8000, questions=8),
+        "llm": text_rows(train, rng, count=17_600),
         "captions": caption_rows(train),
         "sft": question_rows(train, rng, questions=4),
         "test": test_rows(test),

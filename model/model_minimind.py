@@ -46,7 +46,7 @@ class MiniMindConfig(PretrainedConfig):
     rms_norm_eps: float = 1e-5
     rope_parameters: dict | None = None
     hidden_act: str = "silu"
-    initializer_range: float = 0.02
+    initializer_range: float | None = None  # standard deviation of fresh weights; None: 1 / sqrt(hidden_size)
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
@@ -65,6 +65,8 @@ class MiniMindConfig(PretrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.initializer_range is None:
+            self.initializer_range = self.hidden_size**-0.5
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if self.head_dim % 2:

@@ -25,6 +25,7 @@ from .sampler import ResumableSampler
 from .signals import StopRequest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LOADER_GRACE = 60  # seconds that a loader process lives on after a SIGTERM
 
 
 @dataclass
@@ -165,8 +166,9 @@ def build_loader(run: Run, epoch: int, skip: int, workers: int) -> tuple[DataLoa
 
 
 def _start_worker(_: int) -> None:
-    # A signal to the whole group, Ctrl-C among them, is the trainer's to answer: it still needs its workers to finish
-    # the update. They end with it, or when it is gone.
-    for signum in StopRequest.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    # A signal to all processes of a run is the trainer's to answer: it still needs its loaders to finish the update, and
+    # ends them itself. One that nobody ended goes by the alarm.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in StopRequest.SIGNALS[1:]:
+        signal.signal(signum, lambda *_: signal.alarm(LOADER_GRACE))
     torch.set_num_threads(1)

@@ -85,17 +85,17 @@ class Trainer:
         with StopRequest() as stop:
             while self.state.epoch < self.config.epochs:
                 loader, sizes = build_loader(self.run, self.state.epoch, self.state.samples, self.workers)
-                batches = iter(loader)
-                for size in sizes:
-                    micro_batches = list(islice(batches, size))
-                    supervised, tokens, signum = self.agree(micro_batches, stop.signum)
-                    if signum:
-                        return self.stop_early(int(signum))
-                    learning_rate = cosine(self.state.update, self.total, self.config.learning_rate)
-                    self.update(micro_batches, learning_rate, supervised, tokens)
-                    self.advance()
-                    self.log_if_due(learning_rate)
-                    self.save_if_due()
+                with contextlib.closing(batch for batch in loader) as batches:  # ends the loader's processes, too
+                    for size in sizes:
+                        micro_batches = list(islice(batches, size))
+                        supervised, tokens, signum = self.agree(micro_batches, stop.signum)
+                        if signum:
+                            return self.stop_early(int(signum))
+                        learning_rate = cosine(self.state.update, self.total, self.config.learning_rate)
+                        self.update(micro_batches, learning_rate, supervised, tokens)
+                        self.advance()
+                        self.log_if_due(learning_rate)
+                        self.save_if_due()
         self.save_if_due(last=True)
         self.tracker.close()
         return 0

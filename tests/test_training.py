@@ -1,0 +1,389 @@
+"""The loop, as users run it: resumed equals uninterrupted, two processes equal one, nothing twice, nothing lost."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from model import MiniMindVLM, VLMConfig
+from trainer import checkpoint
+from trainer.build import freeze
+from trainer.config import TrainConfig, UsageError, parse_config, weight_name
+from trainer.loop import cosine
+from trainer.sampler import ResumableSampler
+from tests.conftest import (
+    REPOSITORY,
+    make_data,
+    make_model,
+    make_tower,
+    read_metrics,
+    run_script,
+    training_flags,
+    write_jsonl,
+)
+
+NAME = "sft_vlm_32"
+
+
+def weights(out, name: str = NAME) -> dict:
+    return torch.load(out / "out" / f"{name}.pth", weights_only=True)
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def train(data, tower_folder, out, *extra, script: str = "train_sft_vlm.py", processes: int = 0, **flags):
+    done = run_script(script, *training_flags(data, tower_folder, out, **flags), *extra, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# --- order of samples -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "batch", "accumulation", "ranks"), [(23, 2, 1, 1), (23, 3, 2, 2), (5, 4, 3, 3), (64, 4, 4, 4), (1, 2, 1, 2)])
+def test_every_sample_once_on_some_rank_and_same_updates_for_any_number_of_ranks(size, batch, accumulation, ranks):
+    samplers = [ResumableSampler(size, batch, accumulation, 7, rank, ranks) for rank in range(ranks)]
+    alone = ResumableSampler(size, batch * ranks, accumulation, 7)
+    updates = [list(sampler.updates(3)) for sampler in samplers]
+    assert [len(update) for update in updates[0]] == [len(update) for update in updates[-1]]
+    assert len(updates[0]) == alone.updates_per_epoch == samplers[0].updates_per_epoch
+    for number, expected in enumerate(alone.updates(3)):
+        for micro, wanted in enumerate(expected):
+            got = [index for rank in range(ranks) for index in updates[rank][number][micro]]
+            assert sorted(got) == sorted(wanted)
+    everything = list(itertools.chain.from_iterable(itertools.chain.from_iterable(itertools.chain.from_iterable(updates))))
+    assert sorted(everything) == list(range(size))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    order = ResumableSampler(50, 4, 1, seed=1).order
+    assert (order(0) == ResumableSampler(50, 9, 3, seed=1, rank=1, ranks=2).order(0)).all()
+    assert (order(0) != order(1)).any() and (order(0) != ResumableSampler(50, 4, 1, seed=2).order(0)).any()
+    assert not np.array_equal(order(0), np.arange(50))
+
+
+def test_the_rest_after_any_number_of_samples_is_the_uninterrupted_rest():
+    sampler = ResumableSampler(23, 2, 2, seed=1)
+    whole = list(sampler.updates(0))
+    for done in range(len(whole)):
+        assert list(sampler.updates(0, skip=done * 4)) == whole[done:]
+
+
+def test_learning_rate_goes_from_the_peak_to_a_tenth():
+    assert cosine(0, 100, 4e-4) == pytest.approx(4e-4) and cosine(100, 100, 4e-4) == pytest.approx(4e-5)
+    assert cosine(50, 100, 1.0) == pytest.approx(0.55)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_published_ones():
+    from train_sft_vlm import DEFAULTS as SFT
+
+    pretrain, sft = parse_config("", {}, []), parse_config("", SFT, [])
+    expected = {
+        "save_weight": ("pretrain_vlm", "sft_vlm"), "epochs": (4, 2), "batch_size": (16, 4),
+        "learning_rate": (4e-4, 1e-6), "num_workers": (8, 8), "accumulation_steps": (1, 1), "grad_clip": (1.0, 1.0),
+        "log_interval": (100, 100), "save_interval": (100, 100), "hidden_size": (512, 512),
+        "num_hidden_layers": (8, 8), "max_seq_len": (640, 1536), "use_moe": (0, 0),
+        "from_weight": ("llm", "pretrain_vlm"), "from_resume": (0, 0), "freeze_llm": (1, 0), "use_wandb": (False, False),
+        "wandb_project": ("MiniMind-V-Pretrain", "MiniMind-V-SFT"), "seed": (42, 42),
+        "save_dir": (str(REPOSITORY / "out"),) * 2, "tokenizer_path": (str(REPOSITORY / "model"),) * 2,
+        "data_path": (str(REPOSITORY / "dataset/pretrain_data.jsonl"), str(REPOSITORY / "dataset/sft_data.jsonl")),
+        "images_path": (str(REPOSITORY / "dataset/pretrain_images"), str(REPOSITORY / "dataset/sft_images")),
+        "vision_model_path": (str(REPOSITORY / "model/vision_model/clip-vit-base-patch16"),) * 2,
+    }  # fmt: skip
+    for name, values in expected.items():
+        assert (getattr(pretrain, name), getattr(sft, name)) == values, name
+    assert weight_name("sft_vlm", 512, True) == "sft_vlm_512_moe"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--use_moe", "False"], ["--freeze_llm", "3"], ["--epochs", "0"], ["--batch_size", "-1"], ["--dtype", "int8"],
+              ["--learning_rate", "nan"], ["--from_weight", "a/b"], ["--no_such_flag"]],
+)  # fmt: skip
+def test_bad_flags_end_with_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config("", {}, flags)
+    assert end.value.code == 2 and flags[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_moe_zero_means_dense():
+    assert not parse_config("", {}, ["--use_moe", "0"]).use_moe and parse_config("", {}, ["--use_moe", "1"]).use_moe
+
+
+def test_freezing_modes():
+    model = make_model(tower=make_tower())
+    names = {name for name, _ in model.named_parameters()}
+    projector = {name for name in names if name.startswith("vision_proj.")}
+    last = {name for name in names if name.startswith("model.layers.1.")}
+    for mode, expected in ((0, names), (1, projector), (2, projector | last)):
+        freeze(model, mode)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+        assert not any(p.requires_grad for p in model.vision_encoder.parameters())
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_everything_missing_is_named_with_the_commands_that_fetch_it(tmp_path):
+    done = run_script("train_pretrain_vlm.py", "--epochs", 4, "--from_weight", "llm", "--save_dir", tmp_path,
+                      "--data_path", tmp_path / "no.jsonl", "--vision_model_path", tmp_path / "clip", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("hf download") == 3 and "openai/clip-vit-base-patch16" in done.stderr
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, accumulation):
+    """Stopped by a signal in the middle of the second epoch, with a state saved at every update."""
+    flags = {"accumulation_steps": accumulation, "epochs": 2, "save_interval": 1}
+    train(data, tower_folder, tmp_path / "whole", **flags)
+    part = tmp_path / "part"
+    total = 2 * -(-22 // (2 * accumulation))
+    command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, part, **flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stderr:
+        if f"update {total // 2 + 1}/" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 0, rest
+    assert "stopped by SIGINT" in rest and "--from_resume 1" in rest
+    done_then = checkpoint.load_training_state(part / "checkpoints" / f"{NAME}_resume.pth")["state"]["update"]
+    assert total // 2 < done_then < total, "it stopped in the middle of an epoch"
+    done = train(data, tower_folder, part, from_resume=1, **flags)
+    assert f"{done_then} updates done" in done.stderr
+    assert_same(weights(tmp_path / "whole"), weights(part))
+    strip = [{k: line[k] for k in ("update", "epoch", "loss", "learning_rate")} for line in read_metrics(part, NAME)]
+    whole = [{k: line[k] for k in ("update", "epoch", "loss", "learning_rate")} for line in read_metrics(tmp_path / "whole", NAME)]
+    assert strip == whole and [line["update"] for line in whole] == list(range(1, total + 1))
+
+
+def test_sigterm_saves_and_ends_with_143_even_when_all_processes_get_it(data, tower_folder, tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"),
+               *training_flags(data, tower_folder, tmp_path, epochs=200, save_interval=10_000)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if "update 3/" in line:
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 143, rest
+    assert "Traceback" not in rest and "stopped by SIGTERM" in rest
+    state = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
+    assert state["state"]["update"] >= 3
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(data, tower_folder, tmp_path, accumulation):
+    flags = {"accumulation_steps": accumulation, "epochs": 2, "dtype": "float32"}
+    train(data, tower_folder, tmp_path / "one", batch_size=4, **flags)
+    train(data, tower_folder, tmp_path / "two", batch_size=2, processes=2, **flags)
+    one, two = ([line["loss"] for line in read_metrics(tmp_path / name, NAME)] for name in ("one", "two"))
+    assert len(one) == len(two) > 3 and np.abs(np.array(one) - two).max() < 1e-4
+    for name, tensor in weights(tmp_path / "one").items():
+        assert (tensor.float() - weights(tmp_path / "two")[name].float()).abs().max() < 2e-3, name
+
+
+def test_a_rank_without_pictures_does_not_hang(tower_folder, tmp_path):
+    """Of two samples in each update one has a picture: one of two ranks never sees any at a time."""
+    make_data(tmp_path, 12)
+    rows = []
+    for number in range(8):
+        shown = number % 2 == 0
+        rows.append({"conversations": [{"role": "user", "content": "<image>" * shown + "What?"},
+                                       {"role": "assistant", "content": "This."}], **({"image": "p.png"} if shown else {})})  # fmt: skip
+    from PIL import Image
+
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "pictures" / "p.png")
+    data = write_jsonl(tmp_path / "mixed.jsonl", rows), tmp_path / "pictures"
+    for freeze_llm in (0, 1):
+        train(data, tower_folder, tmp_path / str(freeze_llm), batch_size=1, processes=2, freeze_llm=freeze_llm)
+
+
+def test_accumulation_takes_the_leftover_group_as_an_update(data, tower_folder, tmp_path):
+    """22 samples by 2 are 11 micro-batches: with 4 an update, updates end after 4, 8 and 11."""
+    train(data, tower_folder, tmp_path, accumulation_steps=4)
+    metrics = read_metrics(tmp_path, NAME)
+    assert [line["update"] for line in metrics] == [1, 2, 3]
+    assert [round(line["epoch"] * 22) for line in metrics] == [8, 16, 22]
+    state = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
+    assert state["state"]["update"] == 3, "the last update is saved though save_interval is 100"
+
+
+def test_pretraining_moves_the_projector_alone(data, tower_folder, tmp_path):
+    start = make_model(hidden_size=32, num_attention_heads=8)
+    (tmp_path / "out").mkdir()
+    checkpoint.save_weights(tmp_path / "out" / "llm_32.pth", start, {})
+    train(data, tower_folder, tmp_path, script="train_pretrain_vlm.py", from_weight="llm", freeze_llm=1)
+    before, after = weights(tmp_path, "llm_32"), weights(tmp_path, "pretrain_vlm_32")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
+    assert not any(name.startswith("vision_encoder") for name in after)
+    sidecar = json.loads((tmp_path / "out" / "pretrain_vlm_32.json").read_text())
+    assert VLMConfig(**sidecar["config"]).hidden_size == 32 and set(sidecar["fingerprints"]) == {"tokenizer", "vision_encoder"}
+    state = checkpoint.load_training_state(tmp_path / "checkpoints" / "pretrain_vlm_32_resume.pth")
+    assert not any("vision_encoder" in name for name in state["model"])
+
+
+@pytest.mark.parametrize(("dtype", "moe"), [("bfloat16", 0), ("bfloat16", 1), ("float16", 0)])
+def test_number_formats_and_experts_learn(data, tower_folder, tmp_path, dtype, moe):
+    train(data, tower_folder, tmp_path, dtype=dtype, use_moe=moe, epochs=6, batch_size=4, learning_rate=3e-3)
+    name = weight_name("sft_vlm", 32, bool(moe))
+    losses = [line["loss"] for line in read_metrics(tmp_path, name)]
+    assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
+    auxiliary = [line["aux_loss"] for line in read_metrics(tmp_path, name)]
+    assert all(value > 0 for value in auxiliary) if moe else not any(auxiliary)
+
+
+def test_a_bad_sample_is_skipped_named_and_counted(data, tower_folder, tmp_path):
+    rows = data[0].read_text().splitlines()
+    rows[4:4] = ['{"conversations": 3}']
+    few = write_jsonl(tmp_path / "few.jsonl", rows * 6)  # 6 of 138: past 1% of what was read
+    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "a"))
+    assert done.returncode == 1 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
+    assert "few.jsonl:5: 'conversations' is missing" in done.stderr
+    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "b", on_bad_sample="raise"))
+    assert done.returncode == 1 and done.stderr.count("bad sample skipped") == 1
+    plain = write_jsonl(tmp_path / "plain.jsonl", ['{"conversations": 3}', *(
+        [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 130)])  # fmt: skip
+    done = train((plain, data[1]), tower_folder, tmp_path / "c", batch_size=16)
+    assert "plain.jsonl:1" in done.stderr and read_metrics(tmp_path / "c", NAME)[-1]["bad_samples"] == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path, save_interval=1)
+    before = weights(tmp_path)
+    broken = {name: tensor.clone() for name, tensor in before.items()}
+    broken["model.norm.weight"][:] = float("nan")
+    torch.save(broken, tmp_path / "out" / "broken_32.pth")
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, from_weight="broken", save_interval=1))
+    assert done.returncode == 1 and "not finite" in done.stderr and "data.jsonl:" in done.stderr
+    assert_same(weights(tmp_path), before)
+
+
+def test_workers_are_capped_with_a_notice(data, tower_folder, tmp_path):
+    assert "capped to" in train(data, tower_folder, tmp_path, num_workers=4096).stderr
+
+
+def test_scripts_run_from_any_folder(data, tower_folder, tmp_path):
+    done = run_script("train_sft_vlm.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and str(REPOSITORY / "dataset" / "sft_data.jsonl") in done.stdout
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_load_strictly(tmp_path):
+    model = make_model()
+    path = tmp_path / "w_32.pth"
+    checkpoint.save_weights(path, model, {"fingerprints": {"tokenizer": "abc"}})
+    other = make_model(seed=5)
+    assert checkpoint.load_weights(path, other, {"tokenizer": "abc"}) == []
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor.half().float())
+    with pytest.raises(UsageError, match="another tokenizer"):
+        checkpoint.load_weights(path, other, {"tokenizer": "xyz"})
+    for wrong, message in [({"hidden_size": 64}, "another shape"), ({"num_hidden_layers": 3}, "missing"),
+                           ({"num_hidden_layers": 1}, "unexpected"), ({"use_moe": True}, "missing")]:  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            checkpoint.load_weights(path, make_model(**wrong))
+    with pytest.raises(UsageError, match="hf download"):
+        checkpoint.load_weights(tmp_path / "none.pth", model)
+
+
+def test_published_weights_load(tmp_path):
+    """A language model alone leaves the projector fresh; a full checkpoint's encoder keys are passed over."""
+    model, path = make_model(), tmp_path / "llm_32.pth"
+    state = model.state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if "vision_proj" not in name}, path)
+    assert checkpoint.load_weights(path, make_model(seed=1)) == ["vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"]
+    torch.save({**state, "vision_encoder.embeddings.x": torch.ones(2)}, path)
+    assert checkpoint.load_weights(path, make_model(seed=1)) == []
+    del state["model.norm.weight"]
+    torch.save(state, path)
+    with pytest.raises(UsageError, match="model.norm.weight"):
+        checkpoint.load_weights(path, make_model(seed=1))
+
+
+class Evil:
+    """Would run a command when unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/minimind_v_was_here",)
+
+
+def test_torn_and_malicious_files_are_refused(tmp_path):
+    model, path = make_model(), tmp_path / "w.pth"
+    checkpoint.save_weights(path, model, {})
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UsageError, match="no readable weight file"):
+        checkpoint.load_weights(path, model)
+    torch.save({"model.norm.weight": Evil()}, path)
+    with pytest.raises(UsageError, match="no readable weight file"):
+        checkpoint.load_weights(path, model)
+    assert not os.path.exists("/tmp/minimind_v_was_here")
+    with pytest.raises(UsageError, match="no training state at"):
+        checkpoint.load_training_state(tmp_path / "none.pth")
+
+
+def test_values_beyond_fp16_are_not_saved_as_infinity(tmp_path):
+    model = make_model()
+    model.model.norm.weight.data[3] = 1e6
+    with pytest.raises(FloatingPointError, match=r"model\.norm\.weight"):
+        checkpoint.save_weights(tmp_path / "w.pth", model, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_resume_with_other_settings_is_refused_by_name(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path)
+    for flag, value in (("seed", 7), ("freeze_llm", 2)):
+        done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, from_resume=1, **{flag: value}))
+        assert done.returncode == 2 and f"--{flag}" in done.stderr, done.stderr
+    done = train(data, tower_folder, tmp_path, from_resume=1)  # a finished run has nothing left to do
+    assert "11 updates done" in done.stderr
+
+
+def test_swanlab_offline_and_failing(data, tower_folder, tmp_path):
+    flags = training_flags(data, tower_folder, tmp_path)
+    done = run_script("train_sft_vlm.py", *flags, "--use_wandb", cwd=tmp_path, SWANLAB_MODE="offline")
+    assert done.returncode == 0 and "SwanLab is off" not in done.stderr, done.stderr
+    assert list(tmp_path.glob("swanlog/*")), "the offline run is on disk"
+    done = run_script("train_sft_vlm.py", *flags, "--use_wandb", cwd=tmp_path, SWANLAB_MODE="nonsense")
+    assert done.returncode == 0 and done.stderr.count("warning: SwanLab is off") == 1
+
+
+def test_settings_survive_as_json():
+    config = TrainConfig(epochs=3)
+    assert json.loads(config.to_json())["epochs"] == 3
+
+
+def test_model_from_files_alone(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path)
+    sidecar = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())
+    MiniMindVLM(VLMConfig(**sidecar["config"])).load_state_dict(weights(tmp_path))
+    assert time.time() - (tmp_path / "out" / f"{NAME}.pth").stat().st_mtime < 300

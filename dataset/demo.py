@@ -34,9 +34,9 @@ STAGES = {
     "llm": ["train_sft_vlm.py", "--from_weight", "none", "--data_path", "llm.jsonl", "--epochs", "1",
             "--batch_size", "32", "--learning_rate", "1e-3"],
     "pretrain_vlm": ["train_pretrain_vlm.py", "--from_weight", "llm", "--data_path", "captions.jsonl", "--epochs", "1",
-                     "--batch_size", "16", "--learning_rate", "2e-3"],
-    "sft_vlm": ["train_sft_vlm.py", "--from_weight", "pretrain_vlm", "--data_path", "sft.jsonl", "--epochs", "3",
-                "--batch_size", "8", "--learning_rate", "1e-3"],
+                     "--batch_size", "16", "--learning_rate", "4e-3"],
+    "sft_vlm": ["train_sft_vlm.py", "--from_weight", "pretrain_vlm", "--data_path", "sft.jsonl", "--epochs", "1",
+                "--batch_size", "16", "--learning_rate", "5e-4"],
 }  # fmt: skip
 
 
@@ -137,14 +137,14 @@ def caption_rows(train: dict) -> list[dict]:
             for number, (colour, shape) in described.items() if colour and shape]  # fmt: skip
 
 
-def question_rows(train: dict, rng: random.Random, questions: int) -> list[dict]:
-    """Every training question once, a few of a picture to a conversation."""
+def question_rows(train: dict, rng: random.Random, questions: int, count: int) -> list[dict]:
+    """`count` conversations of a few training questions about one picture; no question twice."""
     rows = []
     for number, turns in train.items():
         turns = rng.sample(turns, len(turns))
         groups = [turns[start : start + questions] for start in range(0, len(turns), questions)]
         rows += [conversation(group, f"train/{number}.png") for group in groups]
-    return rows
+    return rng.sample(rows, count)
 
 
 def test_rows(test: dict) -> list[dict]:
@@ -161,7 +161,7 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     files = {
         "llm": text_rows(train, rng, count=17_600),
         "captions": caption_rows(train),
-        "sft": question_rows(train, rng, questions=4),
+        "sft": question_rows(train, rng, questions=4, count=5600),
         "test": test_rows(test),
     }
     for name, rows in files.items():
@@ -183,7 +183,7 @@ def train_stage(stage: str) -> None:
     script, *flags = STAGES[stage]
     flags = [str(FOLDER / flag) if flag.endswith(".jsonl") else flag for flag in flags]
     run_script([script, *flags, *DECODER, "--save_weight", stage, "--images_path", str(FOLDER / "images"),
-                "--vision_model_path", str(TOWER), "--log_interval", "50", "--save_interval", "500"])  # fmt: skip
+                "--vision_model_path", str(TOWER), "--num_workers", "1", "--log_interval", "50", "--save_interval", "500"])  # fmt: skip
 
 
 def report(seconds: float, timings: dict[str, float]) -> None:

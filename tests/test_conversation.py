@@ -37,14 +37,6 @@ def test_layout_is_the_published_one(renderer, tokenizer, row):
     assert (rendered.labels[rendered.labels != -100] == rendered.ids[rendered.labels != -100]).all()
 
 
-@pytest.mark.skipif(not (REPOSITORY / "tests" / "fixtures" / "published_tokenizer").exists(), reason="not shipped")
-@pytest.mark.parametrize("row", RECORDED, ids=range(len(RECORDED)))
-def test_ids_with_the_published_tokenizer(row):
-    renderer = Renderer(AutoTokenizer.from_pretrained(FIXTURES / "published_tokenizer"))
-    rendered = renderer.render(parse_sample(row, "f:1"), row["max_length"])
-    assert rendered.ids[:-1].tolist() == row["input_ids"][: len(rendered) - 1]
-
-
 def test_chat_template_says_the_same(renderer, tokenizer):
     turns = (Turn("system", "Be brief."), Turn("user", "Hello"), Turn("assistant", "Hi"), Turn("user", "你好"))
     for given_turns in (turns, turns[1:]):

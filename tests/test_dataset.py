@@ -118,7 +118,7 @@ def test_missing_data_says_how_to_fetch_it(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="no samples"):
         open_samples(tmp_path / "empty.jsonl")
-    with pytest.raises(DataError, match="no .jsonl"):
+    with pytest.raises(DataError, match=r"no \.jsonl"):
         open_samples(write_jsonl(tmp_path / "data.csv", [GOOD]))
     with pytest.raises(SampleError, match="no folder"):
         open_images(tmp_path / "nowhere").load("a.png")

@@ -11,7 +11,6 @@ from model import MiniMindConfig, MiniMindVLM, VLMConfig
 from model.model_minimind import rope_frequencies, rope_tables
 from model.moe import MoEGate
 from model.vision import encode_images
-
 from tests.conftest import FIXTURES
 
 CASES = ["one_image", "two_rows_one_image", "two_rows_two_images", "text_only"]

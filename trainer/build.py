@@ -1,6 +1,5 @@
 """From settings to the objects of a run: tokenizer, model, data, optimizer, number format."""
 
-import logging
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import Renderer
 from dataset.sources import DataError, open_images, open_samples
@@ -53,6 +53,8 @@ def build_model(
     hidden_size: int, num_hidden_layers: int, use_moe: bool, vision_model_path: str, tokenizer: PreTrainedTokenizerBase
 ) -> MiniMindVLM:
     """A fresh model around the frozen tower, in fp32 on the CPU."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         tower = load_vision_tower(vision_model_path)
         config = VLMConfig(
@@ -111,7 +113,6 @@ def worker_count(wanted: int, ranks: Ranks) -> int:
 
 def build(config: TrainConfig, ranks: Ranks) -> Run:
     """Everything that a run needs, or a UsageError that lists all that is missing."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.tokenizer_path)
     problems = []

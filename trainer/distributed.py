@@ -3,6 +3,7 @@
 Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); started plainly, there is one rank.
 """
 
+import ctypes
 import os
 import sys
 from dataclasses import dataclass
@@ -56,11 +57,29 @@ def default_device() -> str:
     return "cpu"
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep what tensors free instead of handing it back to the system.
+
+    By default every large tensor is mapped anew and each of its pages faults on first touch; an update allocates
+    hundreds of them. A quarter of the time of a CPU update was spent there. Other C libraries are left alone.
+    """
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 64 * 2**20)
+
+
 def start(device_name: str) -> Ranks:
     """Joins the process group that torchrun's environment describes, if there is one."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device(device_name)
+    if device.type == "cpu":
+        keep_freed_memory()
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)

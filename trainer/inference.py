@@ -15,9 +15,10 @@ from dataset.conversation import IMAGE_MARK, Renderer, Turn
 from model import MiniMindVLM
 from model.vision import VisionTowerError, load_vision_tower, normalize, preprocess
 
-from .build import build_model, load_tokenizer
+from .build import bf16_is_fast, build_model, load_tokenizer
 from .checkpoint import fingerprints, load_weights, read_sidecar
 from .config import UsageError
+from .distributed import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,12 @@ def load_assistant(
 ) -> Assistant:  # fmt: skip
     """A model for answering: native weights when `load_from` is "model", otherwise a transformers folder.
 
+    In bf16 where the device multiplies that faster, else in fp32.
     Raises UsageError for anything missing or not fitting.
     """
+    if device == "cpu":
+        keep_freed_memory()
+    dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32
     if load_from == "model":
         sizes = (read_sidecar(weight_file) or {}).get("config", {})
         tokenizer = load_tokenizer(tokenizer_path)
@@ -104,7 +109,7 @@ def load_assistant(
         model = build_model(hidden_size, layers, use_moe, vision_model_path, tokenizer)
         if fresh := load_weights(weight_file, model, fingerprints(model, tokenizer)):
             raise UsageError(f"{weight_file} holds a language model without projector ({', '.join(fresh)} missing)")
-        return Assistant(model.to(device), tokenizer)
+        return Assistant(model.to(device, dtype), tokenizer)
     folder = Path(load_from)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--load_from {load_from}: no config.json there; give 'model' or a transformers folder")
@@ -119,7 +124,7 @@ def load_assistant(
         model.attach_vision_tower(load_vision_tower(vision_model_path))
     except (VisionTowerError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return Assistant(model.to(device), tokenizer)
+    return Assistant(model.to(device, dtype), tokenizer)
 
 
 @dataclass

@@ -1,0 +1,185 @@
+"""Evaluation: answers alone and in batches, chat with memory, scoring, and the script as a person uses it."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from dataset.conversation import IMAGE_MARK, Turn
+from eval_vlm import kind_of
+from model.vision import preprocess
+from tests.conftest import DECODER, REPOSITORY, make_model, make_tower, run_script, write_jsonl
+from trainer import checkpoint
+from trainer.config import UsageError
+from trainer.inference import Assistant, Chat, Sampling
+
+GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def assistant(tokenizer) -> Assistant:
+    return Assistant(make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8), tokenizer)
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (40, 40), colour)
+
+
+def test_batches_give_the_answers_of_one_by_one(assistant):
+    red, blue = preprocess(picture("red")), preprocess(picture("blue"))
+    questions = [
+        ((Turn("user", f"{IMAGE_MARK}\nWhat?"),), [red]),
+        ((Turn("user", "Just text, and a little longer than the others are"),), []),
+        ((Turn("user", f"{IMAGE_MARK}{IMAGE_MARK} and?"), Turn("assistant", "so"), Turn("user", f"{IMAGE_MARK}?")), [red, blue, red]),
+    ]
+    alone = [assistant.generate([turns], pixels, GREEDY)[0] for turns, pixels in questions]
+    together = assistant.generate([turns for turns, _ in questions], [p for _, pixels in questions for p in pixels], GREEDY)
+    assert together == alone and len(set(alone)) > 1
+
+
+def test_sampling_is_repeatable_by_seed(assistant):
+    turns = (Turn("user", "hello"),)
+    first, again, other = (assistant.generate([turns], [], Sampling(12, 1.5, 1.0, seed=seed))[0] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_chat_remembers_and_forgets_whole_exchanges(assistant):
+    chat = Chat(assistant, GREEDY, max_length=700)
+    chat.add_picture(picture("red"))
+    chat.ask("What is it?")
+    chat.ask("And its colour?")
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"] * 2 and len(chat.pixels) == 1
+    for _ in range(3):
+        chat.add_picture(picture("blue"))
+        chat.ask("And this?")
+    marks = sum(turn.content.count(IMAGE_MARK) for turn in chat.turns)
+    assert marks == len(chat.pixels) == 3 and chat.turns[0].role == "user", "the oldest picture went with its turn"
+    chat.reset()
+    assert not chat.turns and not chat.pixels
+    with pytest.raises(UsageError, match="too long"):
+        chat.ask("word " * 2000)
+    assert not chat.turns
+
+
+def test_a_typed_mark_is_text(assistant):
+    chat = Chat(assistant, GREEDY)
+    chat.ask("what does <image> mean?")
+    assert not chat.pixels and chat.turns[0].content.count(IMAGE_MARK) == 0
+
+
+def test_streaming_never_shows_half_a_character(tokenizer):
+    shown = []
+
+    class Collect(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            shown.append(text)
+
+    streamer = Collect(tokenizer, skip_special_tokens=True)
+    text = "一隻黑貓🙂 sits 在沙發上"
+    for token in tokenizer(text).input_ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(shown) == text and len(shown) > 3 and not any("\ufffd" in piece for piece in shown)
+
+
+def test_kinds_of_answers():
+    assert [kind_of(answer) for answer in ("yes", "No.", "12", "3.5", "a cat")] == ["yes/no", "yes/no", "number", "number", "other"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tower_folder, tokenizer):
+    """Weights and a tower on disk, pictures, and the flags that name them."""
+    folder = tmp_path_factory.mktemp("eval")
+    tower = make_tower()
+    model = make_model(tower=tower, hidden_size=32, num_attention_heads=8)
+    checkpoint.save_weights(folder / "sft_vlm_32.pth", model, {"fingerprints": checkpoint.fingerprints(model, tokenizer)})
+    model.save_pretrained(folder / "hf")
+    (folder / "pictures").mkdir()
+    for colour in ("red", "blue"):
+        picture(colour).save(folder / "pictures" / f"{colour}.png")
+    (folder / "pictures" / "broken.png").write_bytes(b"no picture")
+    flags = [*DECODER, "--save_dir", folder, "--vision_model_path", tower_folder, "--device", "cpu", "--max_new_tokens", "5",
+             "--image_dir", folder / "pictures"]  # fmt: skip
+    return folder, [str(flag) for flag in flags]
+
+
+def test_scoring_counts_exact_matches_by_kind(files, assistant):
+    folder, flags = files
+    right = assistant.generate([(Turn("user", f"{IMAGE_MARK}\nWhat?"),)], [preprocess(picture("red"))], Sampling(5, 0.0))[0]
+    rows = [
+        {"conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": right}], "image": "red.png", "kind": "a"},
+        {"conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "surely not"}], "image": "blue.png", "kind": "a"},
+        {"conversations": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "7"}]},
+    ]  # fmt: skip
+    test = write_jsonl(folder / "test.jsonl", rows)
+    done = run_script("eval_vlm.py", *flags, "--score", test, "--predictions", folder / "p.jsonl", "--batch_size", 3)
+    assert done.returncode == 0, done.stderr
+    assert "a: 0.5000 (1 of 2)" in done.stdout and "total: 0.2500 (1 of 4)" in done.stdout
+    lines = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["a", "a", "yes/no", "number"]
+    assert lines[0]["prediction"] == right and [line["correct"] for line in lines] == [True, False, False, False]
+
+
+def test_without_a_terminal_the_folder_is_described(files):
+    folder, flags = files
+    for source in ([], ["--load_from", str(folder / "hf")]):
+        done = run_script("eval_vlm.py", *flags, *source, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert all(f"[{name}.png]" in done.stdout for name in ("red", "blue", "broken")) and "cannot be read" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(["--weight", "other"], "no weights at"), (["--vision_model_path", "/nowhere"], "hf download openai"),
+     (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "no config.json"),
+     (["--score", "/nowhere.jsonl"], "no training data"), (["--image_dir", "/nowhere"], "no pictures there"),
+     (["--top_p", "3"], "--top_p lies in"), (["--tokenizer_path", "/nowhere"], "no tokenizer.json")],
+)  # fmt: skip
+def test_mistakes_end_with_code_2_and_no_traceback(files, change, message):
+    done = run_script("eval_vlm.py", *files[1], *change)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_another_encoder_is_refused(files, tmp_path):
+    make_tower(seed=9).save_pretrained(tmp_path)
+    done = run_script("eval_vlm.py", *files[1], "--vision_model_path", tmp_path)
+    assert done.returncode == 2 and "another vision encoder" in done.stderr
+
+
+def test_chat_on_a_terminal(files):
+    folder, flags = files
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "eval_vlm.py"), *flags], stdin=terminal, stdout=terminal,
+                               stderr=terminal, close_fds=True, env={**os.environ, "TERM": "dumb"})  # fmt: skip
+    os.close(terminal)
+    seen = ""
+
+    def expect(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 90
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            seen += os.read(controller, 4096).decode(errors="replace")
+        seen = seen[seen.index(text) + len(text) :]
+
+    def say(text: str) -> None:
+        os.write(controller, f"{text}\n".encode())
+
+    expect("[1] chat:")
+    say("1")
+    for line, reply in [("/help", "/reset"), ("/image", "needs a path"), ("/image /nowhere.png", "cannot be read"),
+                        (f"/image {folder}/pictures/red.png", "picture 1"), (f"/image {folder}/pictures/blue.png", "picture 2"),
+                        ("What is this?", "\n> "), ("/reset", "forgotten"), ("/dance", "no such command")]:  # fmt: skip
+        expect("\n> ") if line == "/help" else None
+        say(line)
+        expect(reply)
+    say("/exit")
+    assert process.wait(timeout=30) == 0
+    os.close(controller)

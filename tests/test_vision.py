@@ -1,0 +1,83 @@
+"""The vision tower: folders as transformers writes them, whole CLIP models, and folders that hold none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
+
+from model.vision import VisionTowerError, encode_images, load_vision_tower, tower_fingerprint
+from tests.conftest import REPOSITORY, make_tower
+
+TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    """A whole CLIPModel with ViT-B/16's own vision half and a text half of some size."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    vision = CLIPVisionConfig(patch_size=16)  # 768 wide, 12 layers, 224 pixels: the class's own defaults
+    text = CLIPTextConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["5.x", "4.57"])
+def clip_layout(request, clip_folder, tmp_path_factory) -> Path:
+    """The folder as transformers 5 writes it, and with the names and buffers that version 4.57 and the hub have."""
+    if request.param == "5.x":
+        return clip_folder
+    folder = tmp_path_factory.mktemp("clip457")
+    state = load_file(clip_folder / "model.safetensors")
+    assert any(name.startswith("vision_model.embeddings.") for name in state)
+    state["vision_model.embeddings.position_ids"] = torch.arange(197)[None]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((clip_folder / "config.json").read_text()) | {"transformers_version": "4.57.0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_whole_clip_model_gives_its_vision_half(clip_layout, clip_folder):
+    tower = load_vision_tower(clip_layout)
+    assert type(tower) is CLIPVisionModel and not tower.training
+    assert 85_000_000 < sum(p.numel() for p in tower.parameters()) < 87_000_000
+    assert not any("text" in name for name, _ in tower.named_parameters())
+    assert not any(p.requires_grad for p in tower.parameters())
+    pixels = torch.randn(2, 3, 224, 224)
+    features = encode_images(tower, pixels)
+    assert features.shape == (2, 196, 768) and not features.requires_grad
+    with torch.no_grad():
+        whole = CLIPModel.from_pretrained(clip_folder).eval().vision_model(pixel_values=pixels)
+    assert (features - whole.last_hidden_state[:, 1:]).abs().max() < 1e-4
+
+
+def test_folders_that_hold_no_tower_say_so(tmp_path):
+    with pytest.raises(VisionTowerError, match="hf download openai/clip-vit-base-patch16"):
+        load_vision_tower(tmp_path / "nothing")
+    make_tower().save_pretrained(tmp_path / "part")
+    state = load_file(tmp_path / "part" / "model.safetensors")
+    state.pop(next(name for name in state if name.endswith("k_proj.weight")))
+    save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VisionTowerError, match="1 weights missing"):
+        load_vision_tower(tmp_path / "part")
+    (tmp_path / "part" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(VisionTowerError, match="cannot load"):
+        load_vision_tower(tmp_path / "part")
+
+
+def test_fingerprint_is_of_the_weights(tmp_path):
+    one, same, other = make_tower(1), make_tower(1), make_tower(2)
+    assert tower_fingerprint(one) == tower_fingerprint(same) != tower_fingerprint(other)
+    one.save_pretrained(tmp_path)
+    assert tower_fingerprint(load_vision_tower(tmp_path)) == tower_fingerprint(same)
+
+
+def test_the_demo_tower_is_what_its_readme_says():
+    tower = load_vision_tower(TINY_CLIP)
+    assert sum(p.numel() for p in tower.parameters()) == 1_965_696
+    assert (TINY_CLIP / "model.safetensors").stat().st_size < 8 * 2**20
+    assert {tensor.dtype for tensor in load_file(TINY_CLIP / "model.safetensors").values()} == {torch.float16}
+    assert encode_images(tower, torch.zeros(1, 3, 224, 224)).shape == (1, 196, 192)

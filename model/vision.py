@@ -5,6 +5,7 @@ decoder.
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -103,6 +104,12 @@ def preprocess(picture: Image.Image) -> torch.Tensor:
     left, top = (new_width - IMAGE_SIZE) // 2, (new_height - IMAGE_SIZE) // 2
     box = (left * width / new_width, top * height / new_height,
            (left + IMAGE_SIZE) * width / new_width, (top + IMAGE_SIZE) * height / new_height)  # fmt: skip
+    # Cut out the square's surroundings first, as far as a bicubic kernel reaches: Pillow gives other pixels (by up to
+    # 24 levels) for a box deep inside a long picture than for resizing all of it.
+    reach = math.ceil(2 * max(1.0, short / IMAGE_SIZE)) + 1
+    x, y = max(0, math.floor(box[0]) - reach), max(0, math.floor(box[1]) - reach)
+    picture = picture.crop((x, y, min(width, math.ceil(box[2]) + reach), min(height, math.ceil(box[3]) + reach)))
+    box = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
     square = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
     flat = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     return flat.view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1).contiguous()

@@ -35,7 +35,7 @@ def reference() -> dict:
     for key, value in load_safetensors(blob).items():
         if key.endswith("#f32"):  # floats lie there as four planes of bytes, which pack better
             key = key.removesuffix("#f32")
-            value = value.T.contiguous().view(torch.float32).view(json.loads(header[key]))
+            value = value.T.flatten().view(torch.float32).view(json.loads(header[key]))
         tensors[key] = value
     return tensors
 

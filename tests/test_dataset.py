@@ -43,8 +43,8 @@ def test_modes_are_told_apart():
     half = red.copy()
     half.putalpha(0)
     assert preprocess(half)[:, 0, 0].tolist() == [255, 255, 255], "transparency shows white"
-    for mode in ("P", "CMYK", "RGBA"):
-        assert (preprocess(red.convert(mode))[:, 0, 0].float() - expected).abs().max() < 12, mode
+    for other in (red.quantize(), red.convert("CMYK"), red.convert("RGBA")):
+        assert (preprocess(other)[:, 0, 0].float() - expected).abs().max() <= 1, other.mode
     deep = Image.fromarray(np.full((30, 30), 40_000, dtype=np.uint16))
     assert abs(int(preprocess(deep)[0, 0, 0]) - 40_000 // 257) <= 1, "16 bits are scaled, not clipped"
     assert preprocess(Image.new("1", (30, 30), 1))[:, 0, 0].tolist() == [255] * 3
@@ -67,8 +67,9 @@ def test_pictures_that_cannot_be_had(tmp_path, monkeypatch):
     folder = tmp_path / "pictures"
     folder.mkdir()
     gradient(20, 20).save(tmp_path / "outside.png")
-    gradient(60, 60).save(folder / "cut.png")
-    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
+    gradient(40, 40).save(folder / "cut.png")
+    whole = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("no picture")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
@@ -79,10 +80,6 @@ def test_pictures_that_cannot_be_had(tmp_path, monkeypatch):
                          ("none.png", "is not in"), ("../outside.png", "leads out of"), ("link.png", "leads out of"),
                          (str(tmp_path / "outside.png"), "leads out of"), ("large.png", "50 x 50 pixels"),
                          (".", "is not in")]:  # fmt: skip
-        if name == "cut.png":
-            monkeypatch.setattr("dataset.sources.MAX_PIXELS", 10_000)
-        else:
-            monkeypatch.setattr("dataset.sources.MAX_PIXELS", 2000)
         with pytest.raises(SampleError, match=f"^f:3: .*{reason}"):
             images.load(name, "f:3")
 
@@ -132,7 +129,7 @@ def dataset(data, renderer) -> VLMDataset:
 def test_a_batch_gives_what_its_samples_give_alone(dataset):
     """Padding and neighbours change nothing: losses, however many pictures each row has."""
     model = make_model(tower=make_tower()).eval()
-    items = [dataset[number] for number in range(8)]
+    items = [dataset[number] for number in range(22)]
     assert {len(item.pixels) for item in items} == {0, 1, 2}
     collated = [collate([item], 0, 196) for item in items]
     batch = collate(items, 0, 196)

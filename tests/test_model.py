@@ -253,11 +253,11 @@ def test_sorted_experts_equal_the_definition_with_gradients():
     x = torch.randn(2, 7, 32)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     out, plain = layer(x)[0], plain_moe(layer, x)
-    assert torch.allclose(out, plain, atol=1e-6)
+    assert torch.allclose(out, plain, rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad(out.square().sum(), parameters)
     theirs = torch.autograd.grad(plain.square().sum(), parameters, allow_unused=True)
     for name, a, b in zip(names, ours, theirs, strict=True):
-        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, atol=1e-6), name
+        assert torch.allclose(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-4), name
 
 
 def test_auxiliary_loss_ignores_padding_and_is_kept_apart():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPVisionModel
 
@@ -49,7 +50,7 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
         )
     try:
         tower, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VisionTowerError(f"cannot load a CLIP vision tower from {folder}: {error}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"])

@@ -43,11 +43,6 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.size > 1:
-            dist.barrier()
-
 
 def default_device() -> str:
     """"cuda:0", "mps" or "cpu": the best there is."""

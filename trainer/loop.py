@@ -90,7 +90,7 @@ class Trainer:
                         micro_batches = list(islice(batches, size))
                         supervised, tokens, signum = self.agree(micro_batches, stop.signum)
                         if signum:
-                            return self.stop_early(int(signum))
+                            return self.stop_early(signum)
                         learning_rate = cosine(self.state.update, self.total, self.config.learning_rate)
                         self.update(micro_batches, learning_rate, supervised, tokens)
                         self.advance()
@@ -100,7 +100,7 @@ class Trainer:
         self.tracker.close()
         return 0
 
-    def agree(self, micro_batches: list[Batch], signum: int) -> tuple[float, float, float]:
+    def agree(self, micro_batches: list[Batch], signum: int) -> tuple[float, float, int]:
         """What all ranks have to know of an update before it: supervised tokens, tokens, and a signal that came.
 
         Counts bad samples on the way; raises TrainingFailed when there are too many.
@@ -111,10 +111,10 @@ class Trainer:
         read = len(bad) + sum(len(batch.indices) for batch in micro_batches)
         sums = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
-            float(read), float(len(bad)), signum / self.ranks.size,
+            float(read), float(len(bad)), float(signum),
         ])  # fmt: skip
-        supervised, tokens, read, bad_count, _ = sums
-        if not signum and sums[4]:
+        supervised, tokens, read, bad_count, any_signal = sums
+        if any_signal and not signum:
             signum = signal.SIGTERM  # another rank was asked to stop
         self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
         epoch_done = self.state.samples + read >= self.run.sampler.size

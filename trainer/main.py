@@ -13,12 +13,12 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
     config = parse_config(description, defaults, argv)
     ranks = distributed.start(config.device or distributed.default_device())
     try:
-        return Trainer(build(config, ranks)).train()
+        code = Trainer(build(config, ranks)).train()
+        distributed.stop()
+        return code
     except UsageError as error:
         ranks.print(f"error: {error}")
         return 2
     except (TrainingFailed, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        distributed.stop()
+        return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them

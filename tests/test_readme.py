@@ -2,6 +2,7 @@
 
 import compileall
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -16,6 +17,14 @@ def read(name: str) -> str:
     return (REPOSITORY / name).read_text(encoding="utf-8")
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    """What --help prints."""
+    done = run_script(script, "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_every_training_flag_is_in_the_table(name):
     table = set(re.findall(r"--(\w+)", "".join(re.findall(r"(?m)^\|.*$", read(name)))))
@@ -27,10 +36,8 @@ def test_commands_name_scripts_and_flags_that_exist(name):
     commands = re.findall(r"(?m)^(?:torchrun .*?)?(?:python )?(\w+\.py)((?: .*(?:\\\n.*)?)?)$", "\n".join(re.findall(r"(?s)```bash\n(.*?)```", read(name))))
     assert len(commands) >= 6
     for script, arguments in commands:
-        helped = run_script(script, "--help")
-        assert helped.returncode == 0
         for flag in re.findall(r"--\w+", arguments):
-            assert flag in helped.stdout, f"{script} {flag}"
+            assert flag in help_of(script), f"{script} {flag}"
 
 
 def test_both_languages_show_the_same_commands_and_links():

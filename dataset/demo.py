@@ -211,6 +211,7 @@ def report(seconds: float, timings: dict[str, float]) -> None:
 
 
 def main() -> None:
+    """Data, trainings, scoring and report; every step is timed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prepare_only", action="store_true", help="make the data and stop")
     args = parser.parse_args()

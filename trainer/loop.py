@@ -114,8 +114,8 @@ class Trainer:
             float(read), float(len(bad)), float(signum),
         ])  # fmt: skip
         supervised, tokens, read, bad_count, any_signal = sums
-        if any_signal and not signum:
-            signum = signal.SIGTERM  # another rank was asked to stop
+        if any_signal:  # these samples wait for the resume, which counts them then
+            return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
         self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
         epoch_done = self.state.samples + read >= self.run.sampler.size
         if bad_count and self.config.on_bad_sample == "raise":
@@ -125,7 +125,7 @@ class Trainer:
                 f"{self.state.bad} of {self.state.read} samples read were bad, more than {MOST_BAD:.0%}: something is"
                 f" wrong with the data as a whole (the first are named above)"
             )
-        return supervised, tokens, signum
+        return supervised, tokens, 0
 
     def report_bad(self, sample: BadSample) -> None:
         """Says once what is wrong with a sample."""

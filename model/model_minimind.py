@@ -86,7 +86,7 @@ class MiniMindConfig(PretrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
 
-def rope_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
+def rope_frequencies(config: MiniMindConfig, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
     """Angles per position [d/2] in radians, and the factor on cos and sin (1.0 without YaRN).
 
     YaRN (arXiv 2309.00071, section 3.2, "NTK-by-parts"): a pair of channels that turns more than `beta_fast` times
@@ -95,7 +95,7 @@ def rope_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
     """
     rope, dim = config.rope_parameters, config.head_dim
     base = rope["rope_theta"]
-    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     if rope["rope_type"] == "default":
         return inv_freq, 1.0
     if rope["rope_type"] != "yarn":
@@ -109,7 +109,7 @@ def rope_frequencies(config: MiniMindConfig) -> tuple[torch.Tensor, float]:
 
     low = max(math.floor(channel_of(rope.get("beta_fast") or 32)), 0)
     high = min(math.ceil(channel_of(rope.get("beta_slow") or 1)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
     inv_freq = inv_freq * (1 - ramp) + inv_freq / factor * ramp
     # Section 3.4: longer contexts flatten attention; scaling q and k by this sharpens it again.
     scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
@@ -122,8 +122,8 @@ def rope_tables(config: MiniMindConfig, positions: torch.Tensor) -> tuple[torch.
     Computed anew from the configuration at every call (microseconds): a table kept as a non-persistent buffer is lost
     when transformers builds a model on the meta device.
     """
-    inv_freq, scale = rope_frequencies(config)
-    angles = torch.outer(positions.float(), inv_freq.to(positions.device))
+    inv_freq, scale = rope_frequencies(config, positions.device)
+    angles = torch.outer(positions.float(), inv_freq)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * scale, angles.sin() * scale
 
@@ -135,8 +135,55 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return (x * cos + rotated * sin).to(x.dtype)
 
 
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 128) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v under a causal mask: q [B, H, T, d], k and v [B, G, T, d] -> [B, H, T, d].
+
+    On an accelerator this is `scaled_dot_product_attention`. Its CPU kernel reaches a quarter of the speed of a matrix
+    product in bf16 (most of it lost in the backward), so there the same is spelled out as matrix products: the H/G query
+    heads that share a key head side by side, in blocks of queries, each of which sees the keys up to its own end.
+    """
+    B, H, T, d = q.shape
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    G = k.shape[1]
+    q = (q * d**-0.5).reshape(B * G, H // G, T, d)
+    k, v = (x[:, :, :T].reshape(B * G, T, d) for x in (k, v))  # a static cache has room beyond T
+    outputs = []
+    for start, queries in zip(range(0, T, block), q.split(block, dim=2), strict=True):
+        end = min(T, start + block)
+        scores = torch.bmm(queries.flatten(1, 2), k[:, :end].transpose(1, 2)).view(B * G, H // G, end - start, end)
+        scores = scores + torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
+        weights = scores.softmax(-1).flatten(1, 2)
+        outputs.append(torch.bmm(weights, v[:, :end]).view(B * G, H // G, end - start, d))
+    return torch.cat(outputs, dim=2).view(B, H, T, d)
+
+
+class ScaleToUnitRMS(torch.autograd.Function):
+    """x / rms(x) * weight. Keeps x alone for the backward, where autograd would keep every step of the formula."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        x32 = x.float()
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (weight * (x32 * scale).to(x.dtype)).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grad.float(), x.float() * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_normed = grad * weight
+        along = (grad_normed * normed).mean(-1, keepdim=True)  # growing along itself, a normed vector does not change
+        grad_x = grad_normed.sub_(normed.mul_(along)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None, None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; statistics in fp32 whatever the dtype of x."""
+    """x / rms(x) * weight; statistics in fp32 whatever the dtype of x.
+
+    Under autocast the result is in autocast's dtype: cast once here, rather than by each projection that reads it.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -144,9 +191,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        return ScaleToUnitRMS.apply(x, self.weight, self.eps, dtype)
+
+
+def take_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """[B, T, D] -> [S, D] at `rows` int64 [S], indices into B * T; everything when `rows` is None."""
+    return hidden_states if rows is None else hidden_states.flatten(0, 1).index_select(0, rows)
 
 
 class Attention(nn.Module):
@@ -168,9 +220,13 @@ class Attention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states [B, T, D] -> [B, T, D]. `attention_mask` [B, 1, T, K] is True where attention may look; None
-        stands for plain causal attention, or for "look at everything" when a single token follows a cache."""
+        """hidden_states [B, T, D] -> [B, T, D], or [S, D] for `rows` int64 [S], indices into B * T.
+
+        `attention_mask` [B, 1, T, K] is True where attention may look; None stands for plain causal attention, or for
+        "look at everything" when a single token follows a cache.
+        """
         B, T, D = hidden_states.shape
         q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -178,9 +234,25 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        is_causal = attention_mask is None and T > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+        if attention_mask is None and T > 1:
+            out = causal_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=True)
+        return self.o_proj(take_rows(out.transpose(1, 2).reshape(B, T, D), rows))
+
+
+class GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps its two inputs alone for the backward, not the wide tensor between."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class FeedForward(nn.Module):
@@ -193,7 +265,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class MiniMindBlock(nn.Module):
@@ -207,10 +279,15 @@ class MiniMindBlock(nn.Module):
         self.mlp = MOEFeedForward(config, expert_class=FeedForward) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
 
-    def forward(self, hidden_states, rope, attention_mask, past_key_values, token_mask):
-        """Returns hidden states [B, T, D] and the router's auxiliary loss (None in a dense block or in eval mode)."""
-        hidden_states = hidden_states + self.self_attn(
-            self.input_layernorm(hidden_states), rope, attention_mask, past_key_values
+    def forward(self, hidden_states, rope, attention_mask, past_key_values, token_mask, rows=None):
+        """Returns hidden states [B, T, D] and the router's auxiliary loss (None in a dense block or in eval mode).
+
+        `rows` int64 [S] are the only positions (indices into B * T) whose output anybody reads: [S, D] comes back, and
+        the feed-forward layer works on these alone. A dense block's business: a router's loss depends on all tokens.
+        """
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = take_rows(hidden_states, rows) + self.self_attn(
+            normed, rope, attention_mask, past_key_values, rows
         )
         normed = self.post_attention_layernorm(hidden_states)
         update, aux_loss = self.mlp(normed, token_mask) if self.use_moe else (self.mlp(normed), None)
@@ -233,6 +310,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["MiniMindBlock"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -248,6 +326,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MiniMindBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False  # switched by activation_checkpointing_enable()
         self.post_init()
 
     def forward(
@@ -257,11 +336,15 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        rows: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> MiniMindModelOutput:
-        """`input_ids` [B, T] or `inputs_embeds` [B, T, D] -> hidden states [B, T, D].
+        """`input_ids` [B, T] or `inputs_embeds` [B, T, D] -> hidden states [B, T, D], or [S, D] of the positions
+        `rows` int64 [S] (indices into B * T), which saves the last block most of its work.
 
         `attention_mask` [B, K] is 1 for real tokens and 0 for padding, on either side. Rows padded on the right need
-        none for right results: causal attention never looks ahead. The router's auxiliary loss does need it.
+        none for right results: causal attention never looks ahead. For the routers' auxiliary loss `token_mask` [B, T]
+        then tells real tokens from padding; by default it is the attention mask.
         Raises ValueError unless exactly one of ids and embeddings is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -279,19 +362,33 @@ class MiniMindModel(MiniMindPreTrainedModel):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
             past_key_values=past_key_values, position_ids=positions.unsqueeze(0),
         )  # fmt: skip
-        padded = attention_mask is not None and attention_mask.ndim == 2
-        token_mask = attention_mask[:, -T:] if padded else None
+        if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -T:]
 
         hidden_states, aux_losses = inputs_embeds, []
         for layer in self.layers:
-            hidden_states, aux_loss = layer(hidden_states, rope, mask, past_key_values, token_mask)
+            last_rows = rows if layer is self.layers[-1] and not self.config.use_moe else None
+            arguments = (hidden_states, rope, mask, past_key_values, token_mask, last_rows)
+            if self.gradient_checkpointing and self.training:
+                hidden_states, aux_loss = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                hidden_states, aux_loss = layer(*arguments)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
+        if self.config.use_moe:
+            hidden_states = take_rows(hidden_states, rows)
         return MiniMindModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
             aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
         )
+
+
+def find_loss_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Indices int64 [S] into B * T of the positions that predict a supervised token of `labels` [B, T]."""
+    supervised = labels.new_zeros(labels.shape, dtype=torch.bool)
+    supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return supervised.flatten().nonzero().squeeze(1)
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -315,26 +412,32 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_positions: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast:
         """Next-token logits, and the loss when `labels` are given.
 
         `labels` int64 [B, T] stand where their tokens stand (transformers' convention: the shift happens inside) and
         are -100 where there is no loss. With labels, `logits` are those that predict the S supervised tokens,
-        [S, V], in reading order; `logits_to_keep=n` (or an index tensor) asks for the last n positions,
+        [S, V], in reading order. `loss_positions` int64 [S], indices into B * T of the positions that predict them (see
+        `find_loss_positions`), spare a search that an accelerator would have to wait for. `logits_to_keep=n` (or an index tensor) asks for the last n positions,
         [B, n, V], instead. With neither, all positions: [B, T, V].
         `loss` is the mean cross-entropy over supervised tokens (0 when there is none); `aux_loss` is the routers'
         auxiliary loss in training, not included in `loss`.
         """
-        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        keep_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
+        if labels is not None and loss_positions is None:
+            loss_positions = find_loss_positions(labels)
+        rows = loss_positions if labels is not None and not keep_some else None
+        outputs = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, rows, token_mask
+        )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            targets = labels[:, 1:]
-            supervised = targets != IGNORE_INDEX
-            logits = self.lm_head(hidden_states[:, :-1][supervised])  # [S, V]
-            total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-            loss = total / supervised.sum().clamp(min=1)
-        keep_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
+            targets = labels.flatten()[loss_positions + 1]
+            logits = self.lm_head(take_rows(hidden_states, loss_positions) if keep_some else hidden_states)  # [S, V]
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
         if labels is None or keep_some:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept] if keep_some else hidden_states)

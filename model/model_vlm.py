@@ -135,6 +135,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         inputs_embeds: torch.Tensor | None = None,
+        loss_positions: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast:
         """As the decoder's forward, with pictures.
 
@@ -148,6 +150,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         return super().forward(
             inputs_embeds=inputs_embeds, labels=labels, attention_mask=attention_mask,
             past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
+            loss_positions=loss_positions, token_mask=token_mask,
         )  # fmt: skip
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):

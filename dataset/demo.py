@@ -158,10 +158,13 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     rng = random.Random(seed)
     train, test = read_split("train"), read_split("test")
     copy_pictures(folder / "images")
+    texts, captions = text_rows(train, rng, count=19_200), caption_rows(train)
+    # A few captions among the questions, or the model forgets how to describe.
+    sft = question_rows(train, rng, questions=4, count=5800) + rng.sample(captions, 400)
     files = {
-        "llm": text_rows(train, rng, count=17_600),
-        "captions": caption_rows(train),
-        "sft": question_rows(train, rng, questions=4, count=5600),
+        "llm": texts,
+        "captions": captions,
+        "sft": rng.sample(sft, len(sft)),
         "test": test_rows(test),
     }
     for name, rows in files.items():

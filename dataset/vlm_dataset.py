@@ -1,6 +1,7 @@
 """Samples to tensors, and tensors to batches.
 
-Legend: B rows, T' tokens of the longest row of the batch, N pictures of the whole batch, P placeholders of a picture.
+Legend: B rows, T' tokens of a row of the batch, S supervised tokens, N pictures of the whole batch, P
+placeholders and patch vectors of a picture, W width of the vision tower.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -9,11 +10,27 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from model.model_minimind import find_loss_positions
 from model.vision import preprocess
 
 from .conversation import IGNORE_INDEX, Renderer
 from .errors import SampleError
+from .features import FeatureCache
 from .sources import ImageSource, SampleSource
+
+MULTIPLE = 8  # of tokens, the length of a batch: fewer shapes to compile for, and what matrix units like
+NO_PIXELS = torch.empty(0, 3, 224, 224, dtype=torch.uint8)
+NO_FEATURES = torch.empty(0, 0, 0, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture of a sample: its pixels, or what the encoder made of them earlier."""
+
+    pixels: torch.Tensor | None = None  # uint8 [3, 224, 224]
+    features: torch.Tensor | None = None  # bf16 [P, W]
+    slot: int = -1  # place in the feature cache; -1 without one
+    signature: int = 0  # of the picture's file, for the cache
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class Example:
     ids: np.ndarray  # int64 [T]
     labels: np.ndarray  # int64 [T]
     image_starts: tuple[int, ...]
-    pixels: tuple[torch.Tensor, ...]  # one uint8 [3, 224, 224] a picture
+    pictures: tuple[Picture, ...]  # the same object where the same picture is shown again in a batch
 
 
 @dataclass(frozen=True)
@@ -38,38 +55,65 @@ class BadSample:
 class VLMDataset(Dataset):
     """Item i is an Example, or a BadSample: what to do about those is the trainer's decision."""
 
-    def __init__(self, samples: SampleSource, images: ImageSource, renderer: Renderer, max_length: int):
+    def __init__(self, samples: SampleSource, images: ImageSource, renderer: Renderer, max_length: int,
+                 cache: FeatureCache | None = None):  # fmt: skip
         self.samples, self.images, self.renderer, self.max_length = samples, images, renderer, max_length
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example | BadSample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Example | BadSample]:
+        """The items of a batch, a picture that stands there several times being read once. DataLoader calls this."""
+        pictures: dict[str, Picture] = {}
+        return [self._item(index, pictures) for index in indices]
+
+    def _item(self, index: int, pictures: dict[str, Picture]) -> Example | BadSample:
         try:
             sample = self.samples[index]
             rendered = self.renderer.render(sample, self.max_length)
-            pixels = tuple(self._pixels(name, sample.where) for name in sample.images)
+            slots = self.cache.slots_of(index) if self.cache else [-1] * len(sample.images)
+            for name, slot in zip(sample.images, slots, strict=True):
+                if name not in pictures:
+                    pictures[name] = self._picture(name, slot, sample.where)
         except SampleError as error:
             return BadSample(index, str(error))
-        return Example(index, rendered.ids, rendered.labels, rendered.image_starts, pixels)
+        shown = tuple(pictures[name] for name in sample.images)
+        return Example(index, rendered.ids, rendered.labels, rendered.image_starts, shown)
 
-    def _pixels(self, name: str, where: str) -> torch.Tensor:
+    def _picture(self, name: str, slot: int, where: str) -> Picture:
+        signature = self.images.signature(name, where) if self.cache else 0
+        features = self.cache.read(slot, signature) if self.cache else None
+        if features is not None:
+            return Picture(features=features, slot=slot, signature=signature)
         picture = self.images.load(name, where)
         try:
-            return preprocess(picture)
+            return Picture(pixels=preprocess(picture), slot=slot, signature=signature)
         except (OSError, ValueError, MemoryError) as error:
             raise SampleError(f"picture {name!r} cannot be converted: {error}", where) from error
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Rows are padded on the right to the longest of them, pictures lie flat in reading order."""
+    """A micro-batch. Rows are padded on the right to the longest of them, rounded up to a multiple of 8.
+
+    Its N pictures, flat in reading order, are U different ones that the encoder has yet to see and K that come from the
+    feature cache: picture i is number `image_index[i]` of those U + K.
+    """
 
     ids: torch.Tensor  # int64 [B, T']
     labels: torch.Tensor  # int64 [B, T'], -100 where there is no loss
     attention_mask: torch.Tensor  # int64 [B, T'], 0 for padding
-    pixels: torch.Tensor  # uint8 [N, 3, 224, 224]
-    image_positions: torch.Tensor  # int64 [N * P], indices into the flattened [B * T']
+    loss_positions: torch.Tensor  # int64 [S], indices into B * T' of the positions that predict a supervised token
+    pixels: torch.Tensor  # uint8 [U, 3, 224, 224]
+    features: torch.Tensor  # bf16 [K, P, W]
+    image_index: torch.Tensor  # int64 [N]
+    image_positions: torch.Tensor  # int64 [N * P], indices into B * T'
+    slots: tuple[int, ...] = ()  # of the U pictures, in the feature cache
+    signatures: tuple[int, ...] = ()  # likewise
     indices: tuple[int, ...] = ()  # the samples' numbers in the data set
     tokens: int = 0  # real ones, padding apart
     supervised: int = 0  # tokens that carry loss
@@ -97,6 +141,7 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
     examples = [item for item in items if isinstance(item, Example)]
     bad = tuple(item for item in items if isinstance(item, BadSample))
     rows, longest = max(1, len(examples)), max((len(example.ids) for example in examples), default=1)
+    longest = -(-longest // MULTIPLE) * MULTIPLE
     ids = torch.full((rows, longest), pad_id, dtype=torch.int64)
     labels = torch.full((rows, longest), IGNORE_INDEX, dtype=torch.int64)
     mask = torch.zeros((rows, longest), dtype=torch.int64)
@@ -107,11 +152,19 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         labels[row, :length] = torch.from_numpy(example.labels)
         mask[row, :length] = 1
         positions += [torch.arange(image_tokens) + start + row * longest for start in example.image_starts]
-    pixels = [picture for example in examples for picture in example.pixels]
+    shown = [picture for example in examples for picture in example.pictures]
+    different = dict.fromkeys(shown)
+    new = [picture for picture in different if picture.features is None]
+    cached = [picture for picture in different if picture.features is not None]
+    number = {picture: number for number, picture in enumerate(new + cached)}
+    loss_positions = find_loss_positions(labels)
     return Batch(
-        ids=ids, labels=labels, attention_mask=mask,
-        pixels=torch.stack(pixels) if pixels else torch.empty(0, 3, 224, 224, dtype=torch.uint8),
+        ids=ids, labels=labels, attention_mask=mask, loss_positions=loss_positions,
+        pixels=torch.stack([picture.pixels for picture in new]) if new else NO_PIXELS,
+        features=torch.stack([picture.features for picture in cached]) if cached else NO_FEATURES,
+        image_index=torch.tensor([number[picture] for picture in shown], dtype=torch.int64),
+        slots=tuple(picture.slot for picture in new), signatures=tuple(picture.signature for picture in new),
         image_positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         indices=tuple(example.index for example in examples),
-        tokens=int(mask.sum()), supervised=int((labels[:, 1:] != IGNORE_INDEX).sum()), bad=bad,
+        tokens=int(mask.sum()), supervised=len(loss_positions), bad=bad,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test bench storm
 
 demo: .venv/demo
 	$(BIN)/python -m dataset.demo
@@ -10,6 +10,15 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# The long proofs that nothing is lost: hundreds of kills, then changes of the number of processes.
+KILLS ?= 500
+storm: .venv/dev
+	$(BIN)/python -m tests.storm --processes 1,2,3 --kills $$(( ($(KILLS) + 4) / 5 ))
+	$(BIN)/python -m tests.storm --kills $(KILLS)
+
+bench: .venv/dev
+	$(BIN)/python -m trainer.benchmark train --json out/benchmark.json
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"

@@ -23,7 +23,7 @@ from tests.conftest import (
     training_flags,
     write_jsonl,
 )
-from trainer import checkpoint
+from trainer import checkpoint, storage
 from trainer.build import freeze
 from trainer.config import TrainConfig, UsageError, parse_config, weight_name
 from trainer.loop import cosine
@@ -81,8 +81,8 @@ def test_the_rest_after_any_number_of_samples_is_the_uninterrupted_rest():
 
 
 def test_learning_rate_goes_from_the_peak_to_a_tenth():
-    assert cosine(0, 100, 4e-4) == pytest.approx(4e-4) and cosine(100, 100, 4e-4) == pytest.approx(4e-5)
-    assert cosine(50, 100, 1.0) == pytest.approx(0.55)
+    assert cosine(0.0, 4e-4) == pytest.approx(4e-4) and cosine(1.0, 4e-4) == pytest.approx(4e-5)
+    assert cosine(0.5, 1.0) == pytest.approx(0.55)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_everything_missing_is_named_with_the_commands_that_fetch_it(tmp_path):
     assert done.stderr.count("hf download") == 3 and "openai/clip-vit-base-patch16" in done.stderr
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [4])  # 1: the storm of test_never_lose_work.py
 def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, accumulation):
     """Stopped by a signal in the middle of the second epoch, with a state saved at every update."""
     flags = {"accumulation_steps": accumulation, "epochs": 2, "save_interval": 1}
@@ -160,7 +160,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, 
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 0, rest
     assert "stopped by SIGINT" in rest and "--from_resume 1" in rest
-    done_then = checkpoint.load_training_state(part / "checkpoints" / f"{NAME}_resume.pth")["state"]["update"]
+    done_then = checkpoint.load_training_state(part / "checkpoints" / f"{NAME}_resume.pth")[0]["state"]["update"]
     assert total // 2 < done_then < total, "it stopped in the middle of an epoch"
     done = train(data, tower_folder, part, from_resume=1, **flags)
     assert f"{done_then} updates done" in done.stderr
@@ -181,7 +181,7 @@ def test_sigterm_saves_and_ends_with_143_even_when_all_processes_get_it(data, to
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 143, rest
     assert "Traceback" not in rest and "stopped by SIGTERM" in rest
-    state = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
+    state, _ = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
     assert state["state"]["update"] >= 3
 
 
@@ -218,7 +218,7 @@ def test_accumulation_takes_the_leftover_group_as_an_update(data, tower_folder, 
     metrics = read_metrics(tmp_path, NAME)
     assert [line["update"] for line in metrics] == [1, 2, 3]
     assert [round(line["epoch"] * 22) for line in metrics] == [8, 16, 22]
-    state = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
+    state, _ = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
     assert state["state"]["update"] == 3, "the last update is saved though save_interval is 100"
 
 
@@ -233,7 +233,7 @@ def test_pretraining_moves_the_projector_alone(data, tower_folder, tmp_path):
     assert not any(name.startswith("vision_encoder") for name in after)
     sidecar = json.loads((tmp_path / "out" / "pretrain_vlm_32.json").read_text())
     assert VLMConfig(**sidecar["config"]).hidden_size == 32 and set(sidecar["fingerprints"]) == {"tokenizer", "vision_encoder"}
-    state = checkpoint.load_training_state(tmp_path / "checkpoints" / "pretrain_vlm_32_resume.pth")
+    state, _ = checkpoint.load_training_state(tmp_path / "checkpoints" / "pretrain_vlm_32_resume.pth")
     assert not any("vision_encoder" in name for name in state["model"])
 
 
@@ -348,14 +348,14 @@ def test_values_beyond_fp16_are_not_saved_as_infinity(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+    storage.write_atomically(path, lambda file: file.write(b"old"))
 
     def fail(file):
         file.write(b"half of the ne")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        storage.write_atomically(path, fail)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import Renderer
-from dataset.sources import DataError, open_images, open_samples
+from dataset.features import CacheKey, FeatureCache
+from dataset.sources import DataError, SampleSource, open_images, open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from model import MiniMindVLM, VLMConfig
 from model.vision import VisionTowerError, load_vision_tower, tower_patches
@@ -40,6 +42,10 @@ class Run:
     optimizer: torch.optim.Optimizer
     dtype: torch.dtype
     fingerprints: dict[str, str]
+
+    @property
+    def cache(self) -> FeatureCache | None:
+        return self.dataset.cache
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -102,6 +108,22 @@ def choose_dtype(name: str | None, ranks: Ranks) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, tower: str) -> FeatureCache:
+    """The feature cache of the run's data, made or taken up; says how large it will grow. Raises UsageError."""
+    encoder = model.vision_encoder
+    key = CacheKey(tower, str(encoder.dtype).removeprefix("torch."), model.config.image_tokens,
+                   model.config.vision_hidden_size)  # fmt: skip
+    try:
+        cache = FeatureCache(config.features_folder, key, samples)
+    except (DataError, OSError) as error:
+        raise UsageError(f"--cache_features 1: {error}") from error
+    if cache.rebuilt_because:
+        ranks.warn(f"notice: the feature cache in {cache.folder} starts anew: {cache.rebuilt_because}")
+    ranks.print(f"feature cache: {cache.folder}, {cache.count:,} pictures, {cache.count * cache.picture_bytes / 1e9:.2f} GB"
+                f" when full; {cache.filled():,} filled")  # fmt: skip
+    return cache
+
+
 def worker_count(wanted: int, ranks: Ranks) -> int:
     """Loader processes of this rank: at most its share of the machine's cores."""
     cores = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -139,31 +161,50 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         raise UsageError("\n".join(problems))
 
     freeze(model, config.freeze_llm)
+    dtype = choose_dtype(config.dtype, ranks)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
+    model.vision_encoder.to(dtype)  # frozen: what autocast would cast at every use is cast once
+    if config.use_compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)  # in place: the names of the weights stay
+    cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.01, fused=True)
-    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len)
+    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len,
+                         cache)  # fmt: skip
+    lengths = samples.lengths(model.config.image_tokens).clip(max=config.max_seq_len)
     sampler = ResumableSampler(len(dataset), config.batch_size, config.accumulation_steps, config.seed,
-                               ranks.rank, ranks.size)  # fmt: skip
+                               ranks.rank, ranks.size, lengths)  # fmt: skip
     total, learning = model.num_parameters(), sum(p.numel() for p in trainable)
     ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples")
-    return Run(config, ranks, model, dataset, sampler, optimizer, choose_dtype(config.dtype, ranks), used)
+    return Run(config, ranks, model, dataset, sampler, optimizer, dtype, used)
 
 
-def build_loader(run: Run, epoch: int, skip: int, workers: int) -> tuple[DataLoader, list[int]]:
-    """A loader of this rank's micro-batches after `skip` samples of the epoch, and how many make up each update."""
-    updates = list(run.sampler.updates(epoch, skip))
+class MicroBatches:
+    """The sample numbers of a rank's micro-batches of one epoch after `skip` samples: what a DataLoader iterates."""
+
+    def __init__(self, sampler: ResumableSampler, epoch: int, skip: int):
+        self.sampler, self.epoch, self.skip = sampler, epoch, skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in self.sampler.updates(self.epoch, self.skip):
+            yield from update
+
+
+def build_loader(run: Run, epoch: int, skip: int, workers: int) -> DataLoader:
+    """A loader of this rank's micro-batches after `skip` samples of the epoch."""
     model_config = run.model.config
-    loader = DataLoader(
+    return DataLoader(
         run.dataset,
-        batch_sampler=[micro_batch for update in updates for micro_batch in update],
+        batch_sampler=MicroBatches(run.sampler, epoch, skip),
         collate_fn=partial(collate, pad_id=model_config.pad_token_id, image_tokens=model_config.image_tokens),
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=run.ranks.device.type == "cuda",
         generator=torch.Generator().manual_seed(run.config.seed),  # leaves the training's own random state alone
     )
-    return loader, [len(update) for update in updates]
 
 
 def _start_worker(_: int) -> None:

@@ -4,13 +4,12 @@ strictly, and never by executing what they hold.
 
 import hashlib
 import json
-import os
 import random
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,9 @@ from model import MiniMindVLM
 from model.vision import tower_fingerprint
 
 from .config import UsageError
+from .storage import OutputLock, StorageError, Write, check_zip, finish_commit, write_set
 
-STATE_VERSION = 1
+STATE_VERSION = 3
 
 
 @dataclass
@@ -35,27 +35,6 @@ class TrainState:
     bad: int = 0  # bad ones among them
     seconds: float = 0.0  # spent training, over all interruptions
     tracker_id: str | None = None
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """The file at `path` is the old one or the whole new one, whenever the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is on disk, too
-    finally:
-        os.close(folder)
 
 
 def read_tensors(path: Path, what: str) -> Any:
@@ -79,22 +58,61 @@ def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict
     return {"tokenizer": tokenizer_fingerprint(tokenizer), "vision_encoder": tower_fingerprint(model.vision_encoder)}
 
 
-def save_weights(path: Path, model: MiniMindVLM, sidecar: dict) -> None:
-    """`path` gets the state dict in fp16, the json file beside it what a reader needs to rebuild the model.
+def half_weights(model: MiniMindVLM) -> dict[str, torch.Tensor]:
+    """A copy of the state dict on the CPU, in fp16.
 
-    Raises FloatingPointError when a weight does not fit into fp16, rather than writing infinity.
+    Raises FloatingPointError when a weight does not fit into fp16, rather than giving infinity.
     """
-    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", torch.float16, copy=True) for name, tensor in model.state_dict().items()}
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise FloatingPointError(f"weights beyond fp16's range or not finite: {', '.join(broken[:3])}; not saved")
-    text = json.dumps({"config": model.config.to_diff_dict(), **sidecar}, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: torch.save(state, file))
-    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    return state
+
+
+def weight_files(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict) -> dict[Path, Write]:
+    """How to write the weights at `path` and the json file beside it, which holds what a reader needs to rebuild the
+    model."""
+    text = json.dumps({"config": config, **sidecar}, indent=2, ensure_ascii=False) + "\n"
+    return {path: lambda file: torch.save(weights, file),
+            path.with_suffix(".json"): lambda file: file.write(text.encode())}  # fmt: skip
+
+
+def save_weights(path: Path, model: MiniMindVLM, sidecar: dict) -> None:
+    """Writes weights and sidecar as one. Raises FloatingPointError (see `half_weights`) and StorageError."""
+    write_set(journal_of(path), weight_files(path, half_weights(model), model.config.to_diff_dict(), sidecar), {})
+
+
+def journal_of(weight_file: Path) -> Path:
+    """The journal of a set of files that the weights belong to."""
+    return weight_file.with_name(f".{weight_file.stem}.commit")
+
+
+def lock_of(file: Path) -> Path:
+    """The lock of the run that writes `file`."""
+    return file.with_name(f".{file.stem}.lock")
+
+
+def finish_writing(weight_file: Path) -> None:
+    """For readers: weights and sidecar of one and the same update, also when their writer died between the two."""
+    journal = journal_of(weight_file)
+    if not journal.exists():
+        return
+    try:
+        lock = OutputLock(lock_of(weight_file))
+    except (StorageError, OSError):  # the writer lives and is about to finish, or this is not ours to mend
+        for _ in range(50):
+            if not journal.exists():
+                return
+            time.sleep(0.1)
+        return
+    finish_commit(journal)
+    lock.release()
 
 
 def read_sidecar(path: Path) -> dict | None:
     """The json file beside the weights at `path`; None when there is none, as with published weights."""
+    finish_writing(path)
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         return None
@@ -175,21 +193,76 @@ def set_rng_state(state: dict, device: torch.device) -> None:
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
-def save_training_state(path: Path, state: TrainState, objects: dict[str, Any], extra: dict) -> None:
-    """Everything that must resume. `objects` have a state_dict(); `extra` are plain values and tensors."""
-    content = {name: item.state_dict() for name, item in objects.items()}
-    content |= {"state": asdict(state), "version": STATE_VERSION, **extra}
-    write_atomically(path, lambda file: torch.save(content, file))
+def copy_to_cpu(value: Any) -> Any:
+    """Containers and tensors as they are now; later changes of the originals do not show."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copy_to_cpu(item) for item in value)
+    return value
 
 
-def load_training_state(path: Path) -> dict:
-    """The content of a training state; raises UsageError when there is none or it is of another version."""
-    if not path.is_file():
+class Saver:
+    """Writes weights, sidecar and training state as one, in the background, one set at a time."""
+
+    def __init__(self, weight_file: Path, state_file: Path):
+        self.weight_file, self.state_file = weight_file, state_file
+        self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
+
+    def save(self, model: MiniMindVLM, sidecar: dict, objects: dict[str, Any], extra: dict) -> None:
+        """Takes a snapshot and returns. `objects` have a state_dict(); `extra` are plain values and tensors.
+
+        Waits for the set before; raises StorageError when that could not be written, FloatingPointError for weights
+        beyond fp16's range.
+        """
+        weights = half_weights(model)
+        content = copy_to_cpu({name: item.state_dict() for name, item in objects.items()})
+        content |= {"version": STATE_VERSION, **extra}
+        files = weight_files(self.weight_file, weights, model.config.to_diff_dict(), sidecar)
+        files[self.state_file] = lambda file: torch.save(content, file)
+        try:
+            self.wait()
+        finally:
+            keep = {self.state_file: previous_state(self.state_file)}
+            self._task = self._executor.submit(write_set, journal_of(self.weight_file), files, keep)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises StorageError when it could not be written."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
+
+
+def previous_state(path: Path) -> Path:
+    """Where the training state before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}_previous{path.suffix}")
+
+
+def load_training_state(path: Path) -> tuple[dict, str | None]:
+    """The content of a training state, or of the one before it when the newest is torn; then also what is wrong.
+
+    Raises UsageError when there is none, none can be read, or it is of another version.
+    """
+    previous = previous_state(path)
+    if not path.is_file() and not previous.is_file():
         raise UsageError(
             f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
             f" --hidden_size, --use_moe and --checkpoint_dir."
         )
-    content = read_tensors(path, "training state")
-    if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
-        raise UsageError(f"{path} is no training state of version {STATE_VERSION}")
-    return content
+    problems = []
+    for file in (path, previous):
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+            continue
+        try:
+            check_zip(file)
+            content = read_tensors(file, "training state")
+        except (StorageError, UsageError) as error:
+            problems.append(str(error))
+            continue
+        if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
+            raise UsageError(f"{file} is no training state of version {STATE_VERSION}; start anew, without --from_resume")
+        return content, "; ".join(problems) or None
+    raise UsageError(f"no training state can be read: {'; '.join(problems)}. Start anew, without --from_resume 1.")

@@ -5,6 +5,7 @@ A mistake here is a UsageError: the scripts print it and end with exit code 2.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -61,6 +62,11 @@ class TrainConfig:
     on_bad_sample: str = setting(
         "skip", "skip: log it and go on, up to 1%% of what was read; raise: stop at the first", ("skip", "raise")
     )
+    cache_features: int = setting(
+        0, "1: keep the vision encoder's output of every picture on disk, in --checkpoint_dir", (0, 1)
+    )
+    use_compile: int = setting(0, "1: compile the decoder's blocks (torch.compile)", (0, 1))
+    gradient_checkpointing: int = setting(0, "1: less memory, a third more arithmetic", (0, 1))
     seed: int = setting(42, "of the order of samples and of fresh weights")
 
     def __post_init__(self):
@@ -98,6 +104,13 @@ class TrainConfig:
     def resume_file(self) -> Path:
         """Where the training state goes."""
         return Path(self.checkpoint_dir) / f"{self.run_name}_resume.pth"
+
+    @property
+    def features_folder(self) -> Path:
+        """Where the feature cache of the data goes: one for each data file and folder of pictures."""
+        data = Path(self.data_path).resolve()
+        digest = hashlib.blake2b(f"{data}\0{Path(self.images_path).resolve()}".encode(), digest_size=4).hexdigest()
+        return Path(self.checkpoint_dir) / "features" / f"{data.stem}_{digest}"
 
     @property
     def start_file(self) -> Path | None:

@@ -1,11 +1,16 @@
 """What both training scripts do: flags, start, training, and an exit code that says how it went."""
 
+import dataclasses
+import os
 import sys
 
 from . import distributed
 from .build import build
-from .config import UsageError, parse_config
+from .checkpoint import journal_of, lock_of
+from .config import TrainConfig, UsageError, parse_config
+from .distributed import Ranks
 from .loop import Trainer, TrainingFailed
+from .storage import OutputLock, StorageError, check_writable, finish_commit, remove_temporaries
 
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
@@ -13,12 +18,44 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
     config = parse_config(description, defaults, argv)
     ranks = distributed.start(config.device or distributed.default_device())
     try:
+        locks = claim_outputs(config, ranks)
+        config = resume_after_restart(config, ranks)
         code = Trainer(build(config, ranks)).train()
         distributed.stop()
+        del locks
         return code
     except UsageError as error:
         ranks.print(f"error: {error}")
         return 2
-    except (TrainingFailed, FloatingPointError, OSError) as error:
+    except (TrainingFailed, FloatingPointError, StorageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
+
+
+def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[OutputLock]:
+    """Before anything else, by the first rank: no other run writes these files, the folders can be written, what a
+    killed run left half done is finished or removed. Raises UsageError."""
+    if not ranks.is_main:
+        return []
+    files = [config.weight_file, config.resume_file]
+    try:
+        for file in files:
+            check_writable(file.parent)
+        locks = [OutputLock(lock_of(file)) for file in files]
+    except StorageError as error:
+        raise UsageError(str(error)) from error
+    finish_commit(journal_of(config.weight_file))
+    for file in files:
+        remove_temporaries(file.parent, [file.name, file.with_suffix(".json").name, journal_of(file).name])
+    return locks
+
+
+def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """torchrun that starts its workers again after a failure wants them to go on, not to begin anew.
+
+    Decided by all ranks together: a machine that came back counts its own restarts from 0.
+    """
+    (restarts,) = ranks.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])
+    if restarts and config.resume_file.is_file():
+        return dataclasses.replace(config, from_resume=1)
+    return config

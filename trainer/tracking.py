@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .config import TrainConfig
+from .storage import write_atomically
 
 
 class MetricsFile:
@@ -26,7 +27,7 @@ class MetricsFile:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue  # a line torn by a sudden end
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed in close)
 
     def log(self, values: dict[str, Any]) -> None:

@@ -1,0 +1,253 @@
+"""Interrupted, torn, refused, resized: whatever happens, what was done is not lost."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, make_model, read_metrics, run_script, training_flags
+from tests.storm import Storm
+from tests.test_training import NAME, assert_same, train, weights
+from trainer import checkpoint, storage
+from trainer.config import UsageError
+from trainer.loop import Schedule, cosine
+from trainer.storage import OutputLock, StorageError, finish_commit, write_set
+
+STATE = f"{NAME}_resume.pth"
+
+
+def put(text: str):
+    return lambda file: file.write(text.encode())
+
+
+# --- sets of files ----------------------------------------------------------------------------------------------------
+
+
+class Died(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_set_is_old_or_new_as_a_whole_wherever_the_writer_dies(tmp_path, monkeypatch, step):
+    """Death at the n-th call that changes the disk; then whoever comes next looks."""
+    journal, a, b = tmp_path / ".run.commit", tmp_path / "x" / "a", tmp_path / "y" / "b"
+    write_set(journal, {a: put("1"), b: put("1")}, {})
+    calls = 0
+
+    def dying(function):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls > step:
+                raise Died
+            return function(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        # A dead process cleans nothing up.
+        patch.setattr(storage.Path, "unlink", dying(storage.Path.unlink))
+        try:
+            write_set(journal, {a: put("2"), b: put("2")}, {a: tmp_path / "x" / "before"})
+            died = False
+        except Died:
+            died = True
+    assert died == (calls > step)
+    finish_commit(journal)
+    assert a.read_text() == b.read_text()
+    assert not journal.exists()
+    if a.read_text() == "2":
+        assert (tmp_path / "x" / "before").read_text() == "1"
+    for folder in (tmp_path / "x", tmp_path / "y"):
+        storage.remove_temporaries(folder, ["a", "b"])
+        assert {path.name for path in folder.iterdir()} <= {"a", "b", "before"}
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EIO, "check the disk"),
+                                                (errno.EROFS, "read-only"), (errno.EACCES, "permissions")])  # fmt: skip
+def test_a_disk_that_refuses_changes_nothing_and_leaves_nothing(tmp_path, number, remedy):
+    journal, a, b = tmp_path / ".run.commit", tmp_path / "a", tmp_path / "b"
+    write_set(journal, {a: put("1"), b: put("1")}, {})
+
+    def refuse(file):
+        file.write(b"half")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(StorageError, match=remedy):
+        write_set(journal, {a: put("2"), b: refuse}, {})
+    assert a.read_text() == b.read_text() == "1" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_was_written_wrong_is_noticed_before_the_old_goes(tmp_path, monkeypatch):
+    path = tmp_path / "w.pth"
+    write_set(tmp_path / ".run.commit", {path: lambda file: torch.save({"a": torch.ones(3)}, file)}, {})
+
+    def flip(file):
+        torch.save({"a": torch.zeros(5000)}, file)
+        file.seek(9000)
+        file.write(b"\x01")
+
+    with pytest.raises(StorageError, match="corrupt"):
+        write_set(tmp_path / ".run.commit", {path: flip}, {})
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
+
+
+def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch):
+    """The writer dies between the renames of the two; eval_vlm.py and others read through these functions."""
+    path, model = tmp_path / "w_32.pth", make_model()
+    checkpoint.save_weights(path, model, {"progress": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "finish_commit", lambda _: None)
+        patch.setattr(storage, "finish_commit", lambda _: None)
+        checkpoint.save_weights(path, model, {"progress": 2})
+    assert json.loads(path.with_suffix(".json").read_text())["progress"] == 1
+    assert checkpoint.read_sidecar(path)["progress"] == 2
+    assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".commit"))]
+
+
+# --- one writer at a time ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_on_the_same_output_is_refused(data, tower_folder, tmp_path):
+    flags = training_flags(data, tower_folder, tmp_path, epochs=500)
+    command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *flags]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        for line in first.stderr:
+            if "update 2/" in line:
+                break
+        second = run_script("train_sft_vlm.py", *flags)
+        assert second.returncode == 2 and "Traceback" not in second.stderr
+        assert "another training writes the same files" in second.stderr and f"process {first.pid}" in second.stderr
+    finally:
+        os.kill(first.pid, signal.SIGKILL)  # its loader process lives on for a while: the lock must not
+        first.wait()
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path))
+    assert done.returncode == 0, done.stderr
+    first.stderr.close()
+
+
+def test_a_lock_left_behind_is_no_obstacle(tmp_path):
+    (tmp_path / ".lock").write_text("process 1 on elsewhere")
+    OutputLock(tmp_path / ".lock").release()
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, tower_folder, tmp_path):
+    flags = {"epochs": 2, "save_interval": 1}
+    train(data, tower_folder, tmp_path / "whole", **flags)
+    part = tmp_path / "part"
+    train(data, tower_folder, part, **{**flags, "epochs": 1})
+    state = part / "checkpoints" / STATE
+    blob = bytearray(state.read_bytes())
+    blob[len(blob) // 2] ^= 1  # one bit
+    state.write_bytes(blob)
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, part, from_resume=1, **{**flags, "epochs": 1}))
+    assert done.returncode == 0 and "corrupt" in done.stderr and "10 updates done" in done.stderr, done.stderr
+    one_epoch = tmp_path / "one"
+    train(data, tower_folder, one_epoch, **{**flags, "epochs": 1})
+    assert_same(weights(part), weights(one_epoch))
+    for file in (state, checkpoint.previous_state(state)):
+        file.write_bytes(b"")
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, part, from_resume=1, **flags))
+    assert done.returncode == 2 and "no training state can be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_read_only_folder_is_said_at_the_start(data, tower_folder, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path))
+    assert done.returncode == 2 and "cannot write in" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_stale_temporary_files_are_cleaned_at_the_start(data, tower_folder, tmp_path):
+    for folder, name in (("out", f".{NAME}.pth.abc.tmp"), ("out", f".{NAME}.json.abc.tmp"), ("checkpoints", f".{STATE}.abc.tmp")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text("half")
+    (tmp_path / "out" / ".other_32.pth.abc.tmp").write_text("somebody else's")
+    train(data, tower_folder, tmp_path)
+    assert [path.name for path in tmp_path.glob("*/.*.tmp")] == [".other_32.pth.abc.tmp"]
+
+
+def test_changed_flags_are_named(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path)
+    done = train(data, tower_folder, tmp_path, from_resume=1, epochs=2, learning_rate=5e-4)
+    assert "--epochs 1 -> 2" in done.stderr and "--learning_rate 0.001 -> 0.0005" in done.stderr
+    assert "--seed" not in done.stderr
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_schedule(data, tower_folder, tmp_path, before, after):
+    """Stopped in the middle of an epoch, resumed with other processes; the global batch stays where it can."""
+    storm = Storm(tmp_path / "storm", 0, [before])
+    out = tmp_path / "run"
+    process = storm.start(out, False, before)
+    for line in process.stderr:
+        if "update 5/" in line:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    assert storm.check_files(out)
+    process = storm.start(out, True, after)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    storm.check_samples(out)
+    assert storm.counts["repeated"] == storm.counts["skipped"] == 0
+    rates = [line["learning_rate"] for line in read_metrics(out, NAME)]
+    steps = np.diff(rates)
+    assert (steps <= 0).all() and abs(rates[-1]) < 1.01e-4 and np.abs(steps).max() < 6e-5, "no jump"
+    if (before, after) == (2, 1):
+        assert "micro-batches an update, so that it takes 4 samples as before" in error
+    if (before, after) != (2, 1):
+        assert "samples now, not" in error
+
+
+def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, tower_folder, tmp_path):
+    flags = {"epochs": 3, "save_interval": 1}
+    train(data, tower_folder, tmp_path / "whole", processes=2, **flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
+               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path / "part", **flags)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seen, killed = [], False
+    for line in process.stderr:
+        seen.append(line)
+        if "update 8/" in line and not killed:
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            killed = True
+    assert process.wait(timeout=300) == 0, "".join(seen[-30:])
+    assert killed and any("resumed from" in line for line in seen)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+def test_the_learning_rate_goes_on_unbroken():
+    schedule = Schedule(100)
+    assert [schedule.progress(u) for u in (0, 50, 100)] == [0, 0.5, 1] and cosine(0, 2.0) == 2.0
+    other = schedule.continued(40, 70)
+    assert other.progress(40) == 0.4 and other.progress(70) == 1 and abs(cosine(other.progress(70), 1.0) - 0.1) < 1e-12
+    assert 0.4 < other.progress(41) < 0.43
+
+
+# --- the storm --------------------------------------------------------------------------------------------------------
+
+
+def test_a_storm_of_kills_changes_nothing(tmp_path):
+    """20 kills -9 at random instants, saves included; the long one is `make storm`."""
+    counts = Storm(tmp_path, seed=1, processes=[1]).rage(20)
+    assert counts["kills"] == 20
+    assert not any(counts[name] for name in ("unreadable", "differing", "repeated", "skipped")), counts
+
+
+def test_states_of_another_version_are_refused(tmp_path):
+    torch.save({"version": 1}, tmp_path / "s.pth")
+    with pytest.raises(UsageError, match="no training state of version"):
+        checkpoint.load_training_state(tmp_path / "s.pth")

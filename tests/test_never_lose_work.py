@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.storm import Storm
 from tests.test_training import NAME, assert_same, train, weights
 from trainer import checkpoint, storage
 from trainer.config import UsageError
+from trainer.distributed import agree_on_name
 from trainer.loop import Schedule, cosine
 from trainer.storage import OutputLock, StorageError, finish_commit, write_set
 
@@ -227,6 +229,20 @@ def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, tower_fol
     assert process.wait(timeout=300) == 0, "".join(seen[-30:])
     assert killed and any("resumed from" in line for line in seen)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+def test_every_start_of_a_group_has_a_name_of_its_own():
+    """Restarted workers meet in the store that the dead ones used; what those left there must not be taken up."""
+    store, names = torch.distributed.HashStore(), []
+    store.set("hello/2", "left by a dead worker")
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            agreed = set(threads.map(lambda rank: agree_on_name(store, rank, 3, 60), (2, 1, 0)))
+        assert len(agreed) == 1
+        names += agreed
+    assert len(set(names)) == 3
+    with pytest.raises(TimeoutError, match=r"\[1\] of 2 did not come"):
+        agree_on_name(torch.distributed.HashStore(), 0, 2, 0.1)
 
 
 def test_the_learning_rate_goes_on_unbroken():

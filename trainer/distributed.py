@@ -6,6 +6,8 @@ Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); s
 import ctypes
 import os
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +75,32 @@ def keep_freed_memory() -> None:
     mallopt(M_TOP_PAD, 64 * 2**20)
 
 
+def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float = 600) -> str:
+    """A name for this start of the group, the same on all ranks and never used before; raises TimeoutError.
+
+    torchrun's agent keeps one store of keys over all restarts, so that new workers find the addresses of the dead ones and
+    may try to reach these for half an hour (github.com/pytorch/pytorch/issues/135712). Its own count of restarts
+    differs between machines. So each rank asks under a word that nobody used before, and the first rank answers.
+    """
+    if rank:
+        word = uuid.uuid4().hex
+        store.set(f"hello/{rank}", word)
+        name = store.get(f"name/{word}").decode()  # waits
+        store.set(f"here/{name}/{rank}", "")
+        return name
+    name, missing, deadline = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + seconds
+    while missing:
+        for other in list(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"name/{store.get(f'hello/{other}').decode()}", name)  # perhaps a dead one's word: no harm
+            if store.check([f"here/{name}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} of {size} did not come within {seconds:.0f} s")
+        time.sleep(0.02)
+    return name
+
+
 def start(device_name: str) -> Ranks:
     """Joins the process group that torchrun's environment describes, if there is one."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -83,7 +111,10 @@ def start(device_name: str) -> Ranks:
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(agree_on_name(store, rank, size), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if device.type == "cuda":
         torch.accelerator.set_device_index(device.index or 0)
     elif device.type == "cpu" and local_size > 1 and "OMP_NUM_THREADS" not in os.environ:

@@ -48,7 +48,7 @@ class Storm:
         log = out / f"trained_{self.launches:05}"
         out.mkdir(exist_ok=True)
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1", "STORM_LOG": str(log)})  # fmt: skip
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "DISK_DELAY": "0.01", "TRAINED": str(log)})  # fmt: skip
 
     def run_to_end(self, out: Path, resume: bool) -> None:
         """A run that nobody kills; raises RuntimeError when it fails."""

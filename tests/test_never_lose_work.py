@@ -3,16 +3,19 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, make_model, read_metrics, run_script, training_flags
+from tests.conftest import REPOSITORY, make_data, make_model, read_metrics, run_script, training_flags
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, train, weights
 from trainer import checkpoint, storage
@@ -160,9 +163,98 @@ def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, tower_fol
     train(data, tower_folder, one_epoch, **{**flags, "epochs": 1})
     assert_same(weights(part), weights(one_epoch))
     for file in (state, checkpoint.previous_state(state)):
+        checkpoint.read_tensors(file, "training state")
+    for file in (state, checkpoint.previous_state(state)):
         file.write_bytes(b"")
     done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, part, from_resume=1, **flags))
     assert done.returncode == 2 and "no training state can be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_after_a_torn_state_weights_and_state_are_of_one_update_again(data, tower_folder, tmp_path):
+    """Resumed with nothing left to do: still the torn update's weights must not stay beside the state before it."""
+    train(data, tower_folder, tmp_path, save_interval=5, epochs=2)
+    state = tmp_path / "checkpoints" / STATE
+    state.write_bytes(state.read_bytes()[:-100])
+    process = start_on_disk(data, tower_folder, tmp_path, from_resume=1, epochs=500, save_interval=10**6)
+    read_until(process, "update 30/")
+    process.kill()
+    process.wait()
+    content, problem = checkpoint.load_training_state(state)
+    sidecar = checkpoint.read_sidecar(tmp_path / "out" / f"{NAME}.pth")
+    assert problem is None and content["state"]["update"] == sidecar["progress"]["update"] == 20
+    assert all(torch.equal(content["model"][name].half(), tensor) for name, tensor in weights(tmp_path).items())
+
+
+def start_on_disk(data, tower_folder, out, environment: dict | None = None, **flags) -> subprocess.Popen:
+    """A run in a process of its own, on the disk of tests/slow_disk.py."""
+    command = [sys.executable, str(REPOSITORY / "tests" / "slow_disk.py"), *training_flags(data, tower_folder, out, **flags)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})  # fmt: skip
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Reads the process's messages up to a line with `text`."""
+    assert any(text in line for line in process.stderr), f"{text!r} never came"
+
+
+def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, tower_folder, tmp_path):
+    flags, full = {"epochs": 20, "save_interval": 1}, tmp_path / "full"
+    train(data, tower_folder, tmp_path / "whole", **flags)
+    process = start_on_disk(data, tower_folder, tmp_path / "part", {"DISK_FULL": str(full)}, **flags)
+    read_until(process, "update 10/")
+    full.touch()
+    read_until(process, "a save failed, training goes on: cannot write in")
+    full.unlink()
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+def test_a_disk_that_stays_full_ends_with_code_1_and_the_last_whole_state(data, tower_folder, tmp_path):
+    flags, full = {"epochs": 20, "save_interval": 1}, tmp_path / "full"
+    train(data, tower_folder, tmp_path / "whole", **flags)
+    part = tmp_path / "part"
+    process = start_on_disk(data, tower_folder, part, {"DISK_FULL": str(full)}, **flags)
+    read_until(process, "update 10/")
+    full.touch()
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and "error: cannot write in" in error and "make room" in error, error
+    assert "Traceback" not in error and not list(part.glob("*/.*.tmp"))
+    full.unlink()
+    train(data, tower_folder, part, from_resume=1, **flags)
+    assert_same(weights(tmp_path / "whole"), weights(part))
+
+
+def test_a_second_signal_ends_at_once_and_the_last_state_is_whole(data, tower_folder, tmp_path):
+    flags = {"epochs": 20, "save_interval": 50}
+    train(data, tower_folder, tmp_path / "whole", **flags)
+    part = tmp_path / "part"
+    process = start_on_disk(data, tower_folder, part, {"DISK_DELAY": "1"}, **flags)
+    read_until(process, "update 110/")  # the save of update 100 is on its way or done
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)  # now it saves, for some seconds more
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=2) == 128 + signal.SIGINT
+    process.stderr.close()
+    done = train(data, tower_folder, part, from_resume=1, **flags)
+    assert "resumed from" in done.stderr
+    assert_same(weights(tmp_path / "whole"), weights(part))
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat_over_ten_thousand_updates(tower_folder, tmp_path):
+    """Resident memory of its own (files mapped apart) within 2% from update 1,000 on, open files no more than then."""
+    process = start_on_disk(make_data(tmp_path, 2000), tower_folder, tmp_path, epochs=10, save_interval=100, log_interval=100)
+    memory, files = [], []
+    for line in process.stderr:
+        if " update " in line and "00/" in line:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory.append(int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
+            files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+    assert process.wait(timeout=60) == 0 and len(memory) == 100
+    print(f"RssAnon in KiB at updates 100, 1,000 ... 10,000: {[memory[0], *memory[9::10]]}; open files {files[0]} ... {max(files)}")
+    assert max(memory[9:]) <= 1.02 * memory[9]
+    assert max(files[50:]) <= max(files[:50])
 
 
 def test_read_only_folder_is_said_at_the_start(data, tower_folder, tmp_path):

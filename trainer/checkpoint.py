@@ -42,10 +42,23 @@ def read_tensors(path: Path, what: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and unpickling errors share no base class
+        if (wanted := foreign_globals(path)):
+            raise UsageError(
+                f"{path} is refused: a {what} holds tensors and plain values, this file wants to call"
+                f" {', '.join(wanted)}. Nothing of it was run. Take the file from its maker again, or do without it."
+            ) from error
         raise UsageError(
             f"{path} is no readable {what}: {type(error).__name__}: {str(error).splitlines()[0]}. It is torn, of"
             f" another kind, or holds more than tensors; fetch or make it again."
         ) from error
+
+
+def foreign_globals(path: Path) -> list[str]:
+    """Names of what a pickle would call or build beyond tensors and plain values; it is read, not run."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torn, or no file of torch.save at all: the caller says so
+        return []
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -141,6 +154,13 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
         raise UsageError(f"{path} is no state dict: it should hold names and tensors")
     # Published full checkpoints carry the encoder; it is loaded from its own folder.
     state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}
+    theirs, ours = sizes_of(state), sizes_of(model.state_dict())
+    other = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    if other:
+        raise UsageError(
+            f"{path} is of a model with {', '.join(f'{name} {theirs[name]}' for name in other)}; this one has"
+            f" {', '.join(f'{name} {ours[name]}' for name in other)}. {REMEDIES.get(other[0], 'Give the same flags')}."
+        )
     own = model.state_dict()
     fresh = [name for name in own if name not in state and name.startswith("vision_proj.")]
     missing = [name for name in own if name not in state and name not in fresh]
@@ -152,11 +172,30 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
                 if names]  # fmt: skip
     if problems:
         raise UsageError(
-            f"{path} does not fit the model: weights {'; '.join(problems)}. Check --hidden_size,"
-            f" --num_hidden_layers, --use_moe and --vision_model_path."
+            f"{path} does not fit the model, though its size does: weights {'; '.join(problems)}. It was cut, or made"
+            f" by another program; fetch or make it again."
         )
     model.load_state_dict(state, strict=False)  # what strict would say is said above, and the fresh names are meant
     return fresh
+
+
+REMEDIES = {
+    "encoder width": "Give the encoder it was trained with by --vision_model_path",
+    "vocabulary": "Give the tokenizer it was trained with by --tokenizer_path",
+}
+
+
+def sizes_of(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """What the names and shapes of a model's weights tell of its flags; only what can be told."""
+    sizes = {}
+    if (embedding := state.get("model.embed_tokens.weight")) is not None and embedding.dim() == 2:
+        sizes |= {"vocabulary": embedding.shape[0], "--hidden_size": embedding.shape[1]}
+    if (projector := state.get("vision_proj.vision_proj.0.weight")) is not None and projector.dim() == 2:
+        sizes["encoder width"] = projector.shape[1]
+    layers = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
+    if layers:
+        sizes |= {"--num_hidden_layers": len(layers), "--use_moe": int(any(".experts." in name for name in state))}
+    return sizes
 
 
 def check_fingerprints(path: Path, used: dict[str, str], recorded: dict[str, str]) -> None:
@@ -209,6 +248,7 @@ class Saver:
 
     def __init__(self, weight_file: Path, state_file: Path):
         self.weight_file, self.state_file = weight_file, state_file
+        self.newest_is_torn = False  # then it is replaced, and not kept in place of the good one before it
         self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
 
     def save(self, model: MiniMindVLM, sidecar: dict, objects: dict[str, Any], extra: dict) -> None:
@@ -225,7 +265,8 @@ class Saver:
         try:
             self.wait()
         finally:
-            keep = {self.state_file: previous_state(self.state_file)}
+            keep = {} if self.newest_is_torn else {self.state_file: previous_state(self.state_file)}
+            self.newest_is_torn = False
             self._task = self._executor.submit(write_set, journal_of(self.weight_file), files, keep)
 
     def wait(self) -> None:

@@ -111,6 +111,8 @@ class Trainer:
     def train(self) -> int:
         """Trains to the end, or until a signal asks to stop. Returns the process's exit code."""
         with StopRequest() as stop:
+            if self.saver.newest_is_torn:
+                self.save()
             for learning_rate in self.updates(stop):
                 self.log_if_due(learning_rate)
                 self.save_if_due()
@@ -373,7 +375,10 @@ class Trainer:
             self.interval.sums[2:] = torch.tensor(content["interval"]["sums"][2:])
         if content["ranks"] == self.ranks.size:
             set_rng_state(content["rng"][self.ranks.rank], self.ranks.device)
-        self.saved_update = -1 if problem else self.state.update
+        if problem:  # the weights on disk are of the lost state: `train` saves before anything else
+            self.saver.newest_is_torn = True
+        else:
+            self.saved_update = self.state.update
         self.ranks.print(
             f"resumed from {path}: {self.state.update} updates done, epoch {self.state.epoch + 1},"
             f" sample {self.state.samples} of {sampler.size}; {left} to go"

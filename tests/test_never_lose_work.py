@@ -198,7 +198,7 @@ def read_until(process: subprocess.Popen, text: str) -> None:
 
 
 def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, tower_folder, tmp_path):
-    flags, full = {"epochs": 20, "save_interval": 1}, tmp_path / "full"
+    flags, full = {"epochs": 3, "save_interval": 1}, tmp_path / "full"
     train(data, tower_folder, tmp_path / "whole", **flags)
     process = start_on_disk(data, tower_folder, tmp_path / "part", {"DISK_FULL": str(full)}, **flags)
     read_until(process, "update 10/")
@@ -211,7 +211,7 @@ def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, tower_fold
 
 
 def test_a_disk_that_stays_full_ends_with_code_1_and_the_last_whole_state(data, tower_folder, tmp_path):
-    flags, full = {"epochs": 20, "save_interval": 1}, tmp_path / "full"
+    flags, full = {"epochs": 3, "save_interval": 1}, tmp_path / "full"
     train(data, tower_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
     process = start_on_disk(data, tower_folder, part, {"DISK_FULL": str(full)}, **flags)
@@ -226,13 +226,13 @@ def test_a_disk_that_stays_full_ends_with_code_1_and_the_last_whole_state(data, 
 
 
 def test_a_second_signal_ends_at_once_and_the_last_state_is_whole(data, tower_folder, tmp_path):
-    flags = {"epochs": 20, "save_interval": 50}
+    flags = {"epochs": 4, "save_interval": 10}
     train(data, tower_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
-    process = start_on_disk(data, tower_folder, part, {"DISK_DELAY": "1"}, **flags)
-    read_until(process, "update 110/")  # the save of update 100 is on its way or done
+    process = start_on_disk(data, tower_folder, part, {"DISK_DELAY": "0.3"}, **flags)
+    read_until(process, "update 22/")  # the state of update 10 is on disk, the one of update 20 on its way
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)  # now it saves, for some seconds more
+    time.sleep(1)  # now it saves, for some seconds more
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=2) == 128 + signal.SIGINT
     process.stderr.close()

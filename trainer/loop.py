@@ -106,6 +106,8 @@ class Trainer:
         if self.ranks.size > 1:
             self.model = DistributedDataParallel(run.model, broadcast_buffers=False)
         self.workers = worker_count(self.config.num_workers, self.ranks)
+        self.began, self.began_update = time.monotonic(), self.state.update
+        self.logged = self.began
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
 
     def train(self) -> int:
@@ -124,7 +126,6 @@ class Trainer:
 
     def updates(self, stop: StopRequest) -> Iterator[float]:
         """Trains update by update, yielding the learning rate of each, until the end or a signal."""
-        self.began, self.began_update = time.monotonic(), self.state.update
         while self.state.epoch < self.config.epochs:
             epoch, skip = self.state.epoch, self.state.samples
             loader = build_loader(self.run, epoch, skip, self.workers)
@@ -280,7 +281,7 @@ class Trainer:
         self.read_broken()
         loss, aux_loss, supervised, updates = self.interval.read(self.ranks)
         now = time.monotonic()
-        elapsed = now - getattr(self, "logged", self.began)
+        elapsed = now - self.logged
         per_update = (now - self.began) / (update - self.began_update)
         accelerator = self.ranks.device.type == "cuda"
         memory = torch.accelerator.max_memory_allocated() if accelerator else _peak_memory()

@@ -1,9 +1,11 @@
 """What tests share: tiny towers, tiny data, and a way to run the scripts as a user does."""
 
+import contextlib
 import json
 import lzma
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,26 @@ def run_script(*arguments, processes: int = 0, cwd: Path | None = None, **enviro
         [*command, *map(str, arguments[1:])], cwd=cwd, text=True, capture_output=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` started and that still live, in the order of their numbers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            found += [int(path.parent.name)] if parent == pid else []
+    return sorted(found)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """kill -9 for a process and all that descends from it: torchrun's workers are in sessions of their own."""
+    found = [process.pid]
+    for pid in found:  # grows while it is read
+        found += children(pid)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def training_flags(data, tower_folder, out: Path, **flags) -> list[str]:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 from trainer.checkpoint import finish_writing, load_training_state
 
-from .conftest import make_data, make_tower, training_flags
+from .conftest import kill_tree, make_data, make_tower, training_flags
 
 SAMPLES, EPOCHS, NAME = 22, 12, "sft_vlm_32"
 
@@ -47,7 +46,7 @@ class Storm:
         self.launches += 1
         log = out / f"trained_{self.launches:05}"
         out.mkdir(exist_ok=True)
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1", "DISK_DELAY": "0.01", "TRAINED": str(log)})  # fmt: skip
 
     def run_to_end(self, out: Path, resume: bool) -> None:
@@ -65,7 +64,8 @@ class Storm:
                 break
         time.sleep(self.rng.random() * 0.8)
         killed = process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL) if killed else None
+        if killed:
+            kill_tree(process)
         rest = process.stderr.read()
         process.wait()
         if not killed and process.returncode:

@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, make_data, make_model, read_metrics, run_script, training_flags
+from tests.conftest import (
+    REPOSITORY,
+    children,
+    kill_tree,
+    make_data,
+    make_model,
+    read_metrics,
+    run_script,
+    training_flags,
+)
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, train, weights
 from trainer import checkpoint, storage
@@ -287,7 +296,7 @@ def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_sched
     process = storm.start(out, False, before)
     for line in process.stderr:
         if "update 5/" in line:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process)
             break
     process.communicate()
     assert storm.check_files(out)
@@ -315,8 +324,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, tower_fol
     for line in process.stderr:
         seen.append(line)
         if "update 8/" in line and not killed:
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-            os.kill(int(children[-1]), signal.SIGKILL)
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
             killed = True
     assert process.wait(timeout=300) == 0, "".join(seen[-30:])
     assert killed and any("resumed from" in line for line in seen)

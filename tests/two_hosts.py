@@ -51,9 +51,18 @@ def start_host(number: int, flags: list[str], log: Path) -> subprocess.Popen:
                "--nproc_per_node", "1", "--max_restarts", "3", "--rdzv_backend", "c10d", "--rdzv_id", "two",
                "--rdzv_endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv_conf", f"is_host={int(number == 0)},join_timeout=120",
                "--local_addr", ADDRESSES[number], str(REPOSITORY / "train_sft_vlm.py"), *flags]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": ("veth_a", "veth_b")[number]}
+    # Without the first setting torch 2.13 never tells a node that comes back where the store of keys is (see README).
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1",
+                   "GLOO_SOCKET_IFNAME": ("veth_a", "veth_b")[number]}
     with open(log, "a") as file:
         return subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True, env=environment)
+
+
+def kill_host(number: int) -> None:
+    """kill -9 for everything that runs on the host, as when its power goes."""
+    pids = subprocess.run(["ip", "netns", "pids", NAMES[number]], capture_output=True, text=True, check=True).stdout
+    for pid in map(int, pids.split()):
+        os.kill(pid, signal.SIGKILL)
 
 
 def wait_for_text(log: Path, text: str, seconds: float) -> None:
@@ -83,7 +92,7 @@ def main() -> int:
             make_hosts()
             hosts = [start_host(number, flags, logs[number]) for number in range(2)]
             wait_for_text(logs[0], "update 20/", 120)
-            os.killpg(hosts[1].pid, signal.SIGKILL)
+            kill_host(1)
             hosts[1].wait()
             print("second host killed", flush=True)
             time.sleep(3)
@@ -94,10 +103,9 @@ def main() -> int:
             if any(codes):
                 raise RuntimeError(f"exit codes {codes}:\n{logs[0].read_text()[-3000:]}")
         finally:
-            for host in hosts:
-                if host.poll() is None:
-                    os.killpg(host.pid, signal.SIGKILL)
-                    host.wait()
+            for number, host in enumerate(hosts):
+                kill_host(number)
+                host.wait()
             remove_hosts()
         one, two = (torch.load(folder / run / WEIGHTS, weights_only=True) for run in ("whole", "two"))
         different = [name for name in one if not torch.equal(one[name], two[name])]

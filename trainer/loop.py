@@ -104,7 +104,7 @@ class Trainer:
             self.restore()
         self.model = run.model
         if self.ranks.size > 1:
-            self.model = DistributedDataParallel(run.model, broadcast_buffers=False)
+            self.model = DistributedDataParallel(run.model, forward_sync_buffers=False)
         self.workers = worker_count(self.config.num_workers, self.ranks)
         self.began, self.began_update = time.monotonic(), self.state.update
         self.logged = self.began

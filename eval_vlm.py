@@ -19,8 +19,9 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from dataset.conversation import IMAGE_MARK
-from dataset.errors import SampleError
-from dataset.sources import DataError, load_picture, open_images, open_samples
+from dataset.errors import DataError, SampleError
+from dataset.pictures import load_picture, open_images
+from dataset.sources import open_samples
 from model.vision import preprocess
 from trainer.config import REPOSITORY, UsageError, weight_name
 from trainer.distributed import default_device
@@ -166,7 +167,8 @@ def score(assistant: Assistant, args: argparse.Namespace) -> None:
         for question, prediction in tqdm(answers, total=len(questions), unit="question", disable=not sys.stderr.isatty()):
             correct = prediction.strip() == question.answer.strip()
             right[question.kind].append(correct)
-            row = {"images": question.images, "question": question.turns[-1].content.replace(f"{IMAGE_MARK}\n", ""),
+            row = {"images": [ref if isinstance(ref, str) else f"{len(ref)} bytes" for ref in question.images],
+                   "question": question.turns[-1].content.replace(f"{IMAGE_MARK}\n", ""),
                    "answer": question.answer, "prediction": prediction, "kind": question.kind, "correct": correct}  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     for kind, marks in sorted(right.items()):

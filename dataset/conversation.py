@@ -33,16 +33,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked sample: turns, and the pictures they show, in reading order. `where` is "file:line"."""
+    """A checked sample: turns, and the pictures they show in reading order, by name or as the bytes of a picture file.
+    `where` is "file:line"."""
 
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[str | bytes, ...] = ()
     where: str = ""
     kind: str = ""  # of the answers, for scoring; optional
 
 
-def parse_sample(row: Any, where: str = "") -> Sample:
-    """A decoded json line as a Sample.
+def parse_sample(row: Any, where: str = "", pictures: tuple[bytes, ...] | None = None) -> Sample:
+    """A decoded json line as a Sample; `pictures` replace its field `image` where a format holds them itself.
 
     Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> marks that do
     not match the pictures.
@@ -50,7 +51,7 @@ def parse_sample(row: Any, where: str = "") -> Sample:
     if not isinstance(row, dict):
         raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
     turns = parse_turns(row.get("conversations"), where)
-    images = parse_images(row.get("image"), where)
+    images = parse_images(row.get("image"), where) if pictures is None else pictures
     marks = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
     if marks != len(images):
         raise SampleError(f"{marks} {IMAGE_MARK} marks in the user's turns, but {len(images)} pictures", where)

@@ -1,4 +1,4 @@
-"""The one kind of error that bad data raises."""
+"""What bad data raises: a SampleError for one sample, a DataError for a data set."""
 
 
 class SampleError(ValueError):
@@ -10,3 +10,7 @@ class SampleError(ValueError):
     def __init__(self, problem: str, where: str = ""):
         super().__init__(f"{where}: {problem}" if where else problem)
         self.problem, self.where = problem, where
+
+
+class DataError(Exception):
+    """A data set as a whole is missing or unusable; the message says what to do."""

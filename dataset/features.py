@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import SampleError
-from .sources import DataError, SampleSource
+from .errors import DataError, SampleError
+from .sources import SampleSource
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
 PREPROCESSING = 1  # raised when the same file gives other pixels than before
@@ -183,14 +183,16 @@ class FeatureCache:
 
 
 def number_pictures(samples: SampleSource) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """`starts` int64 [n + 1], `slots` int32 and the names of the M different pictures, in order of appearance.
+    """`starts` int64 [n + 1], `slots` int32 and the names of the M different pictures, in order of appearance; a
+    picture that a sample holds itself goes by a hash.
 
     A sample that cannot be read has no pictures.
     """
     starts, slots, numbers = np.zeros(len(samples) + 1, dtype=np.int64), [], {}
     for index in range(len(samples)):
         try:
-            names = samples[index].images
+            names = [ref if isinstance(ref, str) else hashlib.blake2b(ref, digest_size=16).hexdigest()
+                     for ref in samples[index].images]  # fmt: skip
         except SampleError:
             names = ()
         slots += [numbers.setdefault(name, len(numbers)) for name in names]

@@ -16,7 +16,8 @@ from model.vision import preprocess
 from .conversation import IGNORE_INDEX, Renderer
 from .errors import SampleError
 from .features import FeatureCache
-from .sources import ImageSource, SampleSource
+from .pictures import ImageSource, Ref
+from .sources import SampleSource
 
 MULTIPLE = 8  # of tokens, the length of a batch: fewer shapes to compile for, and what matrix units like
 NO_PIXELS = torch.empty(0, 3, 224, 224, dtype=torch.uint8)
@@ -68,32 +69,32 @@ class VLMDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Example | BadSample]:
         """The items of a batch, a picture that stands there several times being read once. DataLoader calls this."""
-        pictures: dict[str, Picture] = {}
+        pictures: dict[Ref, Picture] = {}
         return [self._item(index, pictures) for index in indices]
 
-    def _item(self, index: int, pictures: dict[str, Picture]) -> Example | BadSample:
+    def _item(self, index: int, pictures: dict[Ref, Picture]) -> Example | BadSample:
         try:
             sample = self.samples[index]
             rendered = self.renderer.render(sample, self.max_length)
             slots = self.cache.slots_of(index) if self.cache else [-1] * len(sample.images)
-            for name, slot in zip(sample.images, slots, strict=True):
-                if name not in pictures:
-                    pictures[name] = self._picture(name, slot, sample.where)
+            for ref, slot in zip(sample.images, slots, strict=True):
+                if ref not in pictures:
+                    pictures[ref] = self._picture(ref, slot, sample.where)
         except SampleError as error:
             return BadSample(index, str(error))
-        shown = tuple(pictures[name] for name in sample.images)
+        shown = tuple(pictures[ref] for ref in sample.images)
         return Example(index, rendered.ids, rendered.labels, rendered.image_starts, shown)
 
-    def _picture(self, name: str, slot: int, where: str) -> Picture:
-        signature = self.images.signature(name, where) if self.cache else 0
+    def _picture(self, ref: Ref, slot: int, where: str) -> Picture:
+        signature = self.images.signature(ref, where) if self.cache else 0
         features = self.cache.read(slot, signature) if self.cache else None
         if features is not None:
             return Picture(features=features, slot=slot, signature=signature)
-        picture = self.images.load(name, where)
+        picture = self.images.load(ref, where)
         try:
             return Picture(pixels=preprocess(picture), slot=slot, signature=signature)
         except (OSError, ValueError, MemoryError) as error:
-            raise SampleError(f"picture {name!r} cannot be converted: {error}", where) from error
+            raise SampleError(f"picture {ref if isinstance(ref, str) else 'of the row'!r} cannot be converted: {error}", where) from error
 
 
 @dataclass(frozen=True)

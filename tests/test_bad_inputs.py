@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import eval_vlm
-from dataset.errors import SampleError
-from dataset.sources import DataError, open_images, open_samples
+from dataset.errors import DataError, SampleError
+from dataset.pictures import open_images
+from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, Example, VLMDataset
 from tests.conftest import make_model, make_tower, write_jsonl
 from trainer.inference import Assistant, Chat, Sampling
@@ -236,8 +237,9 @@ def test_files_that_are_no_data(tmp_path):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(DataError, match="holds no samples"):
             open_samples(tmp_path / "empty.jsonl")
-    with pytest.raises(DataError, match=r"cannot read|no \.jsonl"):
-        open_samples(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=r"holds no \.jsonl and no \.parquet"):
+        open_samples(tmp_path / "folder")
     first = write_jsonl(tmp_path / "bom.jsonl", [])
     first.write_bytes(b"\xef\xbb\xbf" + GOOD_LINE.encode())
     assert open_samples(first)[0].images == ("good.png",)

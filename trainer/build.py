@@ -14,8 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import Renderer
+from dataset.errors import DataError
 from dataset.features import CacheKey, FeatureCache
-from dataset.sources import DataError, SampleSource, open_images, open_samples
+from dataset.pictures import open_images
+from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from model import MiniMindVLM, VLMConfig
 from model.vision import VisionTowerError, load_vision_tower, tower_patches
@@ -174,11 +176,14 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.01, fused=True)
     dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len,
                          cache)  # fmt: skip
-    lengths = samples.lengths(model.config.image_tokens).clip(max=config.max_seq_len)
-    sampler = ResumableSampler(len(dataset), config.batch_size, config.accumulation_steps, config.seed,
-                               ranks.rank, ranks.size, lengths)  # fmt: skip
+    sampler = ResumableSampler(
+        samples.epoch_size, config.batch_size, config.accumulation_steps, config.seed, ranks.rank, ranks.size,
+        lambda indices: samples.lengths(indices, model.config.image_tokens).clip(max=config.max_seq_len),
+        lambda epoch: samples.order(config.seed, epoch),
+    )  # fmt: skip
     total, learning = model.num_parameters(), sum(p.numel() for p in trainable)
-    ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples")
+    ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples"
+                + (f", {samples.epoch_size} of them an epoch" if samples.epoch_size != len(dataset) else ""))
     return Run(config, ranks, model, dataset, sampler, optimizer, dtype, used)
 
 

@@ -21,7 +21,7 @@ from model.vision import tower_fingerprint
 from .config import UsageError
 from .storage import OutputLock, StorageError, Write, check_zip, finish_commit, write_set
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 @dataclass

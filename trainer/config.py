@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,8 +47,9 @@ class TrainConfig:
     num_hidden_layers: int = setting(8, "blocks of the decoder")
     max_seq_len: int = setting(640, "longest sample in tokens, picture placeholders included")
     use_moe: int = setting(0, "1: Mixture of Experts", (0, 1))
-    data_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_data.jsonl"), "training data, jsonl")
-    images_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_images"), "folder of pictures")
+    data_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns;"
+                             " several with commas between, each with a weight if wanted (a.jsonl:0.3)")
+    images_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_images"), "folder or .zip of pictures; several with commas between")
     from_weight: str = setting("llm", "prefix of the weights in save_dir to start from; none: from scratch")
     from_resume: int = setting(0, "1: go on from the last training state", (0, 1))
     freeze_llm: int = setting(1, "0: train all, 1: the projector only, 2: projector and last block", (0, 1, 2))
@@ -108,9 +110,10 @@ class TrainConfig:
     @property
     def features_folder(self) -> Path:
         """Where the feature cache of the data goes: one for each data file and folder of pictures."""
-        data = Path(self.data_path).resolve()
-        digest = hashlib.blake2b(f"{data}\0{Path(self.images_path).resolve()}".encode(), digest_size=4).hexdigest()
-        return Path(self.checkpoint_dir) / "features" / f"{data.stem}_{digest}"
+        paths = [[str(Path(path.strip()).resolve()) for path in flag.split(",")] for flag in (self.data_path, self.images_path)]
+        digest = hashlib.blake2b(json.dumps(paths).encode(), digest_size=4).hexdigest()
+        stem = re.sub(r"\W+", "_", Path(paths[0][0]).stem)
+        return Path(self.checkpoint_dir) / "features" / f"{stem}_{digest}"
 
     @property
     def start_file(self) -> Path | None:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from dataset.conversation import Renderer
-from dataset.sources import open_images, open_samples
+from dataset.pictures import open_images
+from dataset.sources import open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from model import MiniMindVLM, model_minimind
 from model.model_minimind import IGNORE_INDEX

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from transformers import CLIPImageProcessor
 
 from dataset.conversation import Renderer
-from dataset.sources import ImageSource, SampleSource
+from dataset.pictures import ImageSource
+from dataset.sources import SampleSource
 from model import MiniMindVLM
 from model.model_minimind import IGNORE_INDEX, rope_tables
 from model.moe import MOEFeedForward

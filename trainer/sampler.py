@@ -7,12 +7,16 @@ on with another R: all it needs to know is how many samples of the epoch are don
 
 Samples of like lengths stand together, so that little of a batch is padding: the shuffled order is cut into windows of
 WINDOW global micro-batches, a window is sorted by length (in steps of 8 tokens) and cut into micro-batches, and these are shuffled again.
+
+Nothing here grows with n: a window is computed when its turn comes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+
+from dataset.order import Order, Permutation
 
 WINDOW = 64  # global micro-batches that are sorted together
 STEP = 8  # tokens; finer differences stay shuffled: a batch is padded to a multiple of 8 anyway, and the length of a short
@@ -22,14 +26,17 @@ STEP = 8  # tokens; finer differences stay shuffled: a batch is padded to a mult
 class ResumableSampler:
     """Yields this rank's micro-batches of one epoch, as lists of sample numbers.
 
-    `lengths` [n] are the samples' lengths, exact or not; None leaves the order shuffled alone. `grain` is the number of
-    samples that the order keeps together: b * R of the run's start, also where a resumed run has another R.
+    `size` is n; `lengths` gives the lengths of samples by number, exact or not, and None leaves the order as it is.
+    `order` gives an epoch's shuffled order. `grain` is the number of samples that the order keeps together: b * R of the
+    run's start, also where a resumed run has another R.
     """
 
     def __init__(self, size: int, batch_size: int, accumulation_steps: int, seed: int, rank: int = 0, ranks: int = 1,
-                 lengths: np.ndarray | None = None):  # fmt: skip
+                 lengths: Callable[[np.ndarray], np.ndarray] | None = None,
+                 order: Callable[[int], Order] | None = None):  # fmt: skip
         self.size, self.batch_size, self.accumulation_steps = size, batch_size, accumulation_steps
         self.seed, self.rank, self.ranks, self.lengths = seed, rank, ranks, lengths
+        self.order = order or (lambda epoch: Permutation(size, (seed, epoch)))
         self.grain = batch_size * ranks
 
     @property
@@ -49,24 +56,26 @@ class ResumableSampler:
         running = math.ceil((self.size - skip) / self.samples_per_update)
         return running + (epochs - epoch - 1) * self.updates_per_epoch
 
-    def order(self, epoch: int) -> np.ndarray:
-        """All n sample numbers, int64 [n], shuffled by (seed, epoch), like lengths together."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.size)
-        if self.lengths is None:
-            return order
-        for start in range(0, self.size, WINDOW * self.grain):
-            window = order[start : start + WINDOW * self.grain]
-            window = window[np.argsort(self.lengths[window] // STEP, kind="stable")]
-            whole = len(window) // self.grain * self.grain  # a last, smaller group stays last
-            shuffled = rng.permutation(window[:whole].reshape(-1, self.grain)).flatten()
-            order[start : start + len(window)] = np.concatenate([shuffled, window[whole:]])
-        return order
+    def samples(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """The epoch's sample numbers from place `start` on, all ranks', a window at a time."""
+        order, step = self.order(epoch), WINDOW * self.grain
+        for number in range(start // step, math.ceil(self.size / step)):
+            window = order(np.arange(number * step, min(self.size, (number + 1) * step)))
+            if self.lengths is not None:
+                window = self.like_lengths_together(window, (self.seed, epoch, number))
+            yield window[max(0, start - number * step) :]
+
+    def like_lengths_together(self, window: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+        """The samples of a window in groups of like lengths, the groups in a random order."""
+        window = window[np.argsort(self.lengths(window) // STEP, kind="stable")]
+        whole = len(window) // self.grain * self.grain  # a last, smaller group stays last
+        groups = np.random.default_rng(key).permutation(window[:whole].reshape(-1, self.grain))
+        return np.concatenate([groups.flatten(), window[whole:]])
 
     def deal(self, samples: np.ndarray) -> list[int]:
         """This rank's part of a global micro-batch: to and fro along the lengths, so that ranks have like loads."""
         if self.lengths is not None:
-            samples = samples[np.argsort(self.lengths[samples], kind="stable")]
+            samples = samples[np.argsort(self.lengths(samples), kind="stable")]
         turn, place = np.divmod(np.arange(len(samples)), self.ranks)
         return samples[np.where(turn % 2, self.ranks - 1 - place, place) == self.rank].tolist()
 
@@ -75,8 +84,10 @@ class ResumableSampler:
 
         All ranks get the same number of micro-batches; at the very end of an epoch one may be empty.
         """
-        order = self.order(epoch)
-        stride = self.batch_size * self.ranks
+        stride, rest, windows = self.batch_size * self.ranks, np.empty(0, dtype=np.int64), self.samples(epoch, skip)
         for start in range(skip, self.size, self.samples_per_update):
-            group = order[start : start + self.samples_per_update]
+            wanted = min(self.samples_per_update, self.size - start)
+            while len(rest) < wanted:
+                rest = np.concatenate([rest, next(windows)])
+            group, rest = rest[:wanted], rest[wanted:]
             yield [self.deal(group[at : at + stride]) for at in range(0, len(group), stride)]

@@ -1,0 +1,233 @@
+"""Where pictures come from: a folder, a zip that is read in place, or the sample itself.
+
+A sample names its pictures, or holds them (bytes of a picture file, as parquet has them); either is a `Ref`.
+"""
+
+import hashlib
+import io
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from .errors import DataError, SampleError
+from .index import open_index
+
+Ref = str | bytes
+
+MAX_PIXELS = 90_000_000  # a larger picture is refused: a few bytes of file can unfold to gigabytes
+MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
+
+
+class ImageSource:
+    """Pictures by name; a subclass says where they lie. What a sample holds itself is decoded here."""
+
+    def load(self, ref: Ref, where: str = "") -> Image.Image:
+        """The decoded picture; raises SampleError."""
+        if isinstance(ref, bytes):
+            return load_picture(io.BytesIO(ref), f"of {len(ref)} bytes", where)
+        return load_picture(self.open(ref, where), ref, where)
+
+    def signature(self, ref: Ref, where: str = "") -> int:
+        """A number other than 0 that changes with the file behind a name; raises SampleError when there is none."""
+        return zlib.crc32(ref if isinstance(ref, bytes) else self.state(ref, where)) + 1
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a picture of that name."""
+        try:
+            self.state(name, "")
+        except SampleError:
+            return False
+        return True
+
+    def open(self, name: str, where: str) -> Path | BinaryIO:
+        """The picture's file; raises SampleError."""
+        raise NotImplementedError
+
+    def state(self, name: str, where: str) -> bytes:
+        """Bytes that change with the file; raises SampleError when there is none."""
+        raise NotImplementedError
+
+
+class FolderImages(ImageSource):
+    """Pictures in a folder and its subfolders. No name leads out of it."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).resolve()
+
+    def open(self, name: str, where: str) -> Path:
+        try:
+            path = (self.folder / name).resolve()
+            inside, found = path.is_relative_to(self.folder), path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half a character, a circle of links
+            raise SampleError(f"picture {name!r} is no file name: {error}", where) from error
+        if not inside:
+            raise SampleError(f"picture {name!r} leads out of {self.folder}", where)
+        if not found:
+            raise SampleError(f"picture {name!r} is not in {self.folder}", where)
+        return path
+
+    def state(self, name: str, where: str) -> bytes:
+        stat = self.open(name, where).stat()
+        return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape")
+
+
+class ZipImages(ImageSource):
+    """Pictures in a zip, read where they are: an index holds 32 bytes a picture, and a picture costs two reads.
+
+    When all lie in one folder of the zip, as in the published ones, names may leave that folder out. Reads do not move
+    a file position, so processes may share the open file; one that gets the object by pickle opens its own.
+    """
+
+    RECORD = np.dtype([("name", "<u8"), ("offset", "<i8"), ("size", "<u4"), ("unpacked", "<u4"), ("crc", "<u4"),
+                       ("method", "<u4")])  # fmt: skip
+    LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field (APPNOTE.TXT 4.3.7)
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._records, extra = open_index(self.path, self.RECORD, self._read_directory)
+            self._root = extra["root"]
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.path} is no readable zip of pictures: {error}") from error
+
+    def _read_directory(self) -> tuple[np.ndarray, dict]:
+        with zipfile.ZipFile(self.path) as file:
+            entries = [entry for entry in file.infolist() if not entry.is_dir()]
+        if not entries:
+            raise DataError(f"{self.path} holds no files")
+        folders = {entry.filename.partition("/")[0] if "/" in entry.filename else "" for entry in entries}
+        root = f"{folders.pop()}/" if len(folders) == 1 and "" not in folders else ""
+        records = np.array([(name_hash(entry.filename), entry.header_offset, entry.compress_size, entry.file_size, entry.CRC,
+                             entry.compress_type if not entry.flag_bits & 1 else 99) for entry in entries], self.RECORD)  # fmt: skip
+        return np.sort(records, order="name"), {"root": root}
+
+    def open(self, name: str, where: str) -> BinaryIO:
+        record, problem = self._find(name, where), None
+        offset, size = int(record["offset"]), int(record["size"])
+        if record["unpacked"] > MAX_BYTES:
+            raise SampleError(f"picture {name!r} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
+        header = os.pread(self._file.fileno(), self.LOCAL_HEADER.size, offset)
+        try:
+            signature, name_size, extra_size = self.LOCAL_HEADER.unpack(header)
+            begin = offset + self.LOCAL_HEADER.size + name_size + extra_size
+            data = os.pread(self._file.fileno(), size, begin)
+            if signature != b"PK\x03\x04" or len(data) < size:
+                problem = "the zip is torn"
+            elif record["method"] == zipfile.ZIP_DEFLATED:
+                unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+                data = unpacker.decompress(data, int(record["unpacked"]) + 1)
+            elif record["method"] != zipfile.ZIP_STORED:
+                problem = "it is packed by another method than deflate, or encrypted"
+        except (struct.error, zlib.error) as error:
+            problem = f"the zip is torn: {error}"
+        if problem is None and (len(data) != record["unpacked"] or zlib.crc32(data) != record["crc"]):
+            problem = "its checksum is wrong"
+        if problem:
+            raise SampleError(f"picture {name!r} in {self.path} cannot be read: {problem}", where)
+        return io.BytesIO(data)
+
+    def state(self, name: str, where: str) -> bytes:
+        return self._find(name, where).tobytes()
+
+    def _find(self, name: str, where: str) -> np.void:
+        for full in (name, self._root + name):
+            value = name_hash(full)
+            place = int(np.searchsorted(self._records["name"], value))
+            if place < len(self._records) and self._records[place]["name"] == value:
+                return self._records[place]
+        raise SampleError(f"picture {name!r} is not in {self.path}", where)
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.path = state["path"]
+        self._open()
+
+
+def name_hash(name: str) -> np.uint64:
+    """64 bits of a file name in a zip: among a million names, two are alike once in forty million data sets."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
+
+
+class ManyImages(ImageSource):
+    """Several folders and zips; a name has to be in one of them alone."""
+
+    def __init__(self, sources: list[ImageSource]):
+        self.sources = sources
+
+    def open(self, name: str, where: str) -> Path | BinaryIO:
+        return self._source(name, where).open(name, where)
+
+    def state(self, name: str, where: str) -> bytes:
+        return self._source(name, where).state(name, where)
+
+    def _source(self, name: str, where: str) -> ImageSource:
+        holding = [source for source in self.sources if source.holds(name)]
+        if len(holding) > 1:
+            raise SampleError(f"picture {name!r} is in {len(holding)} of the places that --images_path names", where)
+        return holding[0] if holding else self.sources[0]  # which then says what is wrong
+
+
+class NoImages(ImageSource):
+    """The source of a run that was given no folder: every picture that a sample does not hold is missing."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = folder
+
+    def open(self, name: str, where: str) -> Path:
+        raise SampleError(f"picture {name!r}: there is no folder {self.folder}", where)
+
+    def state(self, name: str, where: str) -> bytes:
+        raise SampleError(f"picture {name!r}: there is no folder {self.folder}", where)
+
+
+def load_picture(file: Path | BinaryIO, name: str, where: str = "") -> Image.Image:
+    """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
+            picture = Image.open(file)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise SampleError(f"picture {name!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}", where)
+        picture.load()
+    except SampleError:
+        raise
+    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
+        raise SampleError(f"picture {name!r} cannot be read: {type(error).__name__}: {error}", where) from error
+    return picture
+
+
+def open_images(paths: str | Path) -> ImageSource:
+    """The pictures in a folder or a zip, or in several with commas between.
+
+    A single missing folder is no error yet: text-only data and parquet need none.
+    """
+    names = [name for name in str(paths).split(",") if name.strip()]
+    sources = [_open_one(Path(name.strip()), len(names) == 1) for name in names]
+    return sources[0] if len(sources) == 1 else ManyImages(sources)
+
+
+def _open_one(path: Path, may_miss: bool) -> ImageSource:
+    if path.is_dir():
+        return FolderImages(path)
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return ZipImages(path)
+    if path.exists():
+        raise DataError(f"{path} is no folder of pictures and no .zip")
+    if not may_miss:
+        raise DataError(f"--images_path names {path}, which does not exist")
+    return NoImages(path)

@@ -1,0 +1,348 @@
+"""Data at scale: indices, zips, parquet, mixtures, and orders that need no memory."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import struct
+import tracemalloc
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset import pictures, sources
+from dataset.errors import DataError, SampleError
+from dataset.order import BlockOrder, EpochOrder, Permutation
+from dataset.pictures import ZipImages, open_images
+from dataset.sources import JsonlSamples, ParquetSamples, open_samples
+from tests.conftest import make_data, write_jsonl
+from tests.test_never_lose_work import read_until, start_on_disk
+from tests.test_training import assert_same, train, weights
+from trainer.sampler import ResumableSampler
+
+
+def row(text: str, image: str | None = None) -> dict:
+    mark = "<image>\n" if image else ""
+    turns = [{"role": "user", "content": f"{mark}{text}"}, {"role": "assistant", "content": "yes"}]
+    return {"conversations": turns} | ({"image": image} if image else {})
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**40))
+@settings(max_examples=100, deadline=None)
+def test_a_permutation_is_a_bijection(size, key):
+    numbers = Permutation(size, (key,))(np.arange(size))
+    assert sorted(numbers.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [3, 10, 100])
+def test_a_permutation_is_uniform(size):
+    """Chi-square over 4,000 keys: where each place goes, and where two neighbours go together."""
+    orders = np.array([Permutation(size, (key, 7))(np.arange(size)) for key in range(4000)])
+    places = np.array([np.bincount(orders[:, place], minlength=size) for place in range(size)])
+    pairs = np.bincount(orders[:, 0] * size + orders[:, 1], minlength=size**2)[~np.eye(size, dtype=bool).flatten()]
+    for counts, freedom in ((places, (size - 1) ** 2), (pairs, size * (size - 1) - 1)):
+        chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+        assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_a_trillion_samples_need_no_memory():
+    size = 10**12
+    tracemalloc.start()
+    sampler = ResumableSampler(size, 16, 1, seed=1, lengths=lambda indices: indices % 500)
+    updates = [update for (update,) in itertools.islice(sampler.updates(3, skip=size // 3 * 1), 200)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    seen = [number for update in updates for number in update]
+    assert peak < 2_000_000 and len(set(seen)) == 3200 and max(seen) > size * 0.99 and min(seen) < size * 0.01
+    assert ResumableSampler(size, 16, 1, seed=1).updates_per_epoch == size // 16
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60), key=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_blocks_are_read_once_and_few_at_a_time(sizes, key):
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    order = BlockOrder(starts, (key,), 16)
+    numbers = order(np.arange(starts[-1]))
+    assert sorted(numbers.tolist()) == list(range(starts[-1]))
+    blocks = np.searchsorted(starts, numbers, side="right") - 1
+    first, last = ({block: place for place, block in pairs} for pairs in (list(enumerate(blocks))[::-1], enumerate(blocks)))
+    open_at = [sum(first[block] <= place <= last[block] for block in first) for place in range(len(numbers))]
+    assert max(open_at) <= 16
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_mixture_takes_its_shares_and_repeats_nothing_before_its_time(data):
+    starts = [np.concatenate([[0], np.cumsum(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)))])
+              for _ in range(data.draw(st.integers(1, 3)))]  # fmt: skip
+    chosen = [data.draw(st.sampled_from([0.3, 0.5, 1, 1, 2, 2.5])) for _ in starts]
+    taken = Counter()
+    for epoch in range(6):
+        order = EpochOrder(starts, chosen, 5, epoch)
+        size = int(order.bounds[-1])
+        numbers = order(np.arange(size))
+        taken.update(numbers.tolist())
+        shuffled = np.random.default_rng(0).permutation(size)
+        assert (order(shuffled) == numbers[shuffled]).all(), "a function of the place alone"
+        begin = 0
+        for own, weight in zip(starts, chosen, strict=True):
+            inside = ((numbers >= begin) & (numbers < begin + own[-1])).sum()
+            assert inside == max(1, round(own[-1] * weight))
+            begin += own[-1]
+    begin = 0
+    for own in starts:
+        counts = [taken[number] for number in range(begin, begin + own[-1])]
+        assert max(counts) - min(counts) <= 1
+        begin += own[-1]
+
+
+# --- jsonl by index ---------------------------------------------------------------------------------------------------
+
+
+def test_the_index_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [row(str(number)) for number in range(5)])
+    first = JsonlSamples(path)
+    assert (tmp_path / ".a.jsonl.index").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlSamples, "_read_lines", None)  # would be called
+        assert JsonlSamples(path).fingerprint() == first.fingerprint() and len(JsonlSamples(path)) == 5
+    write_jsonl(path, [row(str(number)) for number in range(7)])
+    assert len(JsonlSamples(path)) == 7 and JsonlSamples(path)[6].turns[0].content == "6"
+    for torn in (b"", b"{", b"x" * 300, (tmp_path / ".a.jsonl.index").read_bytes()[:-3]):
+        (tmp_path / ".a.jsonl.index").write_bytes(torn)
+        assert len(JsonlSamples(path)) == 7
+
+
+def test_where_the_folder_is_read_only_the_index_goes_to_the_cache(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "data" / "a.jsonl", [row("x")]) if (tmp_path / "data").mkdir() is None else None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    blocked = path.with_name(".a.jsonl.index")
+    blocked.mkdir()  # also for root, who may write anywhere
+    assert len(JsonlSamples(path)) == 1
+    (index,) = (tmp_path / "cache" / "minimind-v").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlSamples, "_read_lines", None)
+        assert len(JsonlSamples(path)) == 1
+    index.unlink()
+    (tmp_path / "cache" / "minimind-v").rmdir()
+    (tmp_path / "cache" / "minimind-v").write_text("no folder")
+    assert JsonlSamples(path)[0].turns[0].content == "x" and list(blocked.iterdir()) == []
+
+
+# --- zip --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zipped(data, tmp_path_factory) -> Path:
+    """The pictures of `data` in a zip, in one folder, packed and not."""
+    path = tmp_path_factory.mktemp("zip") / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.mkdir("pictures")
+        for number, picture in enumerate(sorted(data[1].iterdir())):
+            file.write(picture, f"pictures/{picture.name}", (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[number % 2])
+    return path
+
+
+def _load_all(images, names) -> list:
+    return [images.load(name).tobytes() for name in names]
+
+
+def test_pictures_in_a_zip_are_those_of_the_folder(data, zipped):
+    names = sorted(path.name for path in data[1].iterdir())
+    expected, images = _load_all(open_images(data[1]), names), open_images(zipped)
+    assert _load_all(images, names) == expected == _load_all(pickle.loads(pickle.dumps(images)), names)
+    assert images.load(f"pictures/{names[0]}").tobytes() == expected[0]
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            found = pool.starmap(_load_all, [(images, names), (images, names[::-1])])
+        assert found == [expected, expected[::-1]]
+    assert len({images.signature(name) for name in names}) == len(names)
+    for name in ("none.png", "../data.jsonl", "pictures"):
+        with pytest.raises(SampleError, match=r"is not in .*zip"):
+            images.load(name)
+
+
+def test_zips_that_are_broken_say_so(data, zipped, tmp_path, monkeypatch):
+    (tmp_path / "no.zip").write_bytes(b"no zip at all")
+    with pytest.raises(DataError, match="no readable zip"):
+        open_images(tmp_path / "no.zip")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(DataError, match="holds no files"):
+        open_images(tmp_path / "empty.zip")
+    with zipfile.ZipFile(zipped) as file:
+        entries = [entry for entry in file.infolist() if not entry.is_dir()]
+    for entry in entries[:2]:  # one stored, one packed
+        blob = bytearray(zipped.read_bytes())
+        name_size, extra_size = struct.unpack_from("<HH", blob, entry.header_offset + 26)
+        blob[entry.header_offset + 30 + name_size + extra_size + entry.compress_size // 2] ^= 0x55
+        (tmp_path / "torn.zip").write_bytes(blob)
+        with pytest.raises(SampleError, match=r"cannot be read: (its checksum is wrong|the zip is torn)"):
+            open_images(tmp_path / "torn.zip").load(entry.filename)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 10)
+    with pytest.raises(SampleError, match="unfolds to"):
+        ZipImages(zipped).load(entries[0].filename)
+
+
+def test_several_places_of_pictures(data, zipped, tmp_path):
+    (tmp_path / "more").mkdir()
+    shutil.copy(data[1] / "1_0.png" if (data[1] / "1_0.png").exists() else next(data[1].iterdir()), tmp_path / "more" / "other.png")
+    images = open_images(f"{tmp_path / 'more'}, {zipped}")
+    name = next(data[1].iterdir()).name
+    assert images.load("other.png").size == images.load(name).size == (40, 30)
+    shutil.copy(data[1] / name, tmp_path / "more" / name)
+    with pytest.raises(SampleError, match="is in 2 of the places"):
+        images.load(name)
+    with pytest.raises(SampleError, match="is not in"):
+        images.load("nowhere.png")
+    with pytest.raises(DataError, match="does not exist"):
+        open_images(f"{tmp_path / 'more'},{tmp_path / 'nowhere'}")
+    with pytest.raises(DataError, match=r"no folder of pictures and no \.zip"):
+        open_images(data[0])
+
+
+# --- parquet ----------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, rows: list[dict], folder: Path, structs: bool = False, group: int = 1000) -> Path:
+    """Rows of jsonl as the published parquet has them."""
+    names = [[name.strip() for name in row.get("image", "").split(",") if name.strip()] for row in rows]
+    blobs = [[(folder / name).read_bytes() for name in own] for own in names]
+    several = any(len(own) > 1 for own in blobs)
+    table = arrow.table({
+        "conversations": [row["conversations"] if structs else json.dumps(row["conversations"]) for row in rows],
+        "image_bytes": blobs if several else [own[0] if own else None for own in blobs],
+    })  # fmt: skip
+    parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+@pytest.mark.parametrize("structs", [False, True])
+@pytest.mark.parametrize("most", [1, 2])
+def test_parquet_gives_the_samples_of_the_jsonl(data, tmp_path, structs, most):
+    rows = [row for row in read_rows(data[0]) if len(row.get("image", "").split(",")) <= most]
+    plain = JsonlSamples(write_jsonl(tmp_path / "a.jsonl", rows))
+    samples = ParquetSamples(write_parquet(tmp_path / "a.parquet", rows, data[1], structs, group=5))
+    assert len(samples) == len(rows) and samples.blocks.tolist() == [*range(0, len(rows), 5), len(rows)]
+    images = open_images(tmp_path / "no folder needed")
+    for number in range(len(rows)):
+        assert samples[number].turns == plain[number].turns
+        found = [images.load(ref).tobytes() for ref in samples[number].images]
+        assert found == [open_images(data[1]).load(name).tobytes() for name in plain[number].images]
+        assert samples.where(number) == f"{tmp_path / 'a.parquet'}:{number + 1}" == samples[number].where
+    several = np.arange(len(rows))
+    assert np.corrcoef(samples.lengths(several, 196), plain.lengths(several, 196))[0, 1] > 0.99
+    assert pickle.loads(pickle.dumps(samples))[3].turns == plain[3].turns
+
+
+def test_parquet_row_groups_are_read_once_an_epoch(data, tmp_path, monkeypatch):
+    rows = read_rows(data[0]) * 40
+    samples, read = open_samples(write_parquet(tmp_path / "a.parquet", rows, data[1], group=20)), Counter()
+    group_bytes = samples.sources[0].block_bytes
+    monkeypatch.setattr(sources, "WINDOW_BYTES", 16 * group_bytes)
+    monkeypatch.setattr(sources, "KEPT", sources.KeptGroups(32 * group_bytes))
+    read_group = ParquetSamples._read_group
+
+    def counting(self, number, where):
+        read[number] += 1
+        return read_group(self, number, where)
+
+    monkeypatch.setattr(ParquetSamples, "_read_group", counting)
+    sampler = ResumableSampler(len(rows), 4, 1, 1, lengths=lambda indices: samples.lengths(indices, 196),
+                               order=lambda epoch: samples.order(1, epoch))  # fmt: skip
+    for (update,) in sampler.updates(0):
+        for number in update:
+            samples[number]
+    assert len(read) == len(rows) // 20 and sum(read.values()) <= 1.1 * len(read)
+    assert sources.KEPT.bytes <= 32 * group_bytes
+
+
+def test_parquet_that_is_no_data_says_why(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="no readable parquet"):
+        open_samples(tmp_path / "a.parquet")
+    parquet.write_table(arrow.table({"text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="columns text, none of them 'conversations'"):
+        open_samples(tmp_path / "a.parquet")
+    parquet.write_table(arrow.table({"conversations": arrow.array([], arrow.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="holds no samples"):
+        open_samples(tmp_path / "a.parquet")
+    good = json.dumps(row("x", "a")["conversations"])
+    rows = {"conversations": ["{", good, good, None, "3"], "image_bytes": [None, None, b"no picture", None, None]}
+    parquet.write_table(arrow.table(rows), tmp_path / "a.parquet")
+    samples = open_samples(tmp_path / "a.parquet")
+    for number, problem in enumerate(("not json", "1 <image> marks .* 0 pictures", None, "missing", "missing")):
+        if problem:
+            with pytest.raises(SampleError, match=rf"a\.parquet:{number + 1}: .*{problem}"):
+                samples[number]
+    with pytest.raises(SampleError, match="picture 'of 10 bytes' cannot be read"):
+        open_images(tmp_path / "x").load(samples[2].images[0])
+    structs = arrow.table({"conversations": [good], "image_bytes": [3]})
+    parquet.write_table(structs, tmp_path / "b.parquet")
+    with pytest.raises(SampleError, match="other than bytes"):
+        open_samples(tmp_path / "b.parquet")[0]
+
+
+# --- several files ----------------------------------------------------------------------------------------------------
+
+
+def test_files_patterns_folders_and_weights(data, tmp_path):
+    rows = read_rows(data[0])
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_jsonl(shards / "a.jsonl", rows[:5])
+    write_parquet(shards / "b.parquet", rows[5:12], data[1])
+    (shards / "notes.txt").write_text("no data")
+    one = write_jsonl(tmp_path / "one.jsonl", rows[12:])
+    for entry in (f"{shards}, {one}", f"{shards}/*.*l,{shards}/b.parquet,{one}"):
+        samples = open_samples(entry)
+        assert len(samples) == samples.epoch_size == len(rows)
+        assert [samples[number].turns[0].content for number in range(len(rows))] == [r["conversations"][0]["content"] for r in rows]
+        assert samples.where(5) == f"{shards / 'b.parquet'}:1" and samples.where(12) == f"{one}:1"
+        assert sorted(samples.order(0, 0)(np.arange(len(rows))).tolist()) == list(range(len(rows)))
+    weighted = open_samples(f"{one}:0.5,{shards / 'a.jsonl'}:3")
+    assert weighted.epoch_size == round((len(rows) - 12) * 0.5) + 15 and len(weighted) == len(rows) - 7
+    for wrong, message in ((f"{one}:0", "greater than 0"), (f"{one},", "no training data at an empty name"),
+                           (f"{tmp_path}/none*", "no training data"), (f"{shards}/notes.txt", r"no \.jsonl and no \.parquet")):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            open_samples(wrong)
+
+
+def test_training_is_the_same_wherever_the_data_lies(data, zipped, tower_folder, tmp_path):
+    """Folder, zip, parquet of one row group: one order, one end."""
+    train(data, tower_folder, tmp_path / "folder")
+    train((data[0], zipped), tower_folder, tmp_path / "zip")
+    table = write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1])
+    train((table, "nowhere"), tower_folder, tmp_path / "parquet", cache_features=1, epochs=1)
+    assert_same(weights(tmp_path / "folder"), weights(tmp_path / "zip"))
+    assert weights(tmp_path / "folder").keys() == weights(tmp_path / "parquet").keys()
+
+
+def test_a_mixture_resumes_exactly(tower_folder, tmp_path):
+    """Parquet with row groups and jsonl, weighted, cut in the middle of the second epoch."""
+    first, second = make_data(tmp_path / "a", 22), make_data(tmp_path / "b", 30, seed=1)
+    table = write_parquet(tmp_path / "b.parquet", read_rows(second[0]), second[1], group=4)
+    mixed = (f"{first[0]}:0.5,{table}:1.4", first[1])
+    train(mixed, tower_folder, tmp_path / "whole", epochs=2)
+    process = start_on_disk(mixed, tower_folder, tmp_path / "part", epochs=2, save_interval=1)
+    read_until(process, "update 35/")
+    os.kill(process.pid, 9)
+    process.communicate()
+    train(mixed, tower_folder, tmp_path / "part", epochs=2, from_resume=1)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))

@@ -34,6 +34,11 @@ class ImageSource:
             return load_picture(io.BytesIO(ref), f"of {len(ref)} bytes", where)
         return load_picture(self.open(ref, where), ref, where)
 
+    def read(self, name: str, where: str = "") -> bytes:
+        """The bytes of the picture's file; raises SampleError."""
+        file = self.open(name, where)
+        return file.read_bytes() if isinstance(file, Path) else file.read()
+
     def signature(self, ref: Ref, where: str = "") -> int:
         """A number other than 0 that changes with the file behind a name; raises SampleError when there is none."""
         return zlib.crc32(ref if isinstance(ref, bytes) else self.state(ref, where)) + 1

@@ -116,13 +116,17 @@ class JsonlSamples:
     block_bytes = 0
 
     def __getitem__(self, index: int) -> Sample:
+        return parse_sample(self.row(index), self.where(index))
+
+    def row(self, index: int) -> Any:
+        """The decoded line; raises SampleError."""
         record, where = self._records[index], self.where(index)
         line = os.pread(self._file.fileno(), int(record["size"]), int(record["offset"]))
         try:
             text = line.decode("utf-8-sig" if index == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
-        return parse_sample(parse_json(text, where), where)
+        return parse_json(text, where)
 
     def __getstate__(self) -> dict:
         return {"path": self.path}

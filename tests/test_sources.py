@@ -18,13 +18,16 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer
 
-from dataset import pictures, sources
+from dataset import convert, pictures, sources, validate
+from dataset.conversation import Renderer, parse_sample
 from dataset.errors import DataError, SampleError
 from dataset.order import BlockOrder, EpochOrder, Permutation
 from dataset.pictures import ZipImages, open_images
 from dataset.sources import JsonlSamples, ParquetSamples, open_samples
-from tests.conftest import make_data, write_jsonl
+from tests.conftest import REPOSITORY, make_data, write_jsonl
 from tests.test_never_lose_work import read_until, start_on_disk
 from tests.test_training import assert_same, train, weights
 from trainer.sampler import ResumableSampler
@@ -346,3 +349,79 @@ def test_a_mixture_resumes_exactly(tower_folder, tmp_path):
     process.communicate()
     train(mixed, tower_folder, tmp_path / "part", epochs=2, from_resume=1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_to_parquet_and_back_loses_nothing(data, zipped, tmp_path, capsys, packed):
+    rows = [row | {"kind": "x", "more": {"a": [1]}} for row in read_rows(data[0])]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    places = ["--images_path", str(zipped if packed else data[1])]
+    assert convert.main([str(path), *places, "--out", str(tmp_path / "shards"), "--shard_rows", "9", "--group_rows", "4"]) == 0
+    assert sorted(files_in(tmp_path / "shards")) == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    assert convert.main([str(tmp_path / "shards"), "--out", str(tmp_path / "back")]) == 0
+    back = read_rows(tmp_path / "back" / "data.jsonl")
+    for row in (*rows, *back):
+        row["image"] = [name.strip() for name in row["image"].split(",")] if isinstance(row.get("image"), str) else row.get("image")
+    assert back == rows and files_in(tmp_path / "back" / "images") == files_in(data[1])
+    samples, plain = open_samples(tmp_path / "shards"), open_samples(path)
+    assert [samples[number].turns for number in range(22)] == [plain[number].turns for number in range(22)]
+    assert convert.main([str(path), *places, "--out", str(tmp_path / "shards")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_converting_bad_samples_names_them(data, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [row("x"), row("y", "missing.png"), row("z")])
+    flags = [str(path), "--images_path", str(data[1]), "--out"]
+    assert convert.main([*flags, str(tmp_path / "a")]) == 2
+    assert f"{path}:2: picture 'missing.png' is not in" in capsys.readouterr().err
+    assert convert.main([*flags, str(tmp_path / "b"), "--skip_bad"]) == 0
+    assert "2 samples" in (said := capsys.readouterr().out) and "1 bad ones left out" in said
+    assert len(open_samples(tmp_path / "b")) == 2
+    escaping = json.dumps(row("x", "a")["conversations"])
+    blob = next(data[1].iterdir()).read_bytes()
+    parquet.write_table(arrow.table({"conversations": [escaping], "image_bytes": [[blob]], "image": [["../../evil.png"]]}), tmp_path / "e.parquet")
+    assert convert.main([str(tmp_path / "e.parquet"), "--out", str(tmp_path / "c" / "d")]) == 2
+    assert "leads out of" in capsys.readouterr().err and not list(tmp_path.rglob("evil.png"))
+
+
+def test_pictures_are_made_smaller_only_when_asked(tmp_path):
+    large = Image.linear_gradient("L").resize((300, 200)).convert("RGB")
+    (tmp_path / "p").mkdir()
+    large.save(tmp_path / "p" / "a.png")
+    path = write_jsonl(tmp_path / "a.jsonl", [row("x", "a.png")])
+    assert convert.main([str(path), "--images_path", str(tmp_path / "p"), "--out", str(tmp_path / "s"), "--resize", "100"]) == 0
+    (ref,) = open_samples(tmp_path / "s")[0].images
+    assert open_images(tmp_path / "none").load(ref).size == (150, 100)
+
+
+def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
+    rows = read_rows(data[0])
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0], "{", row("y", "missing.png"), row("z", "gone.png")])
+    flags = [str(path), "--images_path", str(data[1]), "--max_seq_len", "240", "--plot", str(tmp_path / "plot.png")]
+    said = {}
+    for processes in ("1", "2"):
+        assert validate.main([*flags, "--processes", processes, "--samples_per_second", "1"]) == 1
+        said[processes] = capsys.readouterr().out
+    assert said["1"] == said["2"]
+    renderer = Renderer(AutoTokenizer.from_pretrained(REPOSITORY / "model"))
+    lengths = [len(renderer.render(parse_sample(own))) for own in rows if own.get("image", "").count(",") == 0]
+    too_many = len(rows) - len(lengths)  # two pictures do not fit
+    for expected in ("26 samples", "2 x picture ... is not in", f"{path}:25: picture 'missing.png'", "1 x not json",
+                     f"{too_many + (rows[0].get('image', '').count(',') == 1)} x N pictures of N tokens do not fit in N tokens",
+                     f"longest {max(lengths)}", f"cuts {sum(length > 240 for length in lengths)} of them",
+                     "an epoch: 26 samples, 7 updates of 4, 0.0 hours"):  # fmt: skip
+        assert expected in said["1"], said["1"]
+    assert Image.open(tmp_path / "plot.png").size == (840, 480)
+    capsys.readouterr()
+    assert validate.main([str(path), "--images_path", str(data[1])]) == 1
+    assert f"1 samples stand there more than once\n      {path}:23 is {path}:1" in capsys.readouterr().out
+    assert validate.main([str(write_jsonl(tmp_path / "b.jsonl", rows)), *flags[1:3]]) == 0
+    assert "0 bad" in capsys.readouterr().out
+    assert validate.main([str(tmp_path / "none.jsonl")]) == 2

@@ -1,0 +1,189 @@
+"""Turns jsonl and pictures into parquet shards, and back.
+
+    python -m dataset.convert dataset/sft_data.jsonl --images_path dataset/sft_images --out shards        # to parquet
+    python -m dataset.convert "shards/*.parquet" --out back                                               # to jsonl
+
+Nothing is lost either way: conversations, further fields and the bytes of the pictures come back as they were, under their
+names; --resize alone changes pictures. A sample that training could not use ends the work with its place, or is left out
+and counted with --skip_bad. Parquet has the published columns, `conversations` (json text) and `image_bytes` (list of
+bytes), and two of ours, `image` (names) and `more` (further fields, json text).
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+from PIL import Image
+from tqdm import tqdm
+
+from .conversation import parse_images, parse_sample
+from .errors import DataError, SampleError
+from .pictures import ImageSource, load_picture, open_images
+from .sources import JsonlSamples, ParquetSamples, open_samples, parse_json, picture_bytes
+
+SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
+                       "image": arrow.list_(arrow.string()), "more": arrow.string()})  # fmt: skip
+Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its pictures
+
+
+def rows_of_jsonl(source: JsonlSamples, images: ImageSource, skip_bad: list[str] | None) -> Iterator[Row]:
+    """All samples of a jsonl file with their pictures; bad ones raise SampleError or are noted in `skip_bad`."""
+    for index in range(len(source)):
+        where = source.where(index)
+        try:
+            row = source.row(index)
+            sample = parse_sample(row, where)
+            for name in sample.images:
+                images.load(name, where)
+            yield row, [images.read(name, where) for name in sample.images]
+        except SampleError as error:
+            note(error, skip_bad)
+
+
+def rows_of_parquet(source: ParquetSamples, skip_bad: list[str] | None) -> Iterator[Row]:
+    """All samples of a parquet file; a picture without a name is called by its content."""
+    with parquet.ParquetFile(source.path) as file:
+        cells = (cell for batch in file.iter_batches(batch_size=256) for cell in batch.to_pylist())
+        for index, cell in enumerate(cells):
+            where = source.where(index)
+            try:
+                conversations = cell["conversations"]
+                row = {"conversations": parse_json(conversations, where) if isinstance(conversations, str) else conversations}
+                blobs = list(picture_bytes(cell.get("image_bytes"), where))
+                parse_sample(row, where, tuple(blobs))
+                for blob in blobs:
+                    load_picture(io.BytesIO(blob), "of the row", where)
+                names = parse_images(cell.get("image") or None, where) or tuple(name_for(blob) for blob in blobs)
+                if len(names) != len(blobs):
+                    raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
+            except SampleError as error:
+                note(error, skip_bad)
+                continue
+            if names:
+                row["image"] = list(names) if len(names) > 1 else names[0]
+            yield row | json.loads(cell.get("more") or "{}"), blobs
+
+
+def note(error: SampleError, skip_bad: list[str] | None) -> None:
+    """Remembers a bad sample, or raises it."""
+    if skip_bad is None:
+        raise error
+    skip_bad.append(str(error))
+
+
+def name_for(blob: bytes) -> str:
+    """A file name from a picture's content."""
+    kind = (Image.open(io.BytesIO(blob)).format or "bin").lower()
+    return f"{hashlib.blake2b(blob, digest_size=10).hexdigest()}.{'jpg' if kind == 'jpeg' else kind}"
+
+
+def resized(blob: bytes, size: int) -> bytes:
+    """A picture whose shorter side is `size` pixels, as JPEG; one that is no larger stays as it is."""
+    picture = Image.open(io.BytesIO(blob))
+    if min(picture.size) <= size:
+        return blob
+    factor, file = size / min(picture.size), io.BytesIO()
+    shape = tuple(max(1, round(side * factor)) for side in picture.size)
+    exif = picture.getexif().tobytes()  # holds how the picture is turned
+    picture.convert("RGB").resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+class ParquetShards:
+    """Writes rows to out/00000.parquet and on."""
+
+    def __init__(self, out: Path, shard_rows: int, group_rows: int):
+        self.out, self.shard_rows, self.group_rows, self.shard = out, shard_rows, group_rows, 0
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict, blobs: list[bytes]) -> None:
+        """One more sample."""
+        more = {key: value for key, value in row.items() if key not in ("conversations", "image")}
+        self._rows.append({"conversations": json.dumps(row["conversations"], ensure_ascii=False), "image_bytes": blobs,
+                           "image": list(parse_images(row.get("image"))), "more": json.dumps(more, ensure_ascii=False)})  # fmt: skip
+        if len(self._rows) == self.shard_rows:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._rows:
+            table = arrow.Table.from_pylist(self._rows, SCHEMA)
+            # Picture files do not shrink any further.
+            parquet.write_table(table, self.out / f"{self.shard:05}.parquet", row_group_size=self.group_rows,
+                                compression={"conversations": "zstd", "image": "zstd", "more": "zstd",
+                                             "image_bytes.list.element": "none"})  # fmt: skip
+            self.shard, self._rows = self.shard + 1, []
+
+
+class JsonlFolder:
+    """Writes rows to out/data.jsonl and out/images."""
+
+    def __init__(self, out: Path):
+        self.images = out / "images"
+        self.images.mkdir(exist_ok=True)
+        self._file = open(out / "data.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (closed in close)
+
+    def add(self, row: dict, blobs: list[bytes]) -> None:
+        """One more sample; raises DataError for two different pictures of one name, and for a name that leads out of the folder."""
+        for name, blob in zip(parse_images(row.get("image")), blobs, strict=True):
+            path = (self.images / name).resolve()
+            if not path.is_relative_to(self.images.resolve()):
+                raise DataError(f"picture {name!r} leads out of {self.images}")
+            if path.exists() and path.read_bytes() != blob:
+                raise DataError(f"two different pictures are called {name!r}: convert the files into folders of their own")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(blob)
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._file.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 when the data cannot be converted."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", help="what --data_path of training takes: jsonl is turned into parquet, parquet into jsonl")
+    parser.add_argument("--images_path", default="images", help="folder or .zip of pictures, for jsonl")
+    parser.add_argument("--out", required=True, help="a new or empty folder")
+    parser.add_argument("--shard_rows", type=int, default=20_000, help="samples of a parquet file")
+    parser.add_argument("--group_rows", type=int, default=500, help="samples of a row group")
+    parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger pictures are made smaller, as JPEG")
+    parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
+    args = parser.parse_args(argv)
+    out, skipped = Path(args.out), [] if args.skip_bad else None
+    try:
+        sources, images = open_samples(args.data).sources, open_images(args.images_path)
+        kinds = {type(source) for source in sources}
+        if len(kinds) > 1:
+            raise DataError("jsonl and parquet at once: convert one after the other")
+        if out.exists() and any(out.iterdir()):
+            raise DataError(f"{out} is not empty")
+        out.mkdir(parents=True, exist_ok=True)
+        to_parquet = kinds == {JsonlSamples}
+        writer = ParquetShards(out, args.shard_rows, args.group_rows) if to_parquet else JsonlFolder(out)
+        count = 0
+        with tqdm(total=sum(map(len, sources)), unit="sample", disable=not sys.stderr.isatty()) as bar:
+            for source in sources:
+                rows = rows_of_jsonl(source, images, skipped) if to_parquet else rows_of_parquet(source, skipped)
+                for row, blobs in rows:
+                    writer.add(row, [resized(blob, args.resize) for blob in blobs] if args.resize else blobs)
+                    count += 1
+                    bar.update()
+        writer.close()
+    except (DataError, SampleError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count:,} samples in {out}" + (f"; {len(skipped):,} bad ones left out, the first: {skipped[0]}" if skipped else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

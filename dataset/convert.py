@@ -23,7 +23,7 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
-from .conversation import parse_images, parse_sample
+from .conversation import IMAGE_MARK, parse_images, parse_sample
 from .errors import DataError, SampleError
 from .pictures import ImageSource, load_picture, open_images
 from .sources import JsonlSamples, ParquetSamples, open_samples, parse_json, picture_bytes
@@ -56,7 +56,8 @@ def rows_of_parquet(source: ParquetSamples, skip_bad: list[str] | None) -> Itera
             try:
                 conversations = cell["conversations"]
                 row = {"conversations": parse_json(conversations, where) if isinstance(conversations, str) else conversations}
-                blobs = list(picture_bytes(cell.get("image_bytes"), where))
+                shown = IMAGE_MARK in (conversations if isinstance(conversations, str) else json.dumps(conversations))
+                blobs = list(picture_bytes(cell.get("image_bytes"), where)) if shown else []  # else a placeholder
                 parse_sample(row, where, tuple(blobs))
                 for blob in blobs:
                     load_picture(io.BytesIO(blob), "of the row", where)

@@ -162,6 +162,8 @@ class ParquetSamples:
     """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with `role` and
     `content`) and `image_bytes` (a picture file's bytes, or a list of such).
 
+    Such rows always hold a picture; where no <image> mark shows it, it is a placeholder of a text-only sample and left out.
+
     A row group is read when one of its samples is wanted, and kept for a while; `blocks` lets the order of samples keep to
     that. Sizes of texts come from an index, for which the text column is read once. No file stays open.
     """
@@ -234,7 +236,8 @@ class ParquetSamples:
         if isinstance(conversations, str):
             conversations = parse_json(conversations, where)
         pictures = table.column(self.PICTURES)[row].as_py() if self.PICTURES in self._columns else None
-        return parse_sample({"conversations": conversations}, where, picture_bytes(pictures, where))
+        blobs = picture_bytes(pictures, where) if self._records[index]["marks"] else ()
+        return parse_sample({"conversations": conversations}, where, blobs)
 
     def _read_group(self, number: int, where: str) -> Any:
         try:
@@ -355,6 +358,7 @@ def find_files(entry: str) -> Iterator[Path]:
         raise DataError(
             f"no training data at {entry or 'an empty name'}. Fetch the published data set with\n"
             f"    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
+            f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
             f"or name your own jsonl or parquet file with --data_path (format: README, 'Your own pictures')."
         )
     for path in found:

@@ -47,6 +47,7 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
         raise VisionTowerError(
             f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
             f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
+            f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
             f"or name another CLIP folder with --vision_model_path."
         )
     try:

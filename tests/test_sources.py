@@ -302,6 +302,24 @@ def test_parquet_that_is_no_data_says_why(tmp_path):
         open_samples(tmp_path / "b.parquet")[0]
 
 
+def test_the_published_layouts(data, tmp_path):
+    """As `hf download` leaves them: jsonl with a zip of a folder; parquet whose text-only rows hold a placeholder."""
+    rows = [row for row in read_rows(data[0]) if row.get("image", "").count(",") == 0]
+    write_jsonl(tmp_path / "pretrain_data.jsonl", rows)
+    shutil.make_archive(str(tmp_path / "pretrain_images"), "zip", data[1].parent, data[1].name)
+    blobs = [(data[1] / row.get("image", sorted(os.listdir(data[1]))[0])).read_bytes() for row in rows]
+    texts = [json.dumps(row["conversations"], ensure_ascii=False) for row in rows]
+    parquet.write_table(arrow.table({"conversations": texts, "image_bytes": blobs}), tmp_path / "pretrain_i2t.parquet")
+    zipped, table = open_samples(tmp_path / "pretrain_data.jsonl"), open_samples(tmp_path / "pretrain_i2t.parquet")
+    pictures = open_images(tmp_path / "pretrain_images.zip"), open_images(tmp_path / "pretrain_images")
+    for number in range(len(rows)):
+        assert zipped[number].turns == table[number].turns
+        assert [len(own[number].images) for own in (zipped, table)] == [int("image" in rows[number])] * 2
+        assert _load_all(pictures[0], zipped[number].images) == _load_all(pictures[1], table[number].images)
+    assert convert.main([str(tmp_path / "pretrain_i2t.parquet"), "--out", str(tmp_path / "back")]) == 0
+    assert [row["conversations"] for row in read_rows(tmp_path / "back" / "data.jsonl")] == [row["conversations"] for row in rows]
+
+
 # --- several files ----------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, parse_images, parse_sample
 from .errors import DataError, SampleError
+from .jsonl import JsonlSamples, parse_json
+from .parquet import ParquetSamples, picture_bytes
 from .pictures import ImageSource, load_picture, open_images
-from .sources import JsonlSamples, ParquetSamples, open_samples, parse_json, picture_bytes
+from .sources import open_samples
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "image": arrow.list_(arrow.string()), "more": arrow.string()})  # fmt: skip

@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from dataset.errors import DataError, SampleError
+from dataset.jsonl import JsonlSamples
 from dataset.pictures import FolderImages, open_images
-from dataset.sources import JsonlSamples, open_samples
+from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
 from model.vision import normalize, preprocess
 from tests.conftest import make_data, make_model, make_tower, write_jsonl

@@ -22,11 +22,14 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from dataset import convert, pictures, sources, validate
+from dataset import parquet as parquet_samples
 from dataset.conversation import Renderer, parse_sample
 from dataset.errors import DataError, SampleError
+from dataset.jsonl import JsonlSamples
 from dataset.order import BlockOrder, EpochOrder, Permutation
+from dataset.parquet import ParquetSamples
 from dataset.pictures import ZipImages, open_images
-from dataset.sources import JsonlSamples, ParquetSamples, open_samples
+from dataset.sources import open_samples
 from tests.conftest import REPOSITORY, make_data, write_jsonl
 from tests.test_never_lose_work import read_until, start_on_disk
 from tests.test_training import assert_same, train, weights
@@ -259,7 +262,7 @@ def test_parquet_row_groups_are_read_once_an_epoch(data, tmp_path, monkeypatch):
     samples, read = open_samples(write_parquet(tmp_path / "a.parquet", rows, data[1], group=20)), Counter()
     group_bytes = samples.sources[0].block_bytes
     monkeypatch.setattr(sources, "WINDOW_BYTES", 16 * group_bytes)
-    monkeypatch.setattr(sources, "KEPT", sources.KeptGroups(32 * group_bytes))
+    monkeypatch.setattr(parquet_samples, "KEPT", parquet_samples.KeptGroups(32 * group_bytes))
     read_group = ParquetSamples._read_group
 
     def counting(self, number, where):
@@ -273,7 +276,7 @@ def test_parquet_row_groups_are_read_once_an_epoch(data, tmp_path, monkeypatch):
         for number in update:
             samples[number]
     assert len(read) == len(rows) // 20 and sum(read.values()) <= 1.1 * len(read)
-    assert sources.KEPT.bytes <= 32 * group_bytes
+    assert parquet_samples.KEPT.bytes <= 32 * group_bytes
 
 
 def test_parquet_that_is_no_data_says_why(tmp_path):

@@ -14,8 +14,8 @@ from PIL import Image
 from dataset.conversation import Renderer, Turn
 from dataset.errors import DataError
 from dataset.features import CacheKey, FeatureCache
+from dataset.jsonl import JsonlSamples
 from dataset.pictures import FolderImages
-from dataset.sources import JsonlSamples
 from dataset.synthetic import write_data
 from dataset.vlm_dataset import VLMDataset, collate
 from model.model_minimind import (

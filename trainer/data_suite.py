@@ -14,8 +14,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.convert import main as convert
+from dataset.jsonl import JsonlSamples
 from dataset.pictures import open_images
-from dataset.sources import JsonlSamples, open_samples
+from dataset.sources import open_samples
 from dataset.synthetic import write_data
 
 from .build import load_tokenizer

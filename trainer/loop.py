@@ -330,6 +330,7 @@ class Trainer:
                 "ranks": self.ranks.size, "grain": self.run.sampler.grain, "schedule": asdict(self.schedule),
                 "samples_per_update": self.run.sampler.samples_per_update, "fingerprints": self.run.fingerprints,
                 "config": asdict(self.config), "data_size": self.run.sampler.size,
+                "data": self.run.dataset.samples.fingerprint(),
             })  # fmt: skip
         except StorageError as error:
             self.ranks.warn(f"warning: a save failed, training goes on: {error}")
@@ -359,6 +360,8 @@ class Trainer:
                    if content["config"][name] != getattr(self.config, name)]  # fmt: skip
         if changed:
             self.ranks.print(f"notice: not what an uninterrupted run would do: {', '.join(changed)}")
+        if content["data"] != self.run.dataset.samples.fingerprint():
+            self.ranks.print(f"notice: not what an uninterrupted run would do: {self.config.data_path} has changed since")
         self.run.model.load_state_dict(content["model"])
         self.run.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])

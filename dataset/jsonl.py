@@ -1,0 +1,113 @@
+"""Samples from a jsonl file."""
+
+import hashlib
+import json
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .conversation import IMAGE_MARK, Sample, parse_sample
+from .errors import DataError, SampleError
+from .index import open_index
+
+BYTES_PER_TOKEN = 4  # of English in a vocabulary of 6,400; only lengths relative to each other matter
+
+
+class JsonlSamples:
+    """A jsonl file, read by byte offset through an index (dataset/index.py): no row of it stays in memory.
+
+    Empty lines are no samples. Reads do not move a file position, so forked processes may share the open file; one that
+    gets the object by pickle opens its own.
+    """
+
+    RECORD = np.dtype([("offset", "<i8"), ("size", "<i4"), ("marks", "<i4")])
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
+        self._records, extra = open_index(self.path, self.RECORD, self._read_lines)
+        self._blanks, self._fingerprint = np.array(extra["blanks"], dtype=np.int64), extra["fingerprint"]
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
+
+    def _read_lines(self) -> tuple[np.ndarray, dict]:
+        """Offset, size and <image> marks of each line; before which samples the empty lines stand; a hash of it all."""
+        offsets, sizes, marks, blanks, at = array("q"), array("i"), array("i"), [], 0
+        digest, mark = hashlib.blake2b(digest_size=16), IMAGE_MARK.encode()
+        with open(self.path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                if line.isspace():
+                    blanks.append(len(offsets))
+                else:
+                    offsets.append(at)
+                    sizes.append(len(line))
+                    marks.append(line.count(mark))
+                at += len(line)
+        if not offsets:
+            raise DataError(f"{self.path} holds no samples: every line is empty")
+        records = np.empty(len(offsets), self.RECORD)
+        records["offset"], records["size"], records["marks"] = offsets, sizes, marks
+        return records, {"blanks": blanks, "fingerprint": digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def where(self, index: int) -> str:
+        """file:line, lines counted from 1."""
+        return f"{self.path}:{index + 1 + int(np.searchsorted(self._blanks, index, side='right'))}"
+
+    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
+        """About four bytes of a line a token, and the pictures."""
+        records = self._records[indices]
+        return records["size"] // BYTES_PER_TOKEN + records["marks"] * image_tokens
+
+    def fingerprint(self) -> str:
+        """A hash of the file's bytes."""
+        return self._fingerprint
+
+    @property
+    def blocks(self) -> np.ndarray:
+        return np.array([0, len(self)])
+
+    block_bytes = 0
+
+    def __getitem__(self, index: int) -> Sample:
+        return parse_sample(self.row(index), self.where(index))
+
+    def row(self, index: int) -> Any:
+        """The decoded line; raises SampleError."""
+        record, where = self._records[index], self.where(index)
+        line = os.pread(self._file.fileno(), int(record["size"]), int(record["offset"]))
+        try:
+            text = line.decode("utf-8-sig" if index == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
+        return parse_json(text, where)
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.path = state["path"]
+        self._open()
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Decoded json; raises SampleError, also for an object that names a key twice, which could mean either."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are plain ValueErrors
+        raise SampleError(f"not json ({error}): {text.encode(errors='replace')[:60]!r}", where) from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return row

@@ -4,7 +4,7 @@
     python -m dataset.convert "shards/*.parquet" --out back                                               # to jsonl
 
 Nothing is lost either way: conversations, further fields and the bytes of the pictures come back as they were, under their
-names; --resize alone changes pictures. A sample that training could not use ends the work with its place, or is left out
+names; --resize alone changes pictures. A column of foreign parquet that jsonl has no place for ends the work. A sample that training could not use ends the work with its place, or is left out
 and counted with --skip_bad. Parquet has the published columns, `conversations` (json text) and `image_bytes` (list of
 bytes), and two of ours, `image` (names) and `more` (further fields, json text).
 """
@@ -23,15 +23,16 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
-from .conversation import IMAGE_MARK, parse_images, parse_sample
+from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError
 from .jsonl import JsonlSamples, parse_json
-from .parquet import ParquetSamples, picture_bytes
+from .parquet import ParquetSamples, picture_bytes, shows_pictures
 from .pictures import ImageSource, load_picture, open_images
 from .sources import open_samples
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "image": arrow.list_(arrow.string()), "more": arrow.string()})  # fmt: skip
+GROUP_BYTES, SHARD_BYTES = 32 * 2**20, 512 * 2**20  # of pictures, of a row group and of a file at most
 Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its pictures
 
 
@@ -52,26 +53,38 @@ def rows_of_jsonl(source: JsonlSamples, images: ImageSource, skip_bad: list[str]
 def rows_of_parquet(source: ParquetSamples, skip_bad: list[str] | None) -> Iterator[Row]:
     """All samples of a parquet file; a picture without a name is called by its content."""
     with parquet.ParquetFile(source.path) as file:
-        cells = (cell for batch in file.iter_batches(batch_size=256) for cell in batch.to_pylist())
-        for index, cell in enumerate(cells):
+        cells = (batch.slice(number, 1) for batch in file.iter_batches(batch_size=256) for number in range(len(batch)))
+        for index, record in enumerate(cells):
             where = source.where(index)
             try:
-                conversations = cell["conversations"]
+                cell = decoded(record, where)
+                conversations = cell.pop("conversations")
                 row = {"conversations": parse_json(conversations, where) if isinstance(conversations, str) else conversations}
-                shown = IMAGE_MARK in (conversations if isinstance(conversations, str) else json.dumps(conversations))
-                blobs = list(picture_bytes(cell.get("image_bytes"), where)) if shown else []  # else a placeholder
+                blobs = picture_bytes(cell.pop("image_bytes", None), where)
+                blobs = list(blobs) if shows_pictures(row["conversations"]) else []  # else a placeholder
                 parse_sample(row, where, tuple(blobs))
                 for blob in blobs:
                     load_picture(io.BytesIO(blob), "of the row", where)
-                names = parse_images(cell.get("image") or None, where) or tuple(name_for(blob) for blob in blobs)
+                names = parse_images(cell.pop("image", None) or None, where) or tuple(name_for(blob) for blob in blobs)
                 if len(names) != len(blobs):
                     raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
+                more = parse_json(cell.pop("more", None) or "{}", where)
+                if cell or not isinstance(more, dict):
+                    raise SampleError(f"columns that jsonl has no place for: {', '.join(cell) or 'more'}", where)
             except SampleError as error:
                 note(error, skip_bad)
                 continue
             if names:
-                row["image"] = list(names) if len(names) > 1 else names[0]
-            yield row | json.loads(cell.get("more") or "{}"), blobs
+                row["image"] = list(names) if len(names) > 1 or "," in names[0] else names[0]
+            yield row | more, blobs
+
+
+def decoded(record: arrow.RecordBatch, where: str) -> dict[str, Any]:
+    """The cells of one row by column; raises SampleError for text that is none."""
+    try:
+        return record.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
 
 
 def note(error: SampleError, skip_bad: list[str] | None) -> None:
@@ -100,29 +113,34 @@ def resized(blob: bytes, size: int) -> bytes:
 
 
 class ParquetShards:
-    """Writes rows to out/00000.parquet and on."""
+    """Writes rows to out/00000.parquet and on; a file appears when it is whole."""
 
     def __init__(self, out: Path, shard_rows: int, group_rows: int):
         self.out, self.shard_rows, self.group_rows, self.shard = out, shard_rows, group_rows, 0
         self._rows: list[dict[str, Any]] = []
+        self._bytes = 0  # of their pictures
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
         more = {key: value for key, value in row.items() if key not in ("conversations", "image")}
-        self._rows.append({"conversations": json.dumps(row["conversations"], ensure_ascii=False), "image_bytes": blobs,
-                           "image": list(parse_images(row.get("image"))), "more": json.dumps(more, ensure_ascii=False)})  # fmt: skip
-        if len(self._rows) == self.shard_rows:
+        # Escaped: json can spell halves of characters, which UTF-8 cannot.
+        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs,
+                           "image": list(parse_images(row.get("image"))), "more": json.dumps(more)})  # fmt: skip
+        self._bytes += sum(map(len, blobs))
+        if len(self._rows) == self.shard_rows or self._bytes > SHARD_BYTES:
             self.close()
 
     def close(self) -> None:
         """Writes what is left."""
         if self._rows:
-            table = arrow.Table.from_pylist(self._rows, SCHEMA)
+            table, path = arrow.Table.from_pylist(self._rows, SCHEMA), self.out / f"{self.shard:05}.parquet"
+            most = max(1, GROUP_BYTES * len(self._rows) // max(1, self._bytes))
             # Picture files do not shrink any further.
-            parquet.write_table(table, self.out / f"{self.shard:05}.parquet", row_group_size=self.group_rows,
+            parquet.write_table(table, path.with_suffix(".tmp"), row_group_size=min(self.group_rows, most),
                                 compression={"conversations": "zstd", "image": "zstd", "more": "zstd",
                                              "image_bytes.list.element": "none"})  # fmt: skip
-            self.shard, self._rows = self.shard + 1, []
+            path.with_suffix(".tmp").replace(path)
+            self.shard, self._rows, self._bytes = self.shard + 1, [], 0
 
 
 class JsonlFolder:
@@ -143,7 +161,8 @@ class JsonlFolder:
                 raise DataError(f"two different pictures are called {name!r}: convert the files into folders of their own")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(blob)
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        text = json.dumps(row, ensure_ascii=False)
+        self._file.write((text if is_text(text) else json.dumps(row)) + "\n")
 
     def close(self) -> None:
         """Nothing more comes."""

@@ -31,6 +31,7 @@ from .errors import DataError, SampleError
 from .sources import SampleSource
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
+MOST_PENDING = 16  # batches that wait to be written
 PREPROCESSING = 1  # raised when the same file gives other pixels than before
 
 
@@ -100,6 +101,8 @@ class FeatureCache:
             copied.record()
         self._pending = [task for task in self._pending if not task.done()]
         self._pending.append(self._writer.submit(self._write, slots, signatures, features, copied))
+        if len(self._pending) > MOST_PENDING:  # a disk slower than the encoder must not fill the memory
+            self._pending[0].result()
 
     def flush(self) -> None:
         """Waits until everything given to `write` can be read."""
@@ -134,15 +137,17 @@ class FeatureCache:
             self._check_disk(old["count"])
             return None
         starts, slots, names = number_pictures(samples)
-        pictures = hashlib.blake2b("\0".join(names).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        pictures = hashlib.blake2b("\0".join(names).encode(errors="surrogatepass"), digest_size=16).hexdigest()
         keep = same_key and old.get("pictures") == pictures
         meta_file.unlink(missing_ok=True)  # until all is in place again there is no cache
         if not keep:
             for name in ("features.bin", "filled.bin"):
                 (self.folder / name).unlink(missing_ok=True)
         self._check_disk(len(names))
-        np.save(self.folder / "starts.npy", starts)
-        np.save(self.folder / "slots.npy", slots)
+        for name, values in (("starts.npy", starts), ("slots.npy", slots)):  # others may have the old ones mapped
+            with open(self.folder / f"{name}.tmp", "wb") as file:
+                np.save(file, values)
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
         for name, size in (("features.bin", self.picture_bytes), ("filled.bin", RECORD.itemsize)):
             with open(self.folder / name, "ab") as file:
                 file.truncate(len(names) * size)

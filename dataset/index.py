@@ -5,6 +5,7 @@ its records. Processes that map it share its pages. Where the data's folder is r
 ~/.cache/minimind-v (or $XDG_CACHE_HOME); where that is, too, it is made anew at every start.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 VERSION = 1
+SMALL = 2**20  # bytes of records that are read rather than mapped: a map holds a file open
 
 
 def open_index(path: Path, dtype: np.dtype, build: Callable[[], tuple[np.ndarray, dict]]) -> tuple[np.ndarray, dict]:
@@ -32,7 +34,8 @@ def open_index(path: Path, dtype: np.dtype, build: Callable[[], tuple[np.ndarray
     records, extra = build()
     for place in places:
         try:
-            _write(place, records, {**state, "count": len(records), "extra": extra})
+            if _map(place, dtype, state) is None:  # another process may have been quicker, and others may have mapped its file
+                _write(place, records, {**state, "count": len(records), "extra": extra})
         except OSError:
             continue  # read-only, or full: the next place, or none
         return _map(place, dtype, state) or (records, extra)
@@ -40,7 +43,7 @@ def open_index(path: Path, dtype: np.dtype, build: Callable[[], tuple[np.ndarray
 
 
 def _places(path: Path) -> list[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimind-v"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimind-v"
     digest = hashlib.blake2b(str(path.absolute()).encode(errors="surrogateescape"), digest_size=8).hexdigest()
     return [path.with_name(f".{path.name}.index"), cache / f"{path.name}.{digest}.index"]
 
@@ -53,8 +56,12 @@ def _map(place: Path, dtype: np.dtype, state: dict) -> tuple[np.ndarray, dict] |
         whole = len(line) + header["count"] * dtype.itemsize == place.stat().st_size
         if not whole or any(header[name] != value for name, value in state.items()):
             return None
+        if header["count"] * dtype.itemsize <= SMALL:
+            return np.fromfile(place, dtype, offset=len(line)), header["extra"]
         return np.memmap(place, dtype, "r", offset=len(line), shape=(header["count"],)), header["extra"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, torn, or of another kind: it is made again
+    except (OSError, ValueError, KeyError, TypeError) as error:  # none, torn, or of another kind: it is made again
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return None
 
 

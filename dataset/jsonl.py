@@ -13,6 +13,7 @@ from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
 from .index import open_index
 
+MOST_BYTES = 2**30  # of a line
 BYTES_PER_TOKEN = 4  # of English in a vocabulary of 6,400; only lengths relative to each other matter
 
 
@@ -41,6 +42,8 @@ class JsonlSamples:
         with open(self.path, "rb") as file:
             for line in file:
                 digest.update(line)
+                if len(line) > MOST_BYTES:
+                    raise DataError(f"{self.path}:{len(offsets) + len(blanks) + 1} has {len(line):,} bytes, more than {MOST_BYTES:,}")
                 if line.isspace():
                     blanks.append(len(offsets))
                 else:

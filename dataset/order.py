@@ -65,7 +65,7 @@ class ShuffledBlocks:
 
 class BlockOrder:
     """An order for samples that are read in blocks, such as parquet's row groups: blocks are shuffled, and the samples
-    of `window` blocks that follow each other. So each block is read once, and few are kept at a time."""
+    of `window` blocks that follow each other. So a loader process reads each block once, and keeps few at a time."""
 
     def __init__(self, starts: np.ndarray, key: tuple[int, ...], window: int):
         self.key, self.blocks = key, ShuffledBlocks(starts, key)
@@ -85,28 +85,29 @@ class BlockOrder:
 class EpochOrder:
     """The order of one epoch over several sources, source s taking part with `weights[s]` times its samples.
 
-    `starts` holds the blocks of each source; one that is read sample by sample has a single block. With a weight other than
-    1 a source goes on where it stopped the epoch before: no sample comes again until all have come.
+    `starts` holds the bounds of each source's blocks, and `blocked` whether it is read in blocks at all. With a weight other
+    than 1 a source goes on where it stopped the epoch before: no sample comes again until all have come.
     Sources with blocks are mixed with the others in stretches of a block's size; samples are shuffled within `window`
     blocks or stretches.
     """
 
-    def __init__(self, starts: list[np.ndarray], weights: list[float], seed: int, epoch: int, window: int = 1):
-        self.starts, self.weights, self.seed, self.epoch = starts, weights, seed, epoch
+    def __init__(self, starts: list[np.ndarray], blocked: list[bool], weights: list[float], seed: int, epoch: int, window: int = 1):
+        self.starts, self.blocked, self.weights, self.seed, self.epoch = starts, blocked, weights, seed, epoch
         self.sizes = [int(own[-1]) for own in starts]
         self.shares = [share(size, weight) for size, weight in zip(self.sizes, weights, strict=True)]
         self.bounds = np.concatenate([[0], np.cumsum(self.shares)])
-        if max(map(len, starts)) == 2:
+        if not any(blocked):
             self.outer = Permutation(int(self.bounds[-1]), (seed, epoch))
         else:
             self.outer = BlockOrder(self._stretches(), (seed, epoch), window)
 
     def _stretches(self) -> np.ndarray:
-        usual = [size // (len(own) - 1) for size, own in zip(self.sizes, self.starts, strict=True) if len(own) > 2]
+        steps = [max(1, size // (len(own) - 1)) for size, own in zip(self.sizes, self.starts, strict=True)]
+        usual = max(step for step, blocked in zip(steps, self.blocked, strict=True) if blocked)
         parts = []
         for s, own in enumerate(self.starts):
-            step = max(1, self.sizes[s] // (len(own) - 1) if len(own) > 2 else max(usual))
-            whole = self.weights[s] == 1 and len(own) > 2
+            step = steps[s] if self.blocked[s] else usual
+            whole = self.weights[s] == 1 and self.blocked[s]
             parts.append(self.bounds[s] + (own[:-1] if whole else np.arange(0, self.shares[s], step)))
         return np.concatenate([*parts, self.bounds[-1:]])
 
@@ -126,11 +127,10 @@ class EpochOrder:
             return places
         running, numbers = places + self.epoch * self.shares[s], np.empty_like(places)
         passes = running // self.sizes[s]
-        kind = Permutation if len(self.starts[s]) == 2 else ShuffledBlocks
         for number in np.unique(passes):
-            own = passes == number
-            argument = self.sizes[s] if kind is Permutation else self.starts[s]
-            numbers[own] = kind(argument, (self.seed, s, int(number)))(running[own] % self.sizes[s])
+            own, key = passes == number, (self.seed, s, int(number))
+            order = ShuffledBlocks(self.starts[s], key) if self.blocked[s] else Permutation(self.sizes[s], key)
+            numbers[own] = order(running[own] % self.sizes[s])
         return numbers
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ class KeptGroups:
 
     def __init__(self, most_bytes: int):
         self.most_bytes, self.bytes = most_bytes, 0
-        self._tables: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+        self._tables: OrderedDict[tuple, Any] = OrderedDict()
 
-    def get(self, key: tuple[Path, int], read: Callable[[], Any]) -> Any:
+    def get(self, key: tuple, read: Callable[[], Any]) -> Any:
         """The table of a row group, by `read` when it is not kept."""
         if key in self._tables:
             self._tables.move_to_end(key)
@@ -64,6 +64,7 @@ class ParquetSamples:
         try:
             with parquet.ParquetFile(self.path) as file:
                 self._metadata, names = file.metadata, file.schema_arrow.names
+            self._state = self._file_state()
         except (arrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{self.path} is no readable parquet file: {error}") from error
         if self.TEXT not in names:
@@ -83,17 +84,16 @@ class ParquetSamples:
         self._fingerprint = extra["fingerprint"]
 
     def _read_text(self) -> tuple[np.ndarray, dict]:
-        sizes, marks = array("i"), array("i")
+        sizes, marks, digest = array("q"), array("q"), hashlib.blake2b(str(self._state[0]).encode(), digest_size=16)
         with parquet.ParquetFile(self.path) as file:
             for batch in file.iter_batches(batch_size=1024, columns=[self.TEXT]):
-                for value in batch.column(0).to_pylist():
-                    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-                    sizes.append(len(text.encode(errors="surrogatepass")))
-                    marks.append(text.count(IMAGE_MARK))
+                for text in cell_bytes(batch.column(0)):
+                    digest.update(text)
+                    sizes.append(len(text))
+                    marks.append(text.count(IMAGE_MARK.encode()))
         records = np.empty(len(sizes), self.RECORD)
         records["size"], records["marks"] = sizes, marks
-        state = f"{self.path.stat().st_size} {self.blocks.tolist()}"
-        return records, {"fingerprint": hashlib.blake2b(state.encode() + records.tobytes(), digest_size=16).hexdigest()}
+        return records, {"fingerprint": digest.hexdigest()}
 
     def __len__(self) -> int:
         return int(self.blocks[-1])
@@ -108,22 +108,35 @@ class ParquetSamples:
         return records["size"] // BYTES_PER_TOKEN + records["marks"] * image_tokens
 
     def fingerprint(self) -> str:
-        """From the file's size, its row groups and the sizes of all texts."""
+        """From the file's size and all texts."""
         return self._fingerprint
 
     def __getitem__(self, index: int) -> Sample:
         where = self.where(index)
         group = int(np.searchsorted(self.blocks, index, side="right")) - 1
-        table = KEPT.get((self.path, group), lambda: self._read_group(group, where))
+        table = KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
         row = index - int(self.blocks[group])
-        conversations = table.column(self.TEXT)[row].as_py()
+        try:
+            conversations = table.column(self.TEXT)[row].as_py()
+        except UnicodeDecodeError as error:
+            raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
         if isinstance(conversations, str):
             conversations = parse_json(conversations, where)
         pictures = table.column(self.PICTURES)[row].as_py() if self.PICTURES in self._columns else None
-        blobs = picture_bytes(pictures, where) if self._records[index]["marks"] else ()
+        blobs = picture_bytes(pictures, where) if shows_pictures(conversations) else ()
         return parse_sample({"conversations": conversations}, where, blobs)
 
+    def _file_state(self) -> tuple[int, int]:
+        stat = self.path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
     def _read_group(self, number: int, where: str) -> Any:
+        try:
+            state = self._file_state()
+        except OSError as error:
+            raise SampleError(f"the file is gone: {error}", where) from error
+        if state != self._state:
+            raise SampleError("the file has changed since the start", where)
         try:
             with parquet.ParquetFile(self.path, metadata=self._metadata) as file:
                 return file.read_row_group(number, columns=self._columns, use_threads=False)
@@ -146,3 +159,21 @@ def picture_bytes(value: Any, where: str) -> tuple[bytes, ...]:
     if not all(isinstance(picture, bytes) for picture in pictures):
         raise SampleError("'image_bytes' holds something other than bytes", where)
     return tuple(picture for picture in pictures if picture)
+
+
+def shows_pictures(conversations: Any) -> bool:
+    """Whether a turn has an <image> mark."""
+    turns = conversations if isinstance(conversations, list) else []
+    return any(isinstance(turn, dict) and IMAGE_MARK in str(turn.get("content")) for turn in turns)
+
+
+def cell_bytes(column: Any) -> Iterator[bytes]:
+    """The cells of a text column as bytes, UTF-8 or not; structs as json, and nothing for what has no such form."""
+    if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
+        yield from (cell or b"" for cell in column.cast(arrow.large_binary()).to_pylist())
+        return
+    for cell in column:
+        try:
+            yield json.dumps(cell.as_py(), default=str).encode()
+        except UnicodeDecodeError:
+            yield b""

@@ -80,7 +80,7 @@ class FolderImages(ImageSource):
 
     def state(self, name: str, where: str) -> bytes:
         stat = self.open(name, where).stat()
-        return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape")
+        return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogatepass")
 
 
 class ZipImages(ImageSource):
@@ -107,15 +107,17 @@ class ZipImages(ImageSource):
             raise DataError(f"{self.path} is no readable zip of pictures: {error}") from error
 
     def _read_directory(self) -> tuple[np.ndarray, dict]:
-        with zipfile.ZipFile(self.path) as file:
-            entries = [entry for entry in file.infolist() if not entry.is_dir()]
+        with zipfile.ZipFile(self.path) as file:  # of entries of one name the last counts, as everywhere
+            entries = {entry.filename: entry for entry in file.infolist()
+                       if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")}  # fmt: skip
         if not entries:
             raise DataError(f"{self.path} holds no files")
-        folders = {entry.filename.partition("/")[0] if "/" in entry.filename else "" for entry in entries}
-        root = f"{folders.pop()}/" if len(folders) == 1 and "" not in folders else ""
-        records = np.array([(name_hash(entry.filename), entry.header_offset, entry.compress_size, entry.file_size, entry.CRC,
-                             entry.compress_type if not entry.flag_bits & 1 else 99) for entry in entries], self.RECORD)  # fmt: skip
-        return np.sort(records, order="name"), {"root": root}
+        folder = os.path.commonpath([os.path.dirname(name) for name in entries]) if "" not in map(os.path.dirname, entries) else ""
+        most = 2**32 - 1  # larger ones are refused when they are wanted
+        records = np.array([(name_hash(entry.filename), entry.header_offset, min(most, entry.compress_size),
+                             min(most, entry.file_size), entry.CRC, entry.compress_type if not entry.flag_bits & 1 else 99)
+                            for entry in entries.values()], self.RECORD)  # fmt: skip
+        return np.sort(records, order="name"), {"root": f"{folder}/" if folder else ""}
 
     def open(self, name: str, where: str) -> BinaryIO:
         record, problem = self._find(name, where), None
@@ -163,7 +165,7 @@ class ZipImages(ImageSource):
 
 def name_hash(name: str) -> np.uint64:
     """64 bits of a file name in a zip: among a million names, two are alike once in forty million data sets."""
-    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
 
 
@@ -221,7 +223,10 @@ def open_images(paths: str | Path) -> ImageSource:
 
     A single missing folder is no error yet: text-only data and parquet need none.
     """
-    names = [name for name in str(paths).split(",") if name.strip()]
+    paths = str(paths)
+    names = [paths] if paths and Path(paths).exists() else [name for name in paths.split(",") if name.strip()]
+    if not names:
+        return NoImages(paths)
     sources = [_open_one(Path(name.strip()), len(names) == 1) for name in names]
     return sources[0] if len(sources) == 1 else ManyImages(sources)
 

@@ -18,7 +18,8 @@ from .jsonl import JsonlSamples
 from .order import EpochOrder, Order, share
 from .parquet import WINDOW_BYTES, ParquetSamples
 
-FILES = (".jsonl", ".json", ".parquet")
+FILES = (".jsonl", ".parquet")  # taken from a folder; .json is jsonl, too, when it is named
+MOST_WEIGHT = 1000
 
 
 class SampleSource(Protocol):
@@ -64,8 +65,9 @@ class Mixture:
 
     def order(self, seed: int, epoch: int) -> Order:
         """The epoch's order of samples, without its batches' likeness of lengths."""
-        window = max(1, WINDOW_BYTES // max(1, *(source.block_bytes for source in self.sources)))
-        return EpochOrder([source.blocks for source in self.sources], self.weights, seed, epoch, window)
+        sizes = [source.block_bytes for source in self.sources]
+        window = max(1, WINDOW_BYTES // max(1, *sizes))
+        return EpochOrder([source.blocks for source in self.sources], [size > 0 for size in sizes], self.weights, seed, epoch, window)
 
     def _place(self, index: int) -> tuple[SampleSource, int]:
         number = int(np.searchsorted(self.bounds, index, side="right")) - 1
@@ -96,31 +98,42 @@ class Mixture:
 def open_samples(paths: str | Path) -> Mixture:
     """The samples in files, in folders of them and where patterns lead, with commas between, each with a weight when wanted:
     "a.jsonl, shards/*.parquet:0.3, more/". Raises DataError when there is no such file or it is of another kind."""
-    sources, weights = [], []
-    for text in str(paths).split(","):
-        entry, weight = split_weight(text.strip())
+    sources, weights, seen = [], [], set()
+    for entry, weight in split_entries(str(paths)):
         for path in find_files(entry):
+            if path.resolve() in seen:
+                raise DataError(f"--data_path names {path} twice; a weight takes samples more often ({path}:2)")
+            seen.add(path.resolve())
             sources.append(open_file(path))
             weights.append(weight)
     return Mixture(sources, weights)
 
 
+def split_entries(paths: str) -> list[tuple[str, float]]:
+    """What --data_path names, with weights; a path that exists as it stands is not split."""
+    if paths and Path(paths).exists():
+        return [(paths, 1.0)]
+    return [split_weight(entry.strip()) for entry in paths.split(",")]
+
+
 def split_weight(entry: str) -> tuple[str, float]:
     """"a.jsonl:0.3" as its parts; the weight is 1 where none is given."""
+    if entry and Path(entry).exists():
+        return entry, 1.0
     path, colon, weight = entry.rpartition(":")
     try:
         value = float(weight) if colon else 1.0
     except ValueError:  # a colon within a name
         return entry, 1.0
-    if not 0 < value < float("inf"):
-        raise DataError(f"--data_path {entry}: the weight must be greater than 0")
+    if not 0 < value <= MOST_WEIGHT:
+        raise DataError(f"--data_path {entry}: the weight must be greater than 0 and at most {MOST_WEIGHT}")
     return (path, value) if colon else (entry, 1.0)
 
 
 def find_files(entry: str) -> Iterator[Path]:
     """The data files that an entry of --data_path means, by name."""
     path = Path(entry)
-    found = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(entry, recursive=True))]
+    found = [path] if entry and path.exists() else [Path(name) for name in sorted(glob.glob(entry, recursive=True))]
     if not found or not entry:
         raise DataError(
             f"no training data at {entry or 'an empty name'}. Fetch the published data set with\n"
@@ -137,9 +150,13 @@ def find_files(entry: str) -> Iterator[Path]:
 
 def open_file(path: Path) -> SampleSource:
     """The samples of one file; raises DataError."""
-    if path.suffix not in FILES:
+    if path.suffix not in (*FILES, ".json"):
         raise DataError(f"{path} is no .jsonl and no .parquet file")
     try:
+        if path.suffix == ".json":
+            with open(path, "rb") as file:
+                if file.read(64).lstrip().startswith(b"["):
+                    raise DataError(f"{path} is one json array; one object a line is wanted: jq -c '.[]' {path} > data.jsonl")
         return ParquetSamples(path) if path.suffix == ".parquet" else JsonlSamples(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error

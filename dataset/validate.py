@@ -15,6 +15,8 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,8 +50,10 @@ class Report:
 
     def add(self, other: "Report") -> None:
         """Takes up what another report found."""
-        for name in ("samples", "pictures", "lengths", "supervised", "cut", "hashes"):
+        for name in ("samples", "pictures", "supervised", "cut"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.lengths += other.lengths
+        self.hashes += other.hashes
         for kind, places in other.bad.items():
             self.bad[kind] += places
 
@@ -57,8 +61,10 @@ class Report:
         """Pairs of places with the same conversation and pictures."""
         first, pairs = {}, []
         for digest, where in self.hashes:
-            if first.setdefault(digest, where) != where:
+            if digest in first:
                 pairs.append((first[digest], where))
+            else:
+                first[digest] = where
         return pairs
 
 
@@ -110,8 +116,8 @@ def check_all(checker: Checker, processes: int) -> Iterator[Report]:
     if processes == 1:
         yield from map(_check, spans)
         return
-    with get_context("fork").Pool(processes) as pool:  # the processes share the checker's memory
-        yield from pool.imap(_check, spans)
+    with ProcessPoolExecutor(processes, get_context("fork")) as pool:  # the processes share the checker's memory
+        yield from pool.map(_check, spans)
 
 
 def histogram(lengths: np.ndarray) -> str:
@@ -185,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(total, args, samples.epoch_size)
         if args.plot:
             plot(np.array(total.lengths), args.max_seq_len, args.plot)
-    except DataError as error:
+    except (DataError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return int(bool(total.bad))

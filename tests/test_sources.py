@@ -98,9 +98,10 @@ def test_a_mixture_takes_its_shares_and_repeats_nothing_before_its_time(data):
     starts = [np.concatenate([[0], np.cumsum(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)))])
               for _ in range(data.draw(st.integers(1, 3)))]  # fmt: skip
     chosen = [data.draw(st.sampled_from([0.3, 0.5, 1, 1, 2, 2.5])) for _ in starts]
+    blocked = [len(own) > 2 or data.draw(st.booleans()) for own in starts]
     taken = Counter()
     for epoch in range(6):
-        order = EpochOrder(starts, chosen, 5, epoch)
+        order = EpochOrder(starts, blocked, chosen, 5, epoch, window=2)
         size = int(order.bounds[-1])
         numbers = order(np.arange(size))
         taken.update(numbers.tolist())
@@ -275,7 +276,7 @@ def test_parquet_row_groups_are_read_once_an_epoch(data, tmp_path, monkeypatch):
     for (update,) in sampler.updates(0):
         for number in update:
             samples[number]
-    assert len(read) == len(rows) // 20 and sum(read.values()) <= 1.1 * len(read)
+    assert len(read) == len(rows) // 20 and sum(read.values()) <= 1.1 * len(read), "by one loader process"
     assert parquet_samples.KEPT.bytes <= 32 * group_bytes
 
 
@@ -342,20 +343,25 @@ def test_files_patterns_folders_and_weights(data, tmp_path):
         assert sorted(samples.order(0, 0)(np.arange(len(rows))).tolist()) == list(range(len(rows)))
     weighted = open_samples(f"{one}:0.5,{shards / 'a.jsonl'}:3")
     assert weighted.epoch_size == round((len(rows) - 12) * 0.5) + 15 and len(weighted) == len(rows) - 7
-    for wrong, message in ((f"{one}:0", "greater than 0"), (f"{one},", "no training data at an empty name"),
+    for wrong, message in ((f"{one}:0", "greater than 0"), (f"{one}:1e300", "at most 1000"), (f"{one},{one}:2", "twice"), (f"{one},", "no training data at an empty name"),
                            (f"{tmp_path}/none*", "no training data"), (f"{shards}/notes.txt", r"no \.jsonl and no \.parquet")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             open_samples(wrong)
 
 
 def test_training_is_the_same_wherever_the_data_lies(data, zipped, tower_folder, tmp_path):
-    """Folder, zip, parquet of one row group: one order, one end."""
+    """Folder and zip: one order, one end. Parquet has an order of its own, and trains on every sample, too."""
     train(data, tower_folder, tmp_path / "folder")
     train((data[0], zipped), tower_folder, tmp_path / "zip")
     table = write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1])
     train((table, "nowhere"), tower_folder, tmp_path / "parquet", cache_features=1, epochs=1)
     assert_same(weights(tmp_path / "folder"), weights(tmp_path / "zip"))
-    assert weights(tmp_path / "folder").keys() == weights(tmp_path / "parquet").keys()
+    log = tmp_path / "trained"
+    process = start_on_disk((table, "nowhere"), tower_folder, tmp_path / "again", {"TRAINED": str(log)}, cache_features=1)
+    process.communicate()
+    trained = [int(word) for line in Path(f"{log}.0").read_text().splitlines() for word in line.split()[1:]]
+    assert sorted(trained) == list(range(22))
+    assert_same(weights(tmp_path / "parquet"), weights(tmp_path / "again"))
 
 
 def test_a_mixture_resumes_exactly(tower_folder, tmp_path):
@@ -446,3 +452,88 @@ def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     assert validate.main([str(write_jsonl(tmp_path / "b.jsonl", rows)), *flags[1:3]]) == 0
     assert "0 bad" in capsys.readouterr().out
     assert validate.main([str(tmp_path / "none.jsonl")]) == 2
+
+
+# --- what people's files are like -------------------------------------------------------------------------------------
+
+
+def test_many_parquet_files_of_one_row_group_are_read_like_row_groups(data, tmp_path, monkeypatch):
+    for number in range(30):
+        write_parquet(tmp_path / f"{number:02}.parquet", read_rows(data[0]), data[1])
+    samples, read = open_samples(tmp_path), Counter()
+    monkeypatch.setattr(sources, "WINDOW_BYTES", 4 * samples.sources[0].block_bytes)
+    monkeypatch.setattr(parquet_samples, "KEPT", parquet_samples.KeptGroups(8 * samples.sources[0].block_bytes))
+    read_group = ParquetSamples._read_group
+    monkeypatch.setattr(ParquetSamples, "_read_group", lambda self, *rest: read.update([self.path]) or read_group(self, *rest))
+    numbers = samples.order(0, 0)(np.arange(len(samples)))
+    assert sorted(numbers.tolist()) == list(range(30 * 22)) and numbers.tolist() != list(range(30 * 22))
+    for number in numbers:
+        samples[int(number)]
+    assert sum(read.values()) <= 33
+
+
+def test_parquet_that_changes_or_holds_no_text_says_so(data, tmp_path, monkeypatch):
+    rows = read_rows(data[0])
+    path = write_parquet(tmp_path / "a.parquet", rows, data[1])
+    samples = open_samples(path)
+    assert samples[0].turns[0].content == rows[0]["conversations"][0]["content"]
+    write_parquet(path, rows[5:], data[1], group=3)
+    assert open_samples(path)[0].turns[0].content == rows[5]["conversations"][0]["content"]
+    monkeypatch.setattr(parquet_samples, "KEPT", parquet_samples.KeptGroups(0))
+    with pytest.raises(SampleError, match="changed since the start"):
+        samples[0]
+    good = json.dumps(row("x", "a")["conversations"]).replace("<image>", "\\u003cimage\\u003e").encode()
+    cells = arrow.array([b"\xff\xfe", good], arrow.binary()).view(arrow.string())
+    blob = next(data[1].iterdir()).read_bytes()
+    parquet.write_table(arrow.table({"conversations": cells, "image_bytes": [None, blob]}), tmp_path / "b.parquet")
+    samples = open_samples(tmp_path / "b.parquet")
+    with pytest.raises(SampleError, match=r"b\.parquet:1: not UTF-8"):
+        samples[0]
+    assert samples[1].images == (blob,)
+    assert convert.main([str(tmp_path / "b.parquet"), "--out", str(tmp_path / "b"), "--skip_bad"]) == 0
+
+
+def test_zips_as_people_make_them(tmp_path):
+    blobs = {}
+    for colour in ("red", "blue"):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{colour}.png")
+        blobs[colour] = (tmp_path / f"{colour}.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as file:
+        file.writestr("__MACOSX/my/p/._a.png", b"x")
+        file.writestr("my/p/a.png", blobs["red"])
+        file.writestr("my/p/more/b.png", blobs["blue"])
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "mac.zip", "a") as file:
+        file.writestr("my/p/a.png", blobs["blue"])
+    images = open_images(tmp_path / "mac.zip")
+    assert images.read("a.png") == images.read("more/b.png") == images.read("my/p/a.png") == blobs["blue"], "the last of a name counts"
+    with pytest.raises(SampleError, match="is not in"):
+        images.load("\ud800.png")
+    for nowhere in ("", ","):
+        with pytest.raises(SampleError, match="there is no folder"):
+            open_images(nowhere).load("a.png")
+
+
+def test_names_with_commas_and_colons_and_json_arrays(data, tmp_path):
+    rows = read_rows(data[0])
+    (tmp_path / "run:3").mkdir()
+    odd = write_jsonl(tmp_path / "run:3" / "a,b.jsonl", rows)
+    assert len(open_samples(odd)) == len(open_samples(tmp_path / "run:3")) == open_samples(f"{tmp_path / 'run:3'}").epoch_size == 22
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"one json array; .* jq"):
+        open_samples(tmp_path / "a.json")
+
+
+def test_conversion_keeps_odd_names_and_refuses_columns_it_would_lose(data, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    shutil.copy(next(data[1].iterdir()), tmp_path / "p" / "a,b.png")
+    odd = row("half \\ud83d", None) | {"note": "\ud83d"}
+    rows = [row("x") | {"image": ["a,b.png"]}, odd]
+    rows[0]["conversations"][0]["content"] = "<image>x"
+    path = write_jsonl(tmp_path / "a.jsonl", [json.dumps(own) for own in rows])
+    assert convert.main([str(path), "--images_path", str(tmp_path / "p"), "--out", str(tmp_path / "s")]) == 0
+    assert convert.main([str(tmp_path / "s"), "--out", str(tmp_path / "back")]) == 0
+    assert read_rows(tmp_path / "back" / "data.jsonl") == rows
+    parquet.write_table(arrow.table({"conversations": [json.dumps(row("x")["conversations"])], "url": ["u"]}), tmp_path / "u.parquet")
+    capsys.readouterr()
+    assert convert.main([str(tmp_path / "u.parquet"), "--out", str(tmp_path / "u")]) == 2
+    assert "jsonl has no place for: url" in capsys.readouterr().err

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset.sources import split_entries
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -110,7 +112,8 @@ class TrainConfig:
     @property
     def features_folder(self) -> Path:
         """Where the feature cache of the data goes: one for each data file and folder of pictures."""
-        paths = [[str(Path(path.strip()).resolve()) for path in flag.split(",")] for flag in (self.data_path, self.images_path)]
+        data = [path for path, _ in split_entries(self.data_path)]  # weights change nothing
+        paths = [[str(Path(path.strip()).resolve()) for path in flag] for flag in (data, self.images_path.split(","))]
         digest = hashlib.blake2b(json.dumps(paths).encode(), digest_size=4).hexdigest()
         stem = re.sub(r"\W+", "_", Path(paths[0][0]).stem)
         return Path(self.checkpoint_dir) / "features" / f"{stem}_{digest}"

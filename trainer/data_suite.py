@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -85,9 +86,9 @@ def measure_start(path: str, way: str) -> dict:
     return {"seconds": seconds, "memory": own_memory() + sum(map(own_memory, children))}
 
 
-def in_its_own_process(path: Path, way: str) -> dict:
-    """`measure_start` in a fresh interpreter."""
-    command = [sys.executable, "-m", "trainer.data_suite", str(path), way]
+def run_self(*arguments: str | Path) -> Any:
+    """What this module prints in a fresh interpreter: `measure_start` of a path and a way, or `read_all` of data and pictures."""
+    command = [sys.executable, "-m", "trainer.data_suite", *map(str, arguments)]
     return json.loads(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout)
 
 
@@ -95,8 +96,8 @@ def measure_jsonl(folder: Path) -> list[dict]:
     """Start and memory at the published size; start and cost of a sample at ten million lines."""
     path = folder / "published.jsonl"
     write_lines(path, PUBLISHED)
-    first, later = in_its_own_process(path, "index"), in_its_own_process(path, "index")
-    plain, nothing = in_its_own_process(path, "rows"), in_its_own_process(path, "nothing")
+    first, later = run_self(path, "index"), run_self(path, "index")
+    plain, nothing = run_self(path, "rows"), run_self(path, "nothing")
     memory, plain_memory = later["memory"] - nothing["memory"], plain["memory"] - nothing["memory"]
     rows = [{"name": "jsonl_first_start", "ratio": plain["seconds"] / first["seconds"], "seconds": first["seconds"]},
             {"name": "jsonl_later_start", "ratio": plain["seconds"] / later["seconds"], "seconds": later["seconds"]},
@@ -104,8 +105,8 @@ def measure_jsonl(folder: Path) -> list[dict]:
     path.unlink()
     write_lines(folder / "large.jsonl", LARGE)
     write_lines(folder / "small.jsonl", SMALL)
-    began = in_its_own_process(folder / "large.jsonl", "index")["seconds"]
-    start = in_its_own_process(folder / "large.jsonl", "index")
+    began = run_self(folder / "large.jsonl", "index")["seconds"]
+    start = run_self(folder / "large.jsonl", "index")
     costs = {"large": [], "small": []}
     sources = {name: JsonlSamples(folder / f"{name}.jsonl") for name in costs}
     samplers = {name: ResumableSampler(len(source), 16, 1, 0, lengths=lambda indices, s=source: s.lengths(indices, 196))
@@ -190,7 +191,7 @@ def measure_parquet(folder: Path) -> list[dict]:
     for _ in range(3):
         for name, way in ways.items():
             forget(folder)
-            seconds[name].append(read_all(*way))
+            seconds[name].append(run_self(*way, "read"))  # in a process of its own: row groups read before are kept
     calls = {name: system_calls(*way) for name, way in ways.items()}
     idle = system_calls("nothing", "nothing")
     times = {name: statistics.median(values) for name, values in seconds.items()}
@@ -215,6 +216,6 @@ def data_suite(folder: Path) -> list[dict]:
 if __name__ == "__main__":
     if sys.argv[-1] == "read":
         if sys.argv[1] != "nothing":
-            read_all(*sys.argv[1:3])
+            print(read_all(*sys.argv[1:3]))
     else:
         print(json.dumps(measure_start(*sys.argv[1:3])))

@@ -5,6 +5,7 @@ Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); s
 
 import ctypes
 import os
+import resource
 import sys
 import time
 import uuid
@@ -26,6 +27,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """The first rank of its machine."""
+        return self.rank % self.local_size == 0
 
     def print(self, message: str) -> None:
         """Printed once, by the first rank, on standard error."""
@@ -106,6 +112,8 @@ def start(device_name: str) -> Ranks:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device(device_name)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # data may come in thousands of files
     if device.type == "cpu":
         keep_freed_memory()
     if "RANK" in os.environ:

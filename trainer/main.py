@@ -25,7 +25,8 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
         del locks
         return code
     except UsageError as error:
-        ranks.print(f"error: {error}")
+        if ranks.is_first_here:  # another machine may lack what the first has
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, FloatingPointError, StorageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,7 +56,8 @@ def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
     Decided by all ranks together: a machine that came back counts its own restarts from 0.
     """
-    (restarts,) = ranks.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])
-    if restarts and config.resume_file.is_file():
+    there = float(ranks.is_main and config.resume_file.is_file())
+    restarts, there = ranks.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), there])
+    if restarts and there:
         return dataclasses.replace(config, from_resume=1)
     return config

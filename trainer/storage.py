@@ -84,11 +84,14 @@ def write_set(journal: Path, files: dict[Path, Write], keep: dict[Path, Path]) -
         steps = [{"from": str(temporaries[path].absolute()), "to": str(path.absolute()),
                   "keep": str(keep[path].absolute()) if path in keep else None} for path in files]  # fmt: skip
         write_atomically(journal, lambda file: file.write(json.dumps(steps).encode()))
-    except (OSError, StorageError) as error:
+    except Exception as error:  # torch.save answers a full disk with a RuntimeError
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
         raise StorageError(_explain(error, next(iter(files)).parent)) from error
-    finish_commit(journal)
+    try:
+        finish_commit(journal)
+    except OSError as error:  # whoever comes next does the rest
+        raise StorageError(_explain(error, next(iter(files)).parent)) from error
 
 
 def finish_commit(journal: Path) -> None:
@@ -160,6 +163,8 @@ def check_writable(folder: Path) -> None:
 def _explain(error: Exception, folder: Path) -> str:
     if isinstance(error, StorageError):
         return str(error)
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__
     remedies = {
         errno.ENOSPC: "make room, or name another disk with --save_dir and --checkpoint_dir",
         errno.EDQUOT: "the quota is used up: make room, or name another disk with --save_dir and --checkpoint_dir",

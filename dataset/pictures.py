@@ -67,6 +67,7 @@ class FolderImages(ImageSource):
         self.folder = Path(folder).resolve()
 
     def open(self, name: str, where: str) -> Path:
+        """The path of the picture; raises SampleError."""
         try:
             path = (self.folder / name).resolve()
             inside, found = path.is_relative_to(self.folder), path.is_file()
@@ -120,6 +121,7 @@ class ZipImages(ImageSource):
         return np.sort(records, order="name"), {"root": f"{folder}/" if folder else ""}
 
     def open(self, name: str, where: str) -> BinaryIO:
+        """The unpacked file in memory, its checksum compared; raises SampleError."""
         record, problem = self._find(name, where), None
         offset, size = int(record["offset"]), int(record["size"])
         if record["unpacked"] > MAX_BYTES:

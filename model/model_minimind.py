@@ -142,9 +142,14 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: i
     product in bf16 (most of it lost in the backward), so there the same is spelled out as matrix products: the H/G query
     heads that share a key head side by side, in blocks of queries, each of which sees the keys up to its own end.
     """
-    B, H, T, d = q.shape
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return _attend_in_blocks(q, k, v, block)
+
+
+@torch.compiler.disable  # a compiler's backward of it takes four times as long as the library's products
+def _attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
+    B, H, T, d = q.shape
     G = k.shape[1]
     q = (q * d**-0.5).reshape(B * G, H // G, T, d)
     k, v = (x[:, :, :T].reshape(B * G, T, d) for x in (k, v))  # a static cache has room beyond T

@@ -9,7 +9,9 @@ import hashlib
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import nn
@@ -111,11 +113,49 @@ def preprocess(picture: Image.Image) -> torch.Tensor:
     # 24 levels) for a box deep inside a long picture than for resizing all of it.
     reach = math.ceil(2 * max(1.0, short / IMAGE_SIZE)) + 1
     x, y = max(0, math.floor(box[0]) - reach), max(0, math.floor(box[1]) - reach)
-    picture = picture.crop((x, y, min(width, math.ceil(box[2]) + reach), min(height, math.ceil(box[3]) + reach)))
+    around = (x, y, min(width, math.ceil(box[2]) + reach), min(height, math.ceil(box[3]) + reach))
+    if around != (0, 0, width, height):
+        picture = picture.crop(around)
     box = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
+    if short < IMAGE_SIZE:
+        return enlarge(picture, box)
     square = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
-    flat = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-    return flat.view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1).contiguous()
+    return pixels_of(square).permute(2, 0, 1).contiguous()
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB picture, uint8 [height, width, 3]."""
+    width, height = picture.size
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+
+
+def enlarge(picture: Image.Image, box: tuple[float, float, float, float]) -> torch.Tensor:
+    """The part `box` (left, top, right, bottom) of an RGB picture, no larger than 224 x 224, as uint8 [3, 224, 224].
+
+    Pillow's bicubic, columns first and rounded between, in a third of its time: a row of the result is a weighted sum of
+    four rows, which is what `embedding_bag` computes, and columns are rows of the transposed picture.
+    """
+    width, height = picture.size
+    rows = pixels_of(picture).permute(1, 0, 2).float().reshape(width, height * 3)
+    rows = F.embedding_bag(mode="sum", weight=rows, **_bicubic(width, box[0], box[2]))
+    rows = rows.add_(0.5).floor_().clamp_(0, 255).view(IMAGE_SIZE, height, 3).permute(1, 2, 0).reshape(height, -1)
+    rows = F.embedding_bag(mode="sum", weight=rows, **_bicubic(height, box[1], box[3]))
+    rows = rows.add_(0.5).clamp_(0, 255)  # torch's own way from fp32 to uint8 takes nine times as long as numpy's
+    return torch.from_numpy(rows.numpy().astype(np.uint8)).view(IMAGE_SIZE, 3, IMAGE_SIZE).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bicubic(size: int, begin: float, end: float) -> dict[str, torch.Tensor]:
+    """The four inputs of each of 224 outputs spread over [begin, end] of `size` inputs, and their weights (a = -0.5;
+    Keys, IEEE Trans. ASSP 29, 1981). At an edge the weights that fall outside are shared among the others."""
+    centre = begin + (torch.arange(IMAGE_SIZE, dtype=torch.float64) + 0.5) * (end - begin) / IMAGE_SIZE
+    inputs = (centre - 1.5).floor().long()[:, None] + torch.arange(4)
+    distance = (inputs + 0.5 - centre[:, None]).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, far) * ((inputs >= 0) & (inputs < size))
+    weights /= weights.sum(1, keepdim=True)
+    return {"input": inputs.clamp(0, size - 1), "per_sample_weights": weights.float()}
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,10 @@ def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 64), (300, 200), (200, 333), (1000, 37), (31, 500), (225, 224), (1, 1)])
-def test_pixels_are_those_of_transformers_within_one_level(size):
-    picture = gradient(*size)
+@pytest.mark.parametrize("kind", ["gradient", "noise"])
+def test_pixels_are_those_of_transformers_within_one_level(size, kind):
+    noise = np.random.default_rng(0).integers(0, 2, (size[1], size[0], 3), dtype=np.uint8) * 255  # black or white: the worst
+    picture = gradient(*size) if kind == "gradient" else Image.fromarray(noise)
     theirs = CLIPImageProcessorPil()(picture, return_tensors="pt").pixel_values[0]
     ours = normalize(preprocess(picture)[None])[0]
     level = (1 / 255) / torch.tensor([0.26, 0.26, 0.27]).view(3, 1, 1)

@@ -166,7 +166,7 @@ def test_compiled_training_is_the_same_and_does_not_compile_again_and_again(data
          *training_flags(data, tower_folder, tmp_path / "again", epochs=2, use_compile=1)],
         env={**os.environ, "TORCH_LOGS": "recompiles", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stderr.count("Recompiling function") <= 4
+    assert done.stderr.count("Recompiling function") <= 8  # far fewer than lengths and blocks
     a, b = (read_metrics(tmp_path / name, NAME) for name in ("plain", "again"))
     assert np.abs(np.array([line["loss"] for line in a]) - [line["loss"] for line in b]).max() < 1e-4
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "again").keys()

@@ -13,10 +13,10 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import TextStreamer
 
 from dataset.conversation import IMAGE_MARK
 from dataset.errors import DataError, SampleError
@@ -49,6 +49,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.65, help="0: greedy")
     parser.add_argument("--top_p", type=float, default=0.85)
+    parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats become less likely")
     parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
     parser.add_argument("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
@@ -61,8 +62,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", help="where --score writes every answer")
     parser.add_argument("--batch_size", type=int, default=64, help="questions at once in --score")
     args = parser.parse_args(argv)
-    if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
-        parser.error("--top_p lies in (0, 1], --temperature is at least 0, --repetition_penalty above 0")
+    if not 0 < args.top_p <= 1 or min(args.temperature, args.top_k) < 0 or args.repetition_penalty <= 0:
+        parser.error("--top_p lies in (0, 1], --temperature and --top_k are at least 0, --repetition_penalty above 0")
     if min(args.max_new_tokens, args.batch_size, args.hidden_size, args.num_hidden_layers) < 1:
         parser.error("--max_new_tokens, --batch_size, --hidden_size and --num_hidden_layers are at least 1")
     if args.max_seq_len < 512:
@@ -84,7 +85,7 @@ def describe_folder(assistant: Assistant, folder: Path, sampling: Sampling) -> N
             continue
         chat = Chat(assistant, sampling)
         chat.add_picture(picture)
-        chat.ask(FOLDER_QUESTION, TextStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        print_pieces(chat, FOLDER_QUESTION)
 
 
 def chat_loop(assistant: Assistant, sampling: Sampling, max_length: int) -> None:
@@ -126,10 +127,18 @@ def show_picture(chat: Chat, path: str) -> None:
         print(error)
 
 
+def print_pieces(chat: Chat, question: str) -> None:
+    """Prints the answer as it grows."""
+    with closing(chat.stream(question)) as pieces:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+
+
 def answer(chat: Chat, question: str) -> None:
-    """Streams one answer; Ctrl-C breaks it off, and the chat goes on without that exchange."""
+    """Streams one answer; Ctrl-C breaks it off, and the chat goes on with what was said."""
     try:
-        chat.ask(question, TextStreamer(chat.assistant.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        print_pieces(chat, question)
     except UsageError as error:
         print(error)
     except KeyboardInterrupt:
@@ -190,7 +199,7 @@ def ask_mode() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     args = parse_flags(argv)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty, args.seed)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
     weight_file = Path(args.save_dir) / f"{weight_name(args.weight, args.hidden_size, bool(args.use_moe))}.pth"
     try:
         assistant = load_assistant(

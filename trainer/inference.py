@@ -3,40 +3,24 @@
 Legend: B prompts of a batch, T tokens, P placeholders of a picture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, PreTrainedTokenizerBase, TextStreamer
+from tokenizers.decoders import DecodeStream
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from dataset.conversation import IMAGE_MARK, Renderer, Turn
+from dataset.conversation import IMAGE_MARK, Rendered, Renderer, Turn
 from model import MiniMindVLM
+from model.generation import Memory, Prompt, Sampling, generate_stream, new_memory
 from model.vision import VisionTowerError, load_vision_tower, normalize, preprocess
 
 from .build import bf16_is_fast, build_model, load_tokenizer
 from .checkpoint import fingerprints, load_weights, read_sidecar
 from .config import UsageError
 from .distributed import keep_freed_memory
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; `temperature` 0 is greedy."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.65
-    top_p: float = 0.85
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def arguments(self) -> dict:
-        """As keyword arguments of transformers' generate."""
-        arguments = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
-        if self.temperature > 0:
-            return arguments | {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return arguments | {"do_sample": False}
 
 
 @dataclass
@@ -52,9 +36,13 @@ class Assistant:
         self.model.eval()
 
     @torch.inference_mode()
+    def encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
+        """Patch vectors [N, P, W] of pictures uint8 [3, 224, 224]."""
+        return self.model.encode_images(normalize(torch.stack(pixels).to(self.model.device)))
+
+    @torch.inference_mode()
     def generate(
-        self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling,
-        streamer: TextStreamer | None = None,
+        self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling
     ) -> list[str]:
         """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all pictures in reading order; one
         that stands there several times is encoded once."""
@@ -72,22 +60,35 @@ class Assistant:
         if pixels:
             unique = list({id(picture): picture for picture in pixels}.values())
             place = {id(picture): number for number, picture in enumerate(unique)}
-            pictures = normalize(torch.stack(unique).to(self.model.device))
-            features = self.model.encode_images(pictures)
-            images = {"image_features": features[[place[id(picture)] for picture in pixels]],
+            images = {"image_features": self.encode(unique)[[place[id(picture)] for picture in pixels]],
                       "image_positions": torch.cat(positions).to(self.model.device)}  # fmt: skip
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
+        arguments = {"do_sample": False}
+        if sampling.temperature > 0:
+            arguments = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         out = self.model.generate(
-            ids.to(self.model.device), attention_mask=mask.to(self.model.device), streamer=streamer, use_cache=True,
+            ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=True,
             eos_token_id=self.renderer.im_end, pad_token_id=self.model.config.pad_token_id,
-            **sampling.arguments(), **images,
+            max_new_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty, **arguments, **images,
         )  # fmt: skip
-        return [self._text(row) for row in out[:, longest:].tolist()]
+        return [self.text(row) for row in out[:, longest:].tolist()]
 
-    def _text(self, ids: list[int]) -> str:
+    def text(self, ids: list[int]) -> str:
+        """Tokens up to the end of the turn as text, without a half character at its end."""
         end = ids.index(self.renderer.im_end) if self.renderer.im_end in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of tokens as they come, in whole characters; joined, it is `text` of all."""
+        decoder, ids, given = DecodeStream(skip_special_tokens=True), [], 0
+        for token in tokens:
+            ids.append(token)
+            if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
+                given += len(piece)
+                yield piece
+        if rest := self.text(ids)[given:]:  # held back for a character that never became whole
+            yield rest
 
 
 def load_assistant(
@@ -127,9 +128,12 @@ def load_assistant(
     return Assistant(model.to(device, dtype), tokenizer)
 
 
+TYPED_MARK = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
+
+
 @dataclass
 class Chat:
-    """A conversation with memory: turns, the pictures they show, and room for the next answer."""
+    """A conversation with memory: turns, the pictures they show, and what the model has read of them."""
 
     assistant: Assistant
     sampling: Sampling
@@ -137,6 +141,13 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
     pixels: list[torch.Tensor] = field(default_factory=list)
     waiting: list[torch.Tensor] = field(default_factory=list)  # pictures for the next question
+    dropped: int = 0  # exchanges that the last question pushed out of the history
+    _memory: Memory = field(init=False, repr=False)
+    _shown: list[torch.Tensor] = field(init=False, repr=False)  # pictures by number, and their patch vectors
+    _features: list[torch.Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self._forget()
 
     def add_picture(self, picture: Image.Image) -> None:
         """The next question is about this picture, too."""
@@ -144,28 +155,72 @@ class Chat:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.turns, self.pixels, self.waiting = [], [], []
+        self.turns, self.pixels, self.waiting, self.dropped = [], [], [], 0
+        self._forget()
 
-    def ask(self, question: str, streamer: TextStreamer | None = None) -> str:
-        """The answer, which becomes part of the history; given piece by piece to `streamer` as it grows.
+    def undo(self) -> str | None:
+        """Takes back the last exchange: its pictures wait again, its question is returned. None when there is none."""
+        if not self.turns:
+            return None
+        *self.turns, question, _ = self.turns
+        count = question.content.count(IMAGE_MARK)
+        kept = len(self.pixels) - count
+        self.pixels, self.waiting = self.pixels[:kept], self.pixels[kept:] + self.waiting
+        return question.content.removeprefix(f"{IMAGE_MARK}\n" * count).replace(TYPED_MARK, IMAGE_MARK)
+
+    def ask(self, question: str) -> str:
+        """The whole answer; see `stream`."""
+        return "".join(self.stream(question))
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The answer in pieces of whole characters, as it grows; question and answer become part of the history.
 
         An <image> in the question is text; pictures come from `add_picture` and stand before it. When the history
-        grows too long for the model, its oldest exchanges are dropped whole, with their pictures.
+        grows too long for the model, its oldest exchanges are dropped whole, with their pictures (`dropped`).
+        Closing the iterator (contextlib.closing) ends the work at once; what was said until then, or until an exception,
+        stays in the history. An answer without any text leaves the history as it was, and pictures waiting.
         Raises UsageError when the question alone is too long.
         """
         marks = f"{IMAGE_MARK}\n" * len(self.waiting)
-        # A zero-width space keeps a typed mark from asking for a picture that is not there.
-        turn = Turn("user", marks + question.replace(IMAGE_MARK, "<\u200bimage>"))
-        turns, pixels = [*self.turns, turn], [*self.pixels, *self.waiting]
-        limit = max(self.max_length - self.sampling.max_new_tokens, self.max_length // 2)
-        while len(self.assistant.renderer.render_prompt(tuple(turns))) > limit:
+        turn = Turn("user", marks + question.replace(IMAGE_MARK, TYPED_MARK))
+        turns, pixels, prompt, self.dropped = self._make_room([*self.turns, turn], [*self.pixels, *self.waiting])
+        said = []
+        try:
+            tokens = generate_stream(
+                self.assistant.model, self._memory, self._read(prompt, pixels), self._features, self.sampling,
+                self.assistant.renderer.im_end,
+            )  # fmt: skip
+            for piece in self.assistant.pieces(tokens):
+                said.append(piece)
+                yield piece
+        finally:
+            if said:
+                self.turns, self.pixels, self.waiting = [*turns, Turn("assistant", "".join(said))], pixels, []
+            else:
+                self.dropped = 0
+
+    def _make_room(self, turns: list[Turn], pixels: list[torch.Tensor]) -> tuple[list[Turn], list[torch.Tensor], Rendered, int]:
+        """The newest exchanges that fit, their pictures and rendering, and how many others were dropped."""
+        limit, dropped = max(self.max_length - self.sampling.max_new_tokens, self.max_length // 2), 0
+        while len(prompt := self.assistant.renderer.render_prompt(tuple(turns))) > limit:
             if len(turns) == 1:
                 raise UsageError(f"the question is too long: with its pictures it passes {limit} tokens")
             pixels = pixels[turns[0].content.count(IMAGE_MARK) :]
-            turns = turns[2:]  # a question and its answer
-        answer = self.assistant.generate([tuple(turns)], pixels, self.sampling, streamer)[0]
-        self.turns, self.pixels, self.waiting = [*turns, Turn("assistant", answer)], pixels, []
-        return answer
+            turns, dropped = turns[2:], dropped + 1  # a question and its answer
+        return turns, pixels, prompt, dropped
+
+    def _read(self, prompt: Rendered, pixels: list[torch.Tensor]) -> Prompt:
+        """The prompt with its pictures by number; those not seen before are encoded."""
+        numbers = {id(picture): number for number, picture in enumerate(self._shown)}
+        if new := list({id(picture): picture for picture in pixels if id(picture) not in numbers}.values()):
+            self._features += self.assistant.encode(new)
+            self._shown += new
+            numbers = {id(picture): number for number, picture in enumerate(self._shown)}
+        pictures = tuple(numbers[id(picture)] for picture in pixels)
+        return Prompt(prompt.ids, prompt.image_starts, pictures, self.assistant.model.config.image_tokens)
+
+    def _forget(self) -> None:
+        self._memory, self._shown, self._features = new_memory(self.assistant.model), [], []
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,23 @@ Legend of shapes: B rows, T tokens, K tokens in the cache, N pictures, P placeho
 V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import Cache, DynamicCache
+import torch.nn.functional as F
+from transformers import Cache
 
 from .model_vlm import MiniMindVLM
+from .packed import PackedDecoder, growing_cache
 
-CHUNK = 512  # tokens of a prompt read at once
+CHUNK = 2048  # tokens of a prompt read at once
+SHRINK = 0.75  # a batch is copied without its finished rows when no more than this share goes on
+LIKELY = 64  # tokens among which top-p looks first
+
+
+Features = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]  # patch vectors [P, W] by number of the picture
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,19 @@ class Chooser:
         if 0 < s.top_k < scores.shape[-1]:
             least = scores.topk(s.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < least, -torch.inf)
-        if s.top_p < 1:
-            ordered, order = scores.sort(descending=True)
-            shares = ordered.softmax(-1)
-            out = shares.cumsum(-1) - shares >= s.top_p  # what stands before a token suffices already
-            scores = scores.masked_fill(out.scatter(-1, order, out), -torch.inf)
-        return scores
+        return self._keep_likeliest(scores) if s.top_p < 1 else scores
+
+    def _keep_likeliest(self, scores: torch.Tensor) -> torch.Tensor:
+        """Top-p: the fewest tokens that together have the probability `top_p`, the others at -inf."""
+        total = scores.logsumexp(-1, keepdim=True)
+        for count in (LIKELY, scores.shape[-1]):  # a few nearly always suffice, and sorting all takes long
+            ordered, order = scores.topk(min(count, scores.shape[-1]))
+            shares = (ordered - total).exp()
+            before = shares.cumsum(-1) - shares
+            if (before[:, -1] >= self.sampling.top_p).all():
+                break
+        ordered = ordered.masked_fill(before >= self.sampling.top_p, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(-1, order, ordered)
 
     def __call__(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """The next tokens, int64 [B]."""
@@ -94,7 +108,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 @dataclass
 class Memory:
-    """What a model has read: a cache of one row, and the key of what it was computed from."""
+    """What a decoder has read: a cache of one row, and the key of what it was computed from."""
 
     cache: Cache
     key: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -106,50 +120,126 @@ class Memory:
         self.key = self.key[:count]
 
 
-def embed(model: MiniMindVLM, prompt: Prompt, features: Sequence[torch.Tensor], start: int) -> torch.Tensor:
-    """Embeddings [1, T - start, D] of the prompt from `start` on; features[number] are [P, W]."""
-    ids = torch.from_numpy(prompt.ids[start:]).to(model.device)
-    shown = [(at, number) for at, number in zip(prompt.image_starts, prompt.pictures, strict=True) if at >= start]
-    if not shown:
-        return model.embed(ids[None])
-    positions = torch.cat([torch.arange(prompt.image_tokens) + at - start for at, _ in shown]).to(model.device)
-    return model.embed(ids[None], None, positions, torch.stack([features[number] for _, number in shown]))
+def embed(
+    model: MiniMindVLM, prompts: Sequence[Prompt], spans: Sequence[tuple[int, int]], features: Features
+) -> torch.Tensor:
+    """Embeddings [B, T, D] of a span (start, end) of each prompt, padded on the right; features[number] are the patch
+    vectors [P, W] of a picture, which lies in a span as a whole or not at all."""
+    T = max(end - start for start, end in spans)
+    ids = torch.full((len(prompts), T), model.config.pad_token_id)
+    places, numbers = [], []
+    for row, (prompt, (start, end)) in enumerate(zip(prompts, spans, strict=True)):
+        ids[row, : end - start] = torch.from_numpy(prompt.ids[start:end])
+        for at, number in zip(prompt.image_starts, prompt.pictures, strict=True):
+            if start <= at < end:
+                places.append(torch.arange(prompt.image_tokens) + row * T + at - start)
+                numbers.append(number)
+    ids = ids.to(model.device)
+    if not places:
+        return model.embed(ids)
+    return model.embed(ids, None, torch.cat(places).to(model.device), torch.stack([features[n] for n in numbers]))
+
+
+def tokens_seen(prompts: Sequence[Prompt], sampling: Sampling, model: MiniMindVLM) -> torch.Tensor | None:
+    """bool [B, V]: the tokens of each prompt; None where no penalty asks."""
+    if sampling.repetition_penalty == 1.0:
+        return None
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.from_numpy(prompt.ids)] = True
+    return seen.to(model.device)
 
 
 @torch.inference_mode()
 def generate_stream(
-    model: MiniMindVLM, memory: Memory, prompt: Prompt, features: Sequence[torch.Tensor], sampling: Sampling, stop: int
-) -> Iterator[int]:
+    decoder: PackedDecoder, memory: Memory, prompt: Prompt, features: Features, sampling: Sampling, stop: int,
+    chunk: int = CHUNK,
+) -> Iterator[int]:  # fmt: skip
     """The tokens that follow `prompt`, one by one, until `stop` (which is not given) or `max_new_tokens`.
 
     What `memory` holds of the prompt is not read again; afterwards it holds the prompt and the tokens given so far, also
     when the iterator is closed or an exception ends it.
     """
-    key = prompt.key()
+    model, key = decoder.model, prompt.key()
     memory.keep(min(common_prefix(memory.key, key), len(key) - 1))  # the last one is read anew, for its logits
-    embeddings = embed(model, prompt, features, len(memory.key))
-    hidden = None
-    for chunk in embeddings.split(CHUNK, dim=1):
-        hidden = model.model(inputs_embeds=chunk, past_key_values=memory.cache).last_hidden_state
-        memory.key = key[: len(memory.key) + chunk.shape[1]]
-    chooser, seen = Chooser(sampling, model.device), None
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
-        seen[0, torch.from_numpy(prompt.ids).to(model.device)] = True
-    for number in range(sampling.max_new_tokens):
-        token = chooser(model.lm_head(hidden[:, -1]), seen)
+    logits = None
+    for part in embed(model, [prompt], [(len(memory.key), len(key))], features).split(chunk, dim=1):
+        logits = decoder(part, memory.cache)
+        memory.key = key[: len(memory.key) + part.shape[1]]
+    chooser, seen = Chooser(sampling, model.device), tokens_seen([prompt], sampling, model)
+    for number in range(1, sampling.max_new_tokens + 1):
+        token = chooser(logits, seen)
         chosen = int(token)
         if chosen == stop:
             return
         yield chosen
-        if number + 1 == sampling.max_new_tokens:
+        if number == sampling.max_new_tokens:
             return
-        hidden = model.model(input_ids=token[:, None], past_key_values=memory.cache).last_hidden_state
+        logits = decoder(model.embed(token[:, None]), memory.cache)
         memory.key = np.append(memory.key, chosen)
         if seen is not None:
             seen[0, chosen] = True
 
 
-def new_memory(model: MiniMindVLM) -> Memory:
-    """An empty memory for `model`."""
-    return Memory(DynamicCache(config=model.config))
+def read_prompts(
+    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features
+) -> tuple[torch.Tensor, Cache, torch.Tensor, torch.Tensor]:
+    """Reads B prompts: logits [B, V], the cache, which of its K places hold a token of a row (bool [B, K]), and the
+    rows' lengths int64 [B].
+
+    What stands before and in the pictures is read once for all prompts that share it, and their rows are copies. Both
+    that and the rest are padded on the right, where causal attention needs no mask to ignore it.
+    """
+    model, device = decoder.model, decoder.model.device
+    shared = [min(p.image_starts[-1] + p.image_tokens, len(p.ids) - 1) if p.image_starts else 0 for p in prompts]
+    groups: dict[bytes, int] = {}  # key of a shared beginning -> its row
+    rows = [groups.setdefault(p.key()[:end].tobytes(), len(groups)) for p, end in zip(prompts, shared, strict=True)]
+    cache, width = growing_cache(model.config.num_hidden_layers), max(shared)
+    if width:
+        first = [rows.index(number) for number in range(len(groups))]
+        decoder(embed(model, [prompts[i] for i in first], [(0, shared[i]) for i in first], features), cache)
+        if rows != list(range(len(prompts))):
+            cache.batch_select_indices(torch.tensor(rows, device=device))
+    begins, lengths = torch.tensor(shared, device=device), torch.tensor([len(p.ids) for p in prompts], device=device)
+    rest = lengths - begins
+    x = embed(model, prompts, [(end, len(p.ids)) for p, end in zip(prompts, shared, strict=True)], features)
+    steps = torch.arange(x.shape[1], device=device)
+    held = torch.cat((torch.arange(width, device=device) < begins[:, None], steps < rest[:, None]), dim=1)
+    mask = held[:, None, None] & torch.ones(len(steps), width + len(steps), dtype=torch.bool, device=device).tril(width)
+    logits = decoder(x, cache, mask, begins[:, None] + steps, rest - 1)
+    return logits, cache, held, lengths
+
+
+@torch.inference_mode()
+def generate_batch(
+    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features, sampling: Sampling, stop: int
+) -> list[list[int]]:
+    """The tokens that follow each of B prompts, up to `stop` or `max_new_tokens`: the same as one by one.
+
+    A prompt that stands there several times gets as many samples. Rows that have ended leave the batch.
+    """
+    logits, cache, held, lengths = read_prompts(decoder, prompts, features)
+    chooser, seen = Chooser(sampling, logits.device), tokens_seen(prompts, sampling, decoder.model)
+    held = F.pad(held, (0, sampling.max_new_tokens), value=True)
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows, going = list(range(len(prompts))), [True] * len(prompts)  # whose row it is, and whether it goes on
+    for number in range(1, sampling.max_new_tokens + 1):
+        tokens = chooser(logits, seen)
+        for place, token in enumerate(tokens.tolist()):
+            going[place] = going[place] and token != stop
+            if going[place]:
+                answers[rows[place]].append(token)
+        if not any(going) or number == sampling.max_new_tokens:
+            break
+        if sum(going) < SHRINK * len(going):
+            kept = torch.tensor([place for place, on in enumerate(going) if on], device=logits.device)
+            cache.batch_select_indices(kept)
+            tokens, held, lengths = tokens[kept], held[kept], lengths[kept]
+            seen = None if seen is None else seen[kept]
+            rows, going = [rows[place] for place in kept.tolist()], [True] * len(kept)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        K = cache.get_seq_length() + 1
+        logits = decoder(decoder.model.embed(tokens[:, None]), cache, held[:, None, None, :K], lengths[:, None])
+        lengths = lengths + 1
+    return answers

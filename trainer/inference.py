@@ -3,19 +3,21 @@
 Legend: B prompts of a batch, T tokens, P placeholders of a picture.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tokenizers.decoders import DecodeStream
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
 
 from dataset.conversation import IMAGE_MARK, Rendered, Renderer, Turn
 from model import MiniMindVLM
-from model.generation import Memory, Prompt, Sampling, generate_stream, new_memory
-from model.vision import VisionTowerError, load_vision_tower, normalize, preprocess
+from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
+from model.packed import PackedDecoder, growing_cache, pack_tower
+from model.vision import VisionTowerError, encode_images, load_vision_tower, normalize, preprocess
 
 from .build import bf16_is_fast, build_model, load_tokenizer
 from .checkpoint import fingerprints, load_weights, read_sidecar
@@ -30,54 +32,44 @@ class Assistant:
     model: MiniMindVLM
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer = field(init=False)
+    decoder: PackedDecoder = field(init=False, repr=False)
+    tower: CLIPVisionModel | None = field(init=False, repr=False)
 
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.model.config.image_tokens)
         self.model.eval()
+        self.decoder = PackedDecoder(self.model)
+        self.tower = pack_tower(self.model.vision_encoder) if self.model.vision_encoder is not None else None
 
     @torch.inference_mode()
     def encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         """Patch vectors [N, P, W] of pictures uint8 [3, 224, 224]."""
-        return self.model.encode_images(normalize(torch.stack(pixels).to(self.model.device)))
+        return encode_images(self.tower, normalize(torch.stack(pixels).to(self.model.device)))
 
-    @torch.inference_mode()
-    def generate(
-        self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling
-    ) -> list[str]:
+    def generate(self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling) -> list[str]:
         """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all pictures in reading order; one
-        that stands there several times is encoded once."""
-        P = self.model.config.image_tokens
-        prompts = [self.renderer.render_prompt(turns) for turns in conversations]
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), longest), self.model.config.pad_token_id)
-        mask = torch.zeros_like(ids)
-        positions = []
-        for row, prompt in enumerate(prompts):  # padded on the left: answers begin side by side
-            start = longest - len(prompt)
-            ids[row, start:], mask[row, start:] = torch.from_numpy(prompt.ids), 1
-            positions += [torch.arange(P) + row * longest + start + at for at in prompt.image_starts]
-        images = {}
-        if pixels:
-            unique = list({id(picture): picture for picture in pixels}.values())
-            place = {id(picture): number for number, picture in enumerate(unique)}
-            images = {"image_features": self.encode(unique)[[place[id(picture)] for picture in pixels]],
-                      "image_positions": torch.cat(positions).to(self.model.device)}  # fmt: skip
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-        arguments = {"do_sample": False}
-        if sampling.temperature > 0:
-            arguments = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        out = self.model.generate(
-            ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=True,
-            eos_token_id=self.renderer.im_end, pad_token_id=self.model.config.pad_token_id,
-            max_new_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty, **arguments, **images,
-        )  # fmt: skip
-        return [self.text(row) for row in out[:, longest:].tolist()]
+        that stands there several times is encoded once, and what conversations share up to their last picture is read
+        once."""
+        unique = list({id(picture): picture for picture in pixels}.values())
+        number = {id(picture): place for place, picture in enumerate(unique)}
+        numbers = iter([number[id(picture)] for picture in pixels])
+        prompts = []
+        for turns in conversations:
+            rendered = self.renderer.render_prompt(turns)
+            prompts.append(self.prompt(rendered, [next(numbers) for _ in rendered.image_starts]))
+        return self.answer(prompts, self.encode(unique) if unique else [], sampling)
+
+    def prompt(self, rendered: Rendered, pictures: Sequence[int]) -> Prompt:
+        """A rendered conversation whose pictures have these numbers."""
+        return Prompt(rendered.ids, rendered.image_starts, tuple(pictures), self.model.config.image_tokens)
+
+    def answer(self, prompts: list[Prompt], features: Mapping[int, torch.Tensor] | Sequence[torch.Tensor], sampling: Sampling) -> list[str]:
+        """Answers to B prompts; `features` gives the patch vectors [P, W] of a picture by its number."""
+        return [self.text(ids) for ids in generate_batch(self.decoder, prompts, features, sampling, self.renderer.im_end)]
 
     def text(self, ids: list[int]) -> str:
-        """Tokens up to the end of the turn as text, without a half character at its end."""
-        end = ids.index(self.renderer.im_end) if self.renderer.im_end in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+        """Tokens as text, without half a character at its end."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens as they come, in whole characters; joined, it is `text` of all."""
@@ -186,10 +178,10 @@ class Chat:
         turns, pixels, prompt, self.dropped = self._make_room([*self.turns, turn], [*self.pixels, *self.waiting])
         said = []
         try:
-            tokens = generate_stream(
-                self.assistant.model, self._memory, self._read(prompt, pixels), self._features, self.sampling,
-                self.assistant.renderer.im_end,
-            )  # fmt: skip
+            room = self.max_length - len(prompt)
+            sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
+            tokens = generate_stream(self.assistant.decoder, self._memory, self._read(prompt, pixels), self._features,
+                                     sampling, self.assistant.renderer.im_end)  # fmt: skip
             for piece in self.assistant.pieces(tokens):
                 said.append(piece)
                 yield piece
@@ -216,11 +208,11 @@ class Chat:
             self._features += self.assistant.encode(new)
             self._shown += new
             numbers = {id(picture): number for number, picture in enumerate(self._shown)}
-        pictures = tuple(numbers[id(picture)] for picture in pixels)
-        return Prompt(prompt.ids, prompt.image_starts, pictures, self.assistant.model.config.image_tokens)
+        return self.assistant.prompt(prompt, [numbers[id(picture)] for picture in pixels])
 
     def _forget(self) -> None:
-        self._memory, self._shown, self._features = new_memory(self.assistant.model), [], []
+        cache = growing_cache(self.assistant.model.config.num_hidden_layers)
+        self._memory, self._shown, self._features = Memory(cache), [], []
 
 
 @dataclass(frozen=True)
@@ -236,10 +228,27 @@ class Question:
 def answer_in_batches(
     assistant: Assistant, questions: list[Question], load_pixels, batch_size: int, max_new_tokens: int
 ) -> Iterator[tuple[Question, str]]:
-    """Greedy answers, in batches of prompts of like pictures. `load_pixels(name)` gives uint8 [3, 224, 224]."""
+    """Greedy answers, in the order of the questions. `load_pixels(name)` gives uint8 [3, 224, 224].
+
+    Questions about the same pictures share a batch; a picture is encoded once, and kept until nobody asks about it.
+    """
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        cache = {name: load_pixels(name) for name in dict.fromkeys(name for q in batch for name in q.images)}
-        pixels = [cache[name] for question in batch for name in question.images]
-        yield from zip(batch, assistant.generate([q.turns for q in batch], pixels, sampling), strict=True)
+    names = {name: number for number, name in enumerate(dict.fromkeys(name for q in questions for name in q.images))}
+    asked = Counter(name for question in questions for name in question.images)
+    order = sorted(range(len(questions)), key=lambda at: ([names[name] for name in questions[at].images], at))
+    features: dict[int, torch.Tensor] = {}
+    ready: dict[int, str] = {}
+    given = 0
+    for start in range(0, len(order), batch_size):
+        batch = [questions[at] for at in order[start : start + batch_size]]
+        if new := [n for n in dict.fromkeys(n for q in batch for n in q.images) if names[n] not in features]:
+            features |= zip((names[name] for name in new), assistant.encode([load_pixels(name) for name in new]), strict=True)
+        prompts = [assistant.prompt(assistant.renderer.render_prompt(q.turns), [names[n] for n in q.images]) for q in batch]
+        ready |= zip(order[start:], assistant.answer(prompts, features, sampling), strict=False)
+        for name in (name for question in batch for name in question.images):
+            asked[name] -= 1
+            if not asked[name]:
+                del features[names[name]]
+        while given in ready:
+            yield questions[given], ready.pop(given)
+            given += 1

@@ -1,0 +1,208 @@
+"""The model's forward as inference wants it: the mathematics of model_minimind.py, fewer and better laid out products.
+
+At a batch of one a token reads every weight once and does little else, so what counts is how fast weights stream from
+memory: projections that read the same input are one product, and on a CPU their weights lie in oneDNN's own layout,
+which `F.linear` would make anew at every call. The model that is packed keeps its own weights and stays as it was.
+
+Legend of shapes: B rows, T tokens of this call, K tokens in the cache with these, D hidden size, H query heads,
+G key/value heads, d size of a head, N pictures, P placeholders of a picture, W width of the tower.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, CLIPVisionModel
+from transformers.cache_utils import DynamicLayer
+
+from .model_minimind import FeedForward, MiniMindForCausalLM, RMSNorm, apply_rope, causal_attention, rope_tables
+from .moe import MOEFeedForward
+
+
+class PackedLinear(nn.Module):
+    """x [..., in] -> x W^T + b [..., out], several weights [out, in] with the same input as one."""
+
+    def __init__(self, *linears: nn.Linear):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
+        self.bias = linears[0].bias if len(linears) == 1 else None
+        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+        # No buffer: it is a second copy of weights that the model itself saves and moves.
+        self.__dict__["weight"] = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def pack_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
+    """A tower of the same weights whose linear layers are packed; gives the same patch vectors, faster on a CPU."""
+    packed = copy.deepcopy(tower, {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())})
+    for module in list(packed.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child))
+    return packed
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of transformers' cache that writes into memory with room to grow, where DynamicLayer copies everything
+    for every token. `keys` and `values` are views of what is filled."""
+
+    ROOM = 256  # tokens
+
+    room: torch.Tensor | None = None  # [2, B, G, capacity, d]: keys, values
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """As transformers': keeps [B, G, T, d] more, returns all [B, G, K, d]."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        # Keys that lie elsewhere were selected or reordered by a method of transformers.
+        if start == 0 or end > self.room.shape[3] or self.keys.data_ptr() != self.room.data_ptr():
+            B, G, _, d = key_states.shape
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.room = key_states.new_empty(2, B, G, end + self.ROOM, d)
+            if start:
+                self.room[0, :, :, :start], self.room[1, :, :, :start] = self.keys, self.values
+        self.keys, self.values = self.room[0, :, :, :end], self.room[1, :, :, :end]
+        self.keys[:, :, start:] = key_states
+        self.values[:, :, start:] = value_states
+        return self.keys, self.values
+
+
+def growing_cache(layers: int) -> Cache:
+    """An empty cache of `layers` layers that grow in place."""
+    return Cache(layers=[GrowingLayer() for _ in range(layers)])
+
+
+def scale_to_unit_rms(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm's forward without the bookkeeping of its backward."""
+    x32 = x.float()
+    return norm.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+
+
+def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """q [B, H, T, d] over k, v [B, G, K, d] -> [B, H, T, d]. `mask` bool [B or 1, 1, T, K], True where to look; without
+    one, a single token looks at everything and several at what stands before them (K = T).
+
+    The H/G query heads of a key head stand side by side as queries of their own: nothing is repeated.
+    """
+    B, H, T, d = q.shape
+    if mask is None and T > 1:
+        return causal_attention(q, k, v)
+    G = k.shape[1]
+    if mask is not None and T > 1:
+        mask = mask.repeat(1, 1, H // G, 1)
+    return F.scaled_dot_product_attention(q.reshape(B, G, H // G * T, d), k, v, attn_mask=mask).view(B, H, T, d)
+
+
+class PackedFeedForward:
+    """SwiGLU in two products."""
+
+    def __init__(self, module: FeedForward):
+        self.gate_up, self.down = PackedLinear(module.gate_proj, module.up_proj), PackedLinear(module.down_proj)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class PackedExperts:
+    """A mixture of experts that asks only those experts that a token chose."""
+
+    def __init__(self, module: MOEFeedForward):
+        self.gate = module.gate
+        self.experts = [PackedFeedForward(expert) for expert in module.experts]
+        self.shared = [PackedFeedForward(expert) for expert in module.shared_experts]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, weights, _ = self.gate(x)
+        tokens = x.flatten(0, 1)
+        mixed = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            if len(rows):
+                mixed.index_add_(0, rows, expert(tokens[rows]) * weights[rows, places, None].to(x.dtype))
+        mixed = mixed.view_as(x)
+        for expert in self.shared:
+            mixed = mixed + expert(x)
+        return mixed
+
+
+class PackedBlock:
+    """One decoder block."""
+
+    def __init__(self, block: nn.Module):
+        attention = block.self_attn
+        self.layer, self.head_dim = attention.layer_idx, attention.head_dim
+        self.norms = block.input_layernorm, block.post_attention_layernorm
+        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = PackedLinear(attention.o_proj)
+        self.kv_heads = attention.k_proj.out_features // attention.head_dim
+        self.mlp = PackedExperts(block.mlp) if block.use_moe else PackedFeedForward(block.mlp)
+
+    def __call__(self, x, rope, cache: Cache, mask, last: torch.Tensor | None) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, D]; or [B, 1, D] at the places `last` int64 [B], when nobody reads the others."""
+        B, T, D = x.shape
+        heads = self.qkv(scale_to_unit_rms(self.norms[0], x)).view(B, T, -1, self.head_dim).transpose(1, 2)
+        turned = apply_rope(heads[:, : -self.kv_heads], *rope)
+        q = turned[:, : -self.kv_heads]
+        k, v = cache.update(turned[:, -self.kv_heads :], heads[:, -self.kv_heads :], self.layer)
+        if last is not None and T > 1:
+            rows = torch.arange(B, device=x.device)
+            q, x, T = q[rows, :, last].unsqueeze(2), x[rows, last].unsqueeze(1), 1
+            mask = mask.expand(B, -1, -1, -1)[rows, :, last].unsqueeze(2)
+        attended = cached_attention(q, k, v, mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(B, T, D))
+        return x + self.mlp(scale_to_unit_rms(self.norms[1], x))
+
+
+class PackedDecoder:
+    """Blocks, final norm and head of `model`, whose weights must not change any more."""
+
+    def __init__(self, model: MiniMindForCausalLM):
+        self.model = model
+        self.blocks = [PackedBlock(block) for block in model.model.layers]
+        self.head = PackedLinear(model.lm_head)
+        self.rope = rope_tables(self.model.config, torch.arange(0, device=model.device))
+
+    def rope_at(self, positions: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin: [T, d] of a slice, [B, 1, T, d] of positions int64 [B, T]."""
+        if isinstance(positions, slice):
+            return self.rope[0][positions], self.rope[1][positions]
+        return self.rope[0][positions].unsqueeze(1), self.rope[1][positions].unsqueeze(1)
+
+    def reserve(self, count: int) -> None:
+        """Rotary tables for positions below `count`."""
+        if count > len(self.rope[0]):
+            positions = torch.arange(max(count, 2 * len(self.rope[0])), device=self.rope[0].device)
+            self.rope = rope_tables(self.model.config, positions)
+
+    def __call__(
+        self, x: torch.Tensor, cache: Cache, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None,
+        last: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Embeddings [B, T, D] after what `cache` holds -> logits [B, V] of each row's last token, or of its token
+        `last` int64 [B].
+
+        `mask` bool [B or 1, 1, T, K] as in `cached_attention`; `positions` int64 [B, T], by default those that follow
+        the cache.
+        """
+        B, T, _ = x.shape
+        start = cache.get_seq_length()
+        self.reserve(start + T)
+        rope = self.rope_at(slice(start, start + T) if positions is None else positions)
+        causal = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None] if T > 1 else None
+        if mask is None and start:
+            mask = causal
+        if last is None:
+            last = torch.full((B,), T - 1, device=x.device)
+        for block in self.blocks[:-1]:
+            x = block(x, rope, cache, mask, None)
+        x = self.blocks[-1](x, rope, cache, causal if mask is None else mask, last)
+        return self.head(scale_to_unit_rms(self.model.model.norm, x)).squeeze(1)

@@ -32,7 +32,7 @@ from tests.test_training import NAME, assert_same, train, weights
 from trainer import checkpoint, storage
 from trainer.config import UsageError
 from trainer.distributed import agree_on_name
-from trainer.loop import Schedule, cosine
+from trainer.progress import Schedule, cosine
 from trainer.storage import OutputLock, StorageError, finish_commit, write_set
 
 STATE = f"{NAME}_resume.pth"

@@ -28,7 +28,7 @@ from tests.conftest import (
 from trainer import checkpoint, storage
 from trainer.build import freeze
 from trainer.config import TrainConfig, UsageError, parse_config, weight_name
-from trainer.loop import cosine
+from trainer.progress import cosine
 from trainer.sampler import ResumableSampler
 
 NAME = "sft_vlm_32"

@@ -7,7 +7,6 @@ import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,6 @@ from .config import UsageError
 from .storage import OutputLock, StorageError, Write, check_zip, finish_commit, write_set
 
 STATE_VERSION = 4
-
-
-@dataclass
-class TrainState:
-    """How far a run has come. All counts are of finished things."""
-
-    epoch: int = 0  # finished epochs
-    update: int = 0  # finished updates, over all epochs
-    samples: int = 0  # samples of the running epoch that are trained on, over all ranks
-    read: int = 0  # samples read so far, bad ones included
-    bad: int = 0  # bad ones among them
-    seconds: float = 0.0  # spent training, over all interruptions
-    tracker_id: str | None = None
 
 
 def read_tensors(path: Path, what: str) -> Any:

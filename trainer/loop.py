@@ -11,76 +11,26 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset.vlm_dataset import BadSample, Batch
+from dataset.vlm_dataset import Batch
 from model.vision import normalize
 
 from .build import Run, build_loader, worker_count
-from .checkpoint import Saver, TrainState, check_fingerprints, load_training_state, rng_state, set_rng_state
-from .config import UsageError
-from .distributed import Ranks
+from .checkpoint import Saver
+from .guards import BadSampleGuard, FiniteGuard
+from .progress import cosine
+from .resume import begin, gather_rng_states, restore, snapshot
 from .signals import StopRequest
 from .storage import StorageError
 from .tracking import Tracker
 
-MOST_BAD = 0.01  # share of unusable samples past which a run stops
-BAD_GRACE = 10  # so many bad samples are borne before the share is judged within an epoch
-MOST_NON_FINITE = 3  # updates in a row
-# Flags that a resumed run must not change, and those that it may but that make it another run.
-FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe")
-SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "grad_clip", "max_seq_len", "data_path")
 MOST_UNREAD = 100  # updates whose outcome may wait on the device
-
-
-class TrainingFailed(Exception):
-    """A run that cannot go on; the last good state is on disk. The scripts end with exit code 1."""
-
-
-class Interval:
-    """Sums over the updates since the last log line. They stay on the device until somebody reads them.
-
-    `sums` [4]: cross-entropy over supervised tokens and auxiliary loss, of this rank; supervised tokens and updates, of
-    all. `tokens` are those of all ranks, padding apart.
-    """
-
-    def __init__(self, device: torch.device, sums: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), tokens: float = 0.0):
-        self.sums, self.tokens = torch.tensor(sums, device=device), tokens
-
-    def read(self, ranks: Ranks) -> list[float]:
-        """The sums over all ranks; waits for the device."""
-        loss, aux_loss, supervised, updates = self.sums.tolist()
-        return [*ranks.sum([loss, aux_loss]), supervised, updates]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How far along the learning rate's curve an update is, unbroken when a resumed run has other updates to do.
-
-    Straight from `begin` at update `first` to 1 at update `total`.
-    """
-
-    total: int
-    first: int = 0
-    begin: float = 0.0
-
-    def progress(self, update: int) -> float:
-        """In [0, 1], of `update` finished updates."""
-        return self.begin + (1 - self.begin) * ((update - self.first) / (self.total - self.first))
-
-    def continued(self, update: int, total: int) -> "Schedule":
-        """From where `update` updates are done towards another total."""
-        return Schedule(total, update, self.progress(update)) if total > update else Schedule(total)
-
-
-def cosine(progress: float, peak: float) -> float:
-    """Learning rate at a share of the run in [0, 1]: from the peak to a tenth of it (arXiv 1608.03983)."""
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 class Trainer:
@@ -88,20 +38,20 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, self.config, self.ranks = run, run.config, run.ranks
-        self.state, self.interval = TrainState(), Interval(self.ranks.device)
-        self.scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=run.dtype == torch.float16)
+        self.progress = begin(run)
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-        self.total = self.config.epochs * run.sampler.updates_per_epoch
-        self.non_finite = 0  # in a row
-        self.unread: list[tuple[torch.Tensor, list[int]]] = []  # of updates: whether it went wrong, its samples
-        self.reported: set[int] = set()
+        self.bad_samples = BadSampleGuard(self.ranks, self.config.on_bad_sample == "raise")
+        self.finite = FiniteGuard(self.ranks, run.dataset.samples.where, self.config.resume_file)
         self.cache_given_up = False
         self.stopped_by = 0  # the signal that ended `updates` early
         self.saved_update = -1
         self.saver = Saver(self.config.weight_file, self.config.resume_file)
-        self.schedule = Schedule(self.total)
         if self.config.from_resume:
-            self.restore()
+            self.saver.newest_is_torn = restore(run, self.progress)
+            if not self.saver.newest_is_torn:  # otherwise `train` saves before anything else
+                self.saved_update = self.progress.state.update
+        self.state, self.interval, self.scaler = self.progress.state, self.progress.interval, self.progress.scaler
+        self.schedule, self.total = self.progress.schedule, self.progress.schedule.total
         self.model = run.model
         if self.ranks.size > 1:
             self.model = DistributedDataParallel(run.model, forward_sync_buffers=False)
@@ -148,8 +98,7 @@ class Trainer:
         Counts bad samples on the way; raises TrainingFailed when there are too many.
         """
         bad = [sample for batch in micro_batches for sample in batch.bad]
-        for sample in bad[:1] if self.config.on_bad_sample == "raise" else bad:
-            self.report_bad(sample)
+        self.bad_samples.report(bad)
         read = len(bad) + sum(len(batch.indices) for batch in micro_batches)
         sums = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
@@ -160,20 +109,8 @@ class Trainer:
             return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
         self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
         epoch_done = self.state.samples + read >= self.run.sampler.size
-        if bad_count and self.config.on_bad_sample == "raise":
-            raise TrainingFailed("stopped at the first bad sample (--on_bad_sample raise)")
-        if self.state.bad > MOST_BAD * self.state.read and (self.state.bad > BAD_GRACE or epoch_done):
-            raise TrainingFailed(
-                f"{self.state.bad} of {self.state.read} samples read were bad, more than {MOST_BAD:.0%}: something is"
-                f" wrong with the data as a whole (the first are named above)"
-            )
+        self.bad_samples.judge(self.state, int(bad_count), epoch_done)
         return supervised, tokens, 0
-
-    def report_bad(self, sample: BadSample) -> None:
-        """Says once what is wrong with a sample."""
-        if sample.index not in self.reported:
-            self.reported.add(sample.index)
-            self.ranks.warn(f"bad sample skipped: {sample.reason}")
 
     def update(self, micro_batches: list[Batch], learning_rate: float, supervised: float, tokens: float) -> None:
         """Forward and backward over all micro-batches, then one step. Nothing here waits for the device."""
@@ -190,9 +127,9 @@ class Trainer:
                 self.scaler.scale((loss / max(1.0, supervised) + aux_loss) * self.ranks.size).backward()
             loss_sum, aux_sum = loss_sum + loss.detach(), aux_sum + aux_loss.detach()
         broken = self.step(loss_sum + aux_sum)
-        self.unread.append((broken, [index for batch in micro_batches for index in batch.indices]))
-        if self.ranks.device.type == "cpu" or len(self.unread) == MOST_UNREAD:
-            self.read_broken()
+        self.finite.add(broken, [index for batch in micro_batches for index in batch.indices])
+        if self.ranks.device.type == "cpu" or len(self.finite.unread) == MOST_UNREAD:
+            self.finite.read()
         sums = torch.stack([loss_sum, aux_sum, loss_sum.new_full((), supervised), loss_sum.new_ones(())])
         self.interval.sums += torch.where(broken > 0, 0.0, sums)
         self.interval.tokens += tokens
@@ -249,21 +186,6 @@ class Trainer:
         optimizer.zero_grad()
         return broken
 
-    def read_broken(self) -> None:
-        """Names the samples of updates that went wrong; raises TrainingFailed after several in a row."""
-        unread, self.unread = self.unread, []
-        flags = torch.stack([broken for broken, _ in unread]).tolist() if unread else []
-        for broken, (_, indices) in zip(flags, unread, strict=True):
-            self.non_finite = self.non_finite + 1 if broken else 0
-            if broken:
-                samples = ", ".join(self.run.dataset.samples.where(index) for index in indices)
-                self.ranks.warn(f"loss or gradient is not finite: no update. Samples: {samples}")
-            if self.non_finite == MOST_NON_FINITE:
-                raise TrainingFailed(
-                    f"{MOST_NON_FINITE} updates in a row were not finite; the last good state is"
-                    f" {self.config.resume_file}. Lower --learning_rate, look at the samples named, or try --dtype float32"
-                )
-
     def advance(self) -> None:
         """Counts the update just finished."""
         sampler = self.run.sampler
@@ -278,7 +200,7 @@ class Trainer:
         update = self.state.update
         if update != 1 and update % self.config.log_interval and update != self.total:
             return
-        self.read_broken()
+        self.finite.read()
         loss, aux_loss, supervised, updates = self.interval.read(self.ranks)
         now = time.monotonic()
         elapsed = now - self.logged
@@ -295,7 +217,8 @@ class Trainer:
         if update == 1:
             vocabulary = self.run.model.config.vocab_size
             self.tracker.message(f"first loss; a model that knows nothing has ln({vocabulary}) = {math.log(vocabulary):.2f}")
-        self.logged, self.interval = now, Interval(self.ranks.device)
+        self.logged = now
+        self.interval.clear()
 
     def save_if_due(self, last: bool = False) -> None:
         """Saves every save_interval-th update and the last one."""
@@ -308,30 +231,21 @@ class Trainer:
 
         A set that cannot be written is reported, and training goes on: the next one may.
         """
-        self.read_broken()
+        self.finite.read()
         self.saved_update = self.state.update
         sums = self.interval.read(self.ranks)
-        states = [rng_state(self.ranks.device)]
-        if self.ranks.size > 1:
-            states = [None] * self.ranks.size
-            dist.all_gather_object(states, rng_state(self.ranks.device))
+        rng = gather_rng_states(self.ranks)
         if not self.ranks.is_main:
             return
         if self.run.cache:
             self.run.cache.flush()
-        now = time.monotonic()
         self.state.tracker_id = self.tracker.run_id
-        state = asdict(self.state) | {"seconds": self.state.seconds + now - self.began}
-        sidecar = {"fingerprints": self.run.fingerprints, "training": asdict(self.config), "progress": state}
+        content = snapshot(self.run, self.progress, sums, rng)
+        content["state"]["seconds"] += time.monotonic() - self.began
+        sidecar = {"fingerprints": self.run.fingerprints, "training": asdict(self.config), "progress": content["state"]}
         objects = {"model": self.run.model, "optimizer": self.run.optimizer, "scaler": self.scaler}
         try:
-            self.saver.save(self.run.model, sidecar, objects, {
-                "state": state, "interval": {"sums": sums, "tokens": self.interval.tokens}, "rng": states,
-                "ranks": self.ranks.size, "grain": self.run.sampler.grain, "schedule": asdict(self.schedule),
-                "samples_per_update": self.run.sampler.samples_per_update, "fingerprints": self.run.fingerprints,
-                "config": asdict(self.config), "data_size": self.run.sampler.size,
-                "data": self.run.dataset.samples.fingerprint(),
-            })  # fmt: skip
+            self.saver.save(self.run.model, sidecar, objects, content)
         except StorageError as error:
             self.ranks.warn(f"warning: a save failed, training goes on: {error}")
 
@@ -339,68 +253,6 @@ class Trainer:
         """Everything is on disk when this returns; raises StorageError when it cannot be."""
         self.tracker.close()
         self.saver.wait()
-
-    def restore(self) -> None:
-        """Brings everything back to where the saved state was; raises UsageError when flags or files do not allow."""
-        path, sampler = self.config.resume_file, self.run.sampler
-        content, problem = load_training_state(path)
-        check_fingerprints(path, self.run.fingerprints, content["fingerprints"])
-        for name in FIXED:
-            now, then = getattr(self.config, name), content["config"][name]
-            if now != then:
-                raise UsageError(f"{path} was saved with --{name} {then}, now it is {now}: no exact resume is possible")
-        if content["data_size"] != sampler.size:
-            raise UsageError(
-                f"{path} was saved with {content['data_size']} training samples, {self.config.data_path} has"
-                f" {sampler.size}: no exact resume is possible"
-            )
-        if problem:
-            self.ranks.print(f"warning: {problem}. The state before it is used")
-        changed = [f"--{name} {content['config'][name]} -> {getattr(self.config, name)}" for name in SHAPING
-                   if content["config"][name] != getattr(self.config, name)]  # fmt: skip
-        if changed:
-            self.ranks.print(f"notice: not what an uninterrupted run would do: {', '.join(changed)}")
-        if content["data"] != self.run.dataset.samples.fingerprint():
-            self.ranks.print(f"notice: not what an uninterrupted run would do: {self.config.data_path} has changed since")
-        self.run.model.load_state_dict(content["model"])
-        self.run.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.state = TrainState(**content["state"])
-        sampler.grain = content["grain"]
-        self.keep_global_batch(content["samples_per_update"])
-        left = (self.config.epochs - self.state.epoch) * sampler.size - self.state.samples
-        self.total = self.state.update + sampler.count_updates(self.config.epochs, self.state.epoch, self.state.samples)
-        self.schedule = Schedule(**content["schedule"])
-        if self.schedule.total != self.total:
-            self.schedule = self.schedule.continued(self.state.update, self.total)
-        if self.ranks.is_main:  # the sums of all ranks
-            self.interval = Interval(self.ranks.device, **content["interval"])
-        else:
-            self.interval.sums[2:] = torch.tensor(content["interval"]["sums"][2:])
-        if content["ranks"] == self.ranks.size:
-            set_rng_state(content["rng"][self.ranks.rank], self.ranks.device)
-        if problem:  # the weights on disk are of the lost state: `train` saves before anything else
-            self.saver.newest_is_torn = True
-        else:
-            self.saved_update = self.state.update
-        self.ranks.print(
-            f"resumed from {path}: {self.state.update} updates done, epoch {self.state.epoch + 1},"
-            f" sample {self.state.samples} of {sampler.size}; {left} to go"
-        )
-
-    def keep_global_batch(self, wanted: int) -> None:
-        """With another number of processes, as many micro-batches an update as give the samples that it had before."""
-        sampler = self.run.sampler
-        if sampler.samples_per_update == wanted:
-            return
-        stride = sampler.batch_size * sampler.ranks
-        if wanted % stride == 0:
-            sampler.accumulation_steps = wanted // stride
-            self.ranks.print(f"notice: {sampler.accumulation_steps} micro-batches an update, so that it takes"
-                             f" {wanted} samples as before")  # fmt: skip
-        else:
-            self.ranks.print(f"notice: an update takes {sampler.samples_per_update} samples now, not {wanted}:"
-                             f" {sampler.ranks} processes of --batch_size {sampler.batch_size} cannot share those evenly")  # fmt: skip
 
     def stop_early(self, signum: int) -> int:
         """Saves what is done and says how to go on."""

@@ -9,7 +9,8 @@ from .build import build
 from .checkpoint import journal_of, lock_of
 from .config import TrainConfig, UsageError, parse_config
 from .distributed import Ranks
-from .loop import Trainer, TrainingFailed
+from .guards import TrainingFailed
+from .loop import Trainer
 from .storage import OutputLock, StorageError, check_writable, finish_commit, remove_temporaries
 
 

@@ -1,0 +1,74 @@
+"""When a run that goes wrong has to end: too many bad samples, or losses that are not finite."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dataset.vlm_dataset import BadSample
+
+from .distributed import Ranks
+from .progress import TrainState
+
+MOST_BAD = 0.01  # share of unusable samples past which a run stops
+BAD_GRACE = 10  # so many bad samples are borne before the share is judged within an epoch
+MOST_NON_FINITE = 3  # updates in a row
+
+
+class TrainingFailed(Exception):
+    """A run that cannot go on; the last good state is on disk. The scripts end with exit code 1."""
+
+
+class BadSampleGuard:
+    """Says once what is wrong with a sample, and ends the run when there are too many of them."""
+
+    def __init__(self, ranks: Ranks, stops_at_first: bool):
+        self.ranks, self.stops_at_first, self.reported = ranks, stops_at_first, set()
+
+    def report(self, bad: list[BadSample]) -> None:
+        """Names this rank's samples that were not named before."""
+        for sample in bad[:1] if self.stops_at_first else bad:
+            if sample.index not in self.reported:
+                self.reported.add(sample.index)
+                self.ranks.warn(f"bad sample skipped: {sample.reason}")
+
+    def judge(self, state: TrainState, new: int, epoch_done: bool) -> None:
+        """Raises TrainingFailed; `new` bad samples of all ranks are counted in `state` already."""
+        if new and self.stops_at_first:
+            raise TrainingFailed("stopped at the first bad sample (--on_bad_sample raise)")
+        if state.bad > MOST_BAD * state.read and (state.bad > BAD_GRACE or epoch_done):
+            raise TrainingFailed(
+                f"{state.bad} of {state.read} samples read were bad, more than {MOST_BAD:.0%}: something is"
+                f" wrong with the data as a whole (the first are named above)"
+            )
+
+
+class FiniteGuard:
+    """Names the samples of updates that were not finite, and ends the run after several in a row.
+
+    `where` gives file:line of a sample. What an update came to is read from the device when `read` asks, not before.
+    """
+
+    def __init__(self, ranks: Ranks, where: Callable[[int], str], state_file: Path):
+        self.ranks, self.where, self.state_file = ranks, where, state_file
+        self.in_a_row = 0
+        self.unread: list[tuple[torch.Tensor, list[int]]] = []  # of updates: 1 where it was broken, its samples
+
+    def add(self, broken: torch.Tensor, indices: list[int]) -> None:
+        """Another update, of these samples of this rank."""
+        self.unread.append((broken, indices))
+
+    def read(self) -> None:
+        """Waits for the device; raises TrainingFailed."""
+        unread, self.unread = self.unread, []
+        flags = torch.stack([broken for broken, _ in unread]).tolist() if unread else []
+        for broken, (_, indices) in zip(flags, unread, strict=True):
+            self.in_a_row = self.in_a_row + 1 if broken else 0
+            if broken:
+                samples = ", ".join(self.where(index) for index in indices)
+                self.ranks.warn(f"loss or gradient is not finite: no update. Samples: {samples}")
+            if self.in_a_row == MOST_NON_FINITE:
+                raise TrainingFailed(
+                    f"{MOST_NON_FINITE} updates in a row were not finite; the last good state is"
+                    f" {self.state_file}. Lower --learning_rate, look at the samples named, or try --dtype float32"
+                )

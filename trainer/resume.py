@@ -1,0 +1,129 @@
+"""What an interrupted run takes up again: the content of a training state, and the way back from it."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from .build import Run
+from .checkpoint import check_fingerprints, load_training_state, rng_state, set_rng_state
+from .config import TrainConfig, UsageError
+from .distributed import Ranks
+from .progress import Interval, Schedule, TrainState
+from .sampler import ResumableSampler
+
+# Flags that a resumed run must not change, and those that it may but that make it another run.
+FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe")
+SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "grad_clip", "max_seq_len", "data_path")
+
+
+@dataclass
+class Progress:
+    """All that changes while a run trains, model and optimizer apart."""
+
+    state: TrainState
+    interval: Interval
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+
+
+def begin(run: Run) -> Progress:
+    """The progress of a run before its first update."""
+    device = run.ranks.device
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype == torch.float16)
+    total = run.config.epochs * run.sampler.updates_per_epoch
+    return Progress(TrainState(), Interval(device), Schedule(total), scaler)
+
+
+def gather_rng_states(ranks: Ranks) -> list[dict]:
+    """The random states of all ranks."""
+    states = [rng_state(ranks.device)]
+    if ranks.size > 1:
+        states = [None] * ranks.size
+        dist.all_gather_object(states, rng_state(ranks.device))
+    return states
+
+
+def snapshot(run: Run, progress: Progress, sums: list[float], rng: list[dict]) -> dict:
+    """What a training state holds besides the state dicts; `sums` are the interval's over all ranks."""
+    return {
+        "state": asdict(progress.state), "interval": {"sums": sums, "tokens": progress.interval.tokens}, "rng": rng,
+        "ranks": run.ranks.size, "grain": run.sampler.grain, "schedule": asdict(progress.schedule),
+        "samples_per_update": run.sampler.samples_per_update, "fingerprints": run.fingerprints,
+        "config": asdict(run.config), "data_size": run.sampler.size, "data": run.dataset.samples.fingerprint(),
+    }  # fmt: skip
+
+
+def restore(run: Run, progress: Progress) -> bool:
+    """Brings everything back to where the saved state was; raises UsageError when flags or files do not allow.
+
+    Returns whether the newest state was torn: then the one before it is used, and the weights on disk are of the lost one.
+    """
+    path, sampler, ranks = run.config.resume_file, run.sampler, run.ranks
+    content, problem = load_training_state(path)
+    check_fingerprints(path, run.fingerprints, content["fingerprints"])
+    check_settings(run, content)
+    if problem:
+        ranks.print(f"warning: {problem}. The state before it is used")
+    name_changes(run, content)
+    run.model.load_state_dict(content["model"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    progress.scaler.load_state_dict(content["scaler"])
+    state = progress.state = TrainState(**content["state"])
+    sampler.grain = content["grain"]
+    keep_global_batch(sampler, content["samples_per_update"], ranks)
+    total = state.update + sampler.count_updates(run.config.epochs, state.epoch, state.samples)
+    progress.schedule = Schedule(**content["schedule"])
+    if progress.schedule.total != total:
+        progress.schedule = progress.schedule.continued(state.update, total)
+    if ranks.is_main:  # the sums of all ranks
+        progress.interval = Interval(ranks.device, **content["interval"])
+    else:
+        progress.interval.sums[2:] = torch.tensor(content["interval"]["sums"][2:])
+    if content["ranks"] == ranks.size:
+        set_rng_state(content["rng"][ranks.rank], ranks.device)
+    left = (run.config.epochs - state.epoch) * sampler.size - state.samples
+    ranks.print(
+        f"resumed from {path}: {state.update} updates done, epoch {state.epoch + 1},"
+        f" sample {state.samples} of {sampler.size}; {left} to go"
+    )
+    return problem is not None
+
+
+def check_settings(run: Run, content: dict) -> None:
+    """Raises UsageError when a setting that must stay is another than in the saved state."""
+    path = run.config.resume_file
+    for name in FIXED:
+        now, then = getattr(run.config, name), content["config"][name]
+        if now != then:
+            raise UsageError(f"{path} was saved with --{name} {then}, now it is {now}: no exact resume is possible")
+    if content["data_size"] != run.sampler.size:
+        raise UsageError(
+            f"{path} was saved with {content['data_size']} training samples, {run.config.data_path} has"
+            f" {run.sampler.size}: no exact resume is possible"
+        )
+
+
+def name_changes(run: Run, content: dict) -> None:
+    """Says what will make the run another than an uninterrupted one."""
+    config: TrainConfig = run.config
+    changed = [f"--{name} {content['config'][name]} -> {getattr(config, name)}" for name in SHAPING
+               if content["config"][name] != getattr(config, name)]  # fmt: skip
+    if changed:
+        run.ranks.print(f"notice: not what an uninterrupted run would do: {', '.join(changed)}")
+    if content["data"] != run.dataset.samples.fingerprint():
+        run.ranks.print(f"notice: not what an uninterrupted run would do: {config.data_path} has changed since")
+
+
+def keep_global_batch(sampler: ResumableSampler, wanted: int, ranks: Ranks) -> None:
+    """With another number of processes, as many micro-batches an update as give the samples that it had before."""
+    if sampler.samples_per_update == wanted:
+        return
+    stride = sampler.batch_size * sampler.ranks
+    if wanted % stride == 0:
+        sampler.accumulation_steps = wanted // stride
+        ranks.print(f"notice: {sampler.accumulation_steps} micro-batches an update, so that it takes"
+                    f" {wanted} samples as before")  # fmt: skip
+    else:
+        ranks.print(f"notice: an update takes {sampler.samples_per_update} samples now, not {wanted}:"
+                    f" {sampler.ranks} processes of --batch_size {sampler.batch_size} cannot share those evenly")  # fmt: skip

@@ -65,6 +65,8 @@ class MiniMindConfig(PretrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.pad_token_id is None:
+            self.pad_token_id = type(self).pad_token_id
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5
         if self.hidden_size % self.num_attention_heads:
@@ -77,6 +79,8 @@ class MiniMindConfig(PretrainedConfig):
             )
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(f"{self.num_experts_per_tok} experts a token out of {self.n_routed_experts} experts")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; the feed-forward layers know 'silu'")
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; the router knows 'softmax'")
         super().__post_init__(**kwargs)
@@ -316,6 +320,20 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MiniMindBlock"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers' own, but strict: raises ValueError where that would start weights afresh or leave some out."""
+        kwargs["ignore_mismatched_sizes"] = True  # to be named below rather than in a table
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        shapes = [f"{name} {tuple(theirs)}, the model has {tuple(ours)}"
+                  for name, theirs, ours in sorted(info["mismatched_keys"])]  # fmt: skip
+        kinds = {"missing": sorted(info["missing_keys"] - {shape[0] for shape in info["mismatched_keys"]}),
+                 "unexpected": sorted(info["unexpected_keys"]), "of another shape": shapes}  # fmt: skip
+        problems = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
+        if problems:
+            raise ValueError(f"{model.name_or_path} does not fit its config.json: weights {'; '.join(problems)}")
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -4,23 +4,41 @@ Legend of shapes: B rows, T tokens, N pictures of the whole batch in reading ord
 W width of the vision tower, D of the decoder.
 """
 
+from pathlib import Path
+
 import torch
 from transformers import Cache, CLIPVisionModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.hub import cached_file
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
-from .vision import VisionProj, encode_images, tower_patches
+from .vision import VisionProj, encode_images, load_vision_tower, tower_patches
+
+VISION_FOLDER = "vision_model"  # of a transformers folder: the tower that it brings along
+# What configuration files of the original project hold and nobody here needs to know.
+PUBLISHED_EXTRAS = ("auto_map", "dropout", "flash_attn", "image_special_token", "inference_rope_scaling")
 
 
 class VLMConfig(MiniMindConfig):
-    """The decoder's configuration and how pictures enter it."""
+    """The decoder's configuration and how pictures enter it.
+
+    Reads the original project's configuration files as well: their `image_ids` say which token stands for a picture,
+    and how often.
+    """
 
     model_type = "minimind-v"
 
     image_token_id: int = 34  # "@" in the published tokenizer and in ours
     image_tokens: int = 196  # placeholders, and patch vectors, of one picture
     vision_hidden_size: int = 768
+
+    def __post_init__(self, image_ids: list[int] | None = None, **kwargs):
+        if image_ids is not None:
+            if len(set(image_ids)) != 1:
+                raise ValueError(f"image_ids hold {len(set(image_ids))} different tokens; a picture is a run of one")
+            self.image_token_id, self.image_tokens = image_ids[0], len(image_ids)
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in PUBLISHED_EXTRAS})
 
 
 def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
@@ -65,10 +83,12 @@ class MiniMindVLM(MiniMindForCausalLM):
     """Decoder, projector, and a frozen vision tower that is held but not owned.
 
     The tower is no submodule: it appears in neither `parameters()` nor `state_dict()`, and `train()` cannot wake it.
-    It does follow the model to its device. Without one, the model reads text and ready-made `image_features`.
+    It does follow the model to its device, and into its transformers folder. Without one, the model reads text and
+    ready-made `image_features`.
     """
 
     config_class = VLMConfig
+    _keys_to_ignore_on_load_unexpected = [r"^vision_encoder\."]  # published full checkpoints carry the tower
 
     def __init__(self, config: VLMConfig, vision_tower: CLIPVisionModel | None = None):
         super().__init__(config)
@@ -87,6 +107,28 @@ class MiniMindVLM(MiniMindForCausalLM):
                 )
             vision_tower.eval().requires_grad_(False)
         self.__dict__["vision_encoder"] = vision_tower  # past nn.Module's registration, on purpose
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers' own, with the vision tower if the folder (or repository) brings one, in the number format it
+        was saved in unless a `dtype` is given. Raises ValueError for weights that do not fit the configuration, and
+        VisionTowerError for a broken tower."""
+        place = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        # Both files, so that those of a repository lie side by side.
+        files = [cached_file(name, f"{VISION_FOLDER}/{file}", _raise_exceptions_for_missing_entries=False, **place)
+                 for file in ("config.json", "model.safetensors")]  # fmt: skip
+        if all(files):
+            tower = load_vision_tower(Path(files[0]).parent).to(model.device)
+            model.attach_vision_tower(tower.to(model.dtype) if dtype not in (None, "auto") else tower)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """As transformers' own, and the vision tower in a folder within."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.vision_encoder is not None and kwargs.get("is_main_process", True):
+            self.vision_encoder.save_pretrained(Path(save_directory) / VISION_FOLDER)
 
     def _apply(self, fn, recurse=True):
         """Moves the tower along when the model moves."""

@@ -35,7 +35,7 @@ class VisionProj(nn.Module):
         self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.vision_proj(features)
+        return self.vision_proj(features.to(self.vision_proj[0].weight.dtype))
 
 
 def load_vision_tower(folder: str | Path) -> CLIPVisionModel:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import finish_writing, load_training_state
+from model.weights import finish_writing
+from trainer.checkpoint import load_training_state
 
 from .conftest import kill_tree, make_data, make_tower, training_flags
 

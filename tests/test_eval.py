@@ -13,8 +13,8 @@ from PIL import Image
 from dataset.conversation import IMAGE_MARK, Turn
 from eval_vlm import kind_of
 from model.vision import preprocess
+from model.weights import fingerprints, save_weights
 from tests.conftest import DECODER, REPOSITORY, make_model, make_tower, run_script, write_jsonl
-from trainer import checkpoint
 from trainer.config import UsageError
 from trainer.inference import Assistant, Chat, Sampling
 
@@ -93,7 +93,7 @@ def files(tmp_path_factory, tower_folder, tokenizer):
     folder = tmp_path_factory.mktemp("eval")
     tower = make_tower()
     model = make_model(tower=tower, hidden_size=32, num_attention_heads=8)
-    checkpoint.save_weights(folder / "sft_vlm_32.pth", model, {"fingerprints": checkpoint.fingerprints(model, tokenizer)})
+    save_weights(folder / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     model.save_pretrained(folder / "hf")
     (folder / "pictures").mkdir()
     for colour in ("red", "blue"):

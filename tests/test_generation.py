@@ -1,21 +1,14 @@
 """Decoding: whatever the path, the tokens are those of full forwards."""
 
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from model.generation import Chooser, Memory, Prompt, Sampling, common_prefix, generate_batch, generate_stream
-from model.packed import GrowingLayer, PackedDecoder, growing_cache, pack_tower
-from tests.conftest import make_model, make_tower
+from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
+from model.packed import PackedDecoder, growing_cache
+from tests.conftest import make_model
 
 P = 196
 NEVER = -1  # no token: answers go on to max_new_tokens

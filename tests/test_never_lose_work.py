@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from model import storage
+from model.storage import OutputLock, StorageError, finish_commit, write_set
+from model.weights import read_sidecar, read_tensors, save_weights
 from tests.conftest import (
     REPOSITORY,
     children,
@@ -29,11 +32,10 @@ from tests.conftest import (
 )
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, train, weights
-from trainer import checkpoint, storage
+from trainer import checkpoint
 from trainer.config import UsageError
 from trainer.distributed import agree_on_name
 from trainer.progress import Schedule, cosine
-from trainer.storage import OutputLock, StorageError, finish_commit, write_set
 
 STATE = f"{NAME}_resume.pth"
 
@@ -104,7 +106,7 @@ def test_a_file_too_large_for_the_disk_changes_nothing_and_leaves_nothing(tmp_pa
     script = f"""
 import resource, signal, sys, torch
 from pathlib import Path
-from trainer.storage import StorageError, write_set
+from model.storage import StorageError, write_set
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 folder = Path({str(tmp_path)!r})
@@ -138,13 +140,13 @@ def test_what_was_written_wrong_is_noticed_before_the_old_goes(tmp_path, monkeyp
 def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch):
     """The writer dies between the renames of the two; eval_vlm.py and others read through these functions."""
     path, model = tmp_path / "w_32.pth", make_model()
-    checkpoint.save_weights(path, model, {"progress": 1})
+    save_weights(path, model, {"progress": 1})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "finish_commit", lambda _: None)
         patch.setattr(storage, "finish_commit", lambda _: None)
-        checkpoint.save_weights(path, model, {"progress": 2})
+        save_weights(path, model, {"progress": 2})
     assert json.loads(path.with_suffix(".json").read_text())["progress"] == 1
-    assert checkpoint.read_sidecar(path)["progress"] == 2
+    assert read_sidecar(path)["progress"] == 2
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".commit"))]
 
 
@@ -193,7 +195,7 @@ def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, tower_fol
     train(data, tower_folder, one_epoch, **{**flags, "epochs": 1})
     assert_same(weights(part), weights(one_epoch))
     for file in (state, checkpoint.previous_state(state)):
-        checkpoint.read_tensors(file, "training state")
+        read_tensors(file, "training state")
     for file in (state, checkpoint.previous_state(state)):
         file.write_bytes(b"")
     done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, part, from_resume=1, **flags))
@@ -210,7 +212,7 @@ def test_after_a_torn_state_weights_and_state_are_of_one_update_again(data, towe
     process.kill()
     process.wait()
     content, problem = checkpoint.load_training_state(state)
-    sidecar = checkpoint.read_sidecar(tmp_path / "out" / f"{NAME}.pth")
+    sidecar = read_sidecar(tmp_path / "out" / f"{NAME}.pth")
     assert problem is None and content["state"]["update"] == sidecar["progress"]["update"] == 20
     assert all(torch.equal(content["model"][name].half(), tensor) for name, tensor in weights(tmp_path).items())
 

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import MiniMindVLM, VLMConfig
+from model import MiniMindVLM, VLMConfig, storage
+from model.weights import load_weights, save_weights
 from tests.conftest import (
     REPOSITORY,
     make_data,
@@ -25,7 +26,7 @@ from tests.conftest import (
     training_flags,
     write_jsonl,
 )
-from trainer import checkpoint, storage
+from trainer import checkpoint
 from trainer.build import freeze
 from trainer.config import TrainConfig, UsageError, parse_config, weight_name
 from trainer.progress import cosine
@@ -253,7 +254,7 @@ def test_accumulation_takes_the_leftover_group_as_an_update(data, tower_folder, 
 def test_pretraining_moves_the_projector_alone(data, tower_folder, tmp_path):
     start = make_model(hidden_size=32, num_attention_heads=8)
     (tmp_path / "out").mkdir()
-    checkpoint.save_weights(tmp_path / "out" / "llm_32.pth", start, {})
+    save_weights(tmp_path / "out" / "llm_32.pth", start, {})
     train(data, tower_folder, tmp_path, script="train_pretrain_vlm.py", from_weight="llm", freeze_llm=1)
     before, after = weights(tmp_path, "llm_32"), weights(tmp_path, "pretrain_vlm_32")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -316,13 +317,13 @@ def test_scripts_run_from_any_folder(data, tower_folder, tmp_path):
 def test_weights_load_strictly(tmp_path):
     model = make_model()
     path = tmp_path / "w_32.pth"
-    checkpoint.save_weights(path, model, {"fingerprints": {"tokenizer": "abc"}})
+    save_weights(path, model, {"fingerprints": {"tokenizer": "abc"}})
     other = make_model(seed=5)
-    assert checkpoint.load_weights(path, other, {"tokenizer": "abc"}) == []
+    assert load_weights(path, other, {"tokenizer": "abc"}) == []
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor.half().float())
     with pytest.raises(UsageError, match="another tokenizer"):
-        checkpoint.load_weights(path, other, {"tokenizer": "xyz"})
+        load_weights(path, other, {"tokenizer": "xyz"})
     for wrong, message in [
         ({"hidden_size": 64}, "--hidden_size 32; this one has --hidden_size 64. Give the same flags"),
         ({"num_hidden_layers": 3}, "--num_hidden_layers 2; this one has --num_hidden_layers 3"),
@@ -333,9 +334,9 @@ def test_weights_load_strictly(tmp_path):
         ({"intermediate_size": 48}, "another shape .*It was cut, or made by another program"),
     ]:
         with pytest.raises(UsageError, match=message):
-            checkpoint.load_weights(path, make_model(**wrong))
+            load_weights(path, make_model(**wrong))
     with pytest.raises(UsageError, match="hf download"):
-        checkpoint.load_weights(tmp_path / "none.pth", model)
+        load_weights(tmp_path / "none.pth", model)
 
 
 def test_published_weights_load(tmp_path):
@@ -343,13 +344,13 @@ def test_published_weights_load(tmp_path):
     model, path = make_model(), tmp_path / "llm_32.pth"
     state = model.state_dict()
     torch.save({name: tensor for name, tensor in state.items() if "vision_proj" not in name}, path)
-    assert checkpoint.load_weights(path, make_model(seed=1)) == ["vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"]
+    assert load_weights(path, make_model(seed=1)) == ["vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"]
     torch.save({**state, "vision_encoder.embeddings.x": torch.ones(2)}, path)
-    assert checkpoint.load_weights(path, make_model(seed=1)) == []
+    assert load_weights(path, make_model(seed=1)) == []
     del state["model.norm.weight"]
     torch.save(state, path)
     with pytest.raises(UsageError, match=r"model\.norm\.weight"):
-        checkpoint.load_weights(path, make_model(seed=1))
+        load_weights(path, make_model(seed=1))
 
 
 class Evil:
@@ -361,13 +362,13 @@ class Evil:
 
 def test_torn_and_malicious_files_are_refused(tmp_path):
     model, path = make_model(), tmp_path / "w.pth"
-    checkpoint.save_weights(path, model, {})
+    save_weights(path, model, {})
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UsageError, match="no readable weight file"):
-        checkpoint.load_weights(path, model)
+        load_weights(path, model)
     torch.save({"model.norm.weight": Evil()}, path)
     with pytest.raises(UsageError, match=r"wants to call posix\.system"):
-        checkpoint.load_weights(path, model)
+        load_weights(path, model)
     assert not os.path.exists("/tmp/minimind_v_was_here")
     with pytest.raises(UsageError, match="no training state at"):
         checkpoint.load_training_state(tmp_path / "none.pth")
@@ -377,7 +378,7 @@ def test_values_beyond_fp16_are_not_saved_as_infinity(tmp_path):
     model = make_model()
     model.model.norm.weight.data[3] = 1e6
     with pytest.raises(FloatingPointError, match=r"model\.norm\.weight"):
-        checkpoint.save_weights(tmp_path / "w.pth", model, {})
+        save_weights(tmp_path / "w.pth", model, {})
     assert not list(tmp_path.iterdir())
 
 

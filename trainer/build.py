@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import Renderer
@@ -20,9 +19,10 @@ from dataset.pictures import open_images
 from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from model import MiniMindVLM, VLMConfig
+from model.processing import load_tokenizer
 from model.vision import VisionTowerError, load_vision_tower, tower_patches
+from model.weights import fingerprints, load_weights
 
-from .checkpoint import fingerprints, load_weights
 from .config import TrainConfig, UsageError
 from .distributed import Ranks
 from .sampler import ResumableSampler
@@ -48,13 +48,6 @@ class Run:
     @property
     def cache(self) -> FeatureCache | None:
         return self.dataset.cache
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; raises UsageError when there is none."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def build_model(

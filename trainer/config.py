@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.sources import split_entries
+from model.errors import UsageError
+from model.weights import weight_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-class UsageError(Exception):
-    """The user asked for something that cannot be; the message says what, where and what to do instead."""
 
 
 def setting(default, help_text: str, choices: tuple | None = None):
@@ -128,11 +126,6 @@ class TrainConfig:
     def to_json(self) -> str:
         """The settings as json text, for records."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-
-def weight_name(weight: str, hidden_size: int, use_moe: bool) -> str:
-    """{weight}_{hidden}{_moe}, the published naming of weight files."""
-    return f"{weight}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
 def parse_config(description: str, defaults: dict, argv: list[str] | None = None) -> TrainConfig:

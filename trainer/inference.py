@@ -18,9 +18,9 @@ from model import MiniMindVLM
 from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.packed import PackedDecoder, growing_cache, pack_tower
 from model.vision import VisionTowerError, encode_images, load_vision_tower, normalize, preprocess
+from model.weights import fingerprints, load_weights, read_sidecar
 
 from .build import bf16_is_fast, build_model, load_tokenizer
-from .checkpoint import fingerprints, load_weights, read_sidecar
 from .config import UsageError
 from .distributed import keep_freed_memory
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.vlm_dataset import Batch
+from model.storage import StorageError
 from model.vision import normalize
 
 from .build import Run, build_loader, worker_count
@@ -27,7 +28,6 @@ from .guards import BadSampleGuard, FiniteGuard
 from .progress import cosine
 from .resume import begin, gather_rng_states, restore, snapshot
 from .signals import StopRequest
-from .storage import StorageError
 from .tracking import Tracker
 
 MOST_UNREAD = 100  # updates whose outcome may wait on the device

@@ -4,14 +4,15 @@ import dataclasses
 import os
 import sys
 
+from model.storage import OutputLock, StorageError, check_writable, finish_commit, remove_temporaries
+from model.weights import journal_of, lock_of
+
 from . import distributed
 from .build import build
-from .checkpoint import journal_of, lock_of
 from .config import TrainConfig, UsageError, parse_config
 from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
-from .storage import OutputLock, StorageError, check_writable, finish_commit, remove_temporaries
 
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
+from model.weights import check_fingerprints
+
 from .build import Run
-from .checkpoint import check_fingerprints, load_training_state, rng_state, set_rng_state
+from .checkpoint import load_training_state, rng_state, set_rng_state
 from .config import TrainConfig, UsageError
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState

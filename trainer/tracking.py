@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from model.storage import write_atomically
+
 from .config import TrainConfig
-from .storage import write_atomically
 
 
 class MetricsFile:

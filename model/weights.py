@@ -1,0 +1,197 @@
+"""Files of weights: the state dict in fp16 and its sidecar. Written as one, read strictly, and never by executing what
+they hold.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .errors import UsageError
+from .model_vlm import MiniMindVLM
+from .storage import OutputLock, StorageError, Write, finish_commit, write_set
+from .vision import tower_fingerprint
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """What torch.save wrote, tensors and plain values only; raises UsageError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and unpickling errors share no base class
+        if (wanted := foreign_globals(path)):
+            raise UsageError(
+                f"{path} is refused: a {what} holds tensors and plain values, this file wants to call"
+                f" {', '.join(wanted)}. Nothing of it was run. Take the file from its maker again, or do without it."
+            ) from error
+        raise UsageError(
+            f"{path} is no readable {what}: {type(error).__name__}: {str(error).splitlines()[0]}. It is torn, of"
+            f" another kind, or holds more than tensors; fetch or make it again."
+        ) from error
+
+
+def foreign_globals(path: Path) -> list[str]:
+    """Names of what a pickle would call or build beyond tensors and plain values; it is read, not run."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # torn, or no file of torch.save at all: the caller says so
+        return []
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of everything that decides how text becomes ids."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What weights depend on without containing it; no vision encoder where the model has none."""
+    tower = model.vision_encoder
+    return {"tokenizer": tokenizer_fingerprint(tokenizer)} | ({} if tower is None else {"vision_encoder": tower_fingerprint(tower)})
+
+
+def half_weights(model: MiniMindVLM) -> dict[str, torch.Tensor]:
+    """A copy of the state dict on the CPU, in fp16.
+
+    Raises FloatingPointError when a weight does not fit into fp16, rather than giving infinity.
+    """
+    state = {name: tensor.detach().to("cpu", torch.float16, copy=True) for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise FloatingPointError(f"weights beyond fp16's range or not finite: {', '.join(broken[:3])}; not saved")
+    return state
+
+
+def weight_name(weight: str, hidden_size: int, use_moe: bool) -> str:
+    """{weight}_{hidden}{_moe}, the published naming of weight files."""
+    return f"{weight}_{hidden_size}{'_moe' if use_moe else ''}"
+
+
+def weight_files(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict) -> dict[Path, Write]:
+    """How to write the weights at `path` and the json file beside it, which holds what a reader needs to rebuild the
+    model."""
+    text = json.dumps({"config": config, **sidecar}, indent=2, ensure_ascii=False) + "\n"
+    return {path: lambda file: torch.save(weights, file),
+            path.with_suffix(".json"): lambda file: file.write(text.encode())}  # fmt: skip
+
+
+def save_weights(path: Path, model: MiniMindVLM, sidecar: dict) -> None:
+    """Writes weights and sidecar as one; what only transformers' own folders have stays out of it. Raises FloatingPointError (see `half_weights`) and StorageError."""
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in ("architectures", "dtype")}
+    write_set(journal_of(path), weight_files(path, half_weights(model), config, sidecar), {})
+
+
+def journal_of(weight_file: Path) -> Path:
+    """The journal of a set of files that the weights belong to."""
+    return weight_file.with_name(f".{weight_file.stem}.commit")
+
+
+def lock_of(file: Path) -> Path:
+    """The lock of the run that writes `file`."""
+    return file.with_name(f".{file.stem}.lock")
+
+
+def finish_writing(weight_file: Path) -> None:
+    """For readers: weights and sidecar of one and the same update, also when their writer died between the two."""
+    journal = journal_of(weight_file)
+    if not journal.exists():
+        return
+    try:
+        lock = OutputLock(lock_of(weight_file))
+    except (StorageError, OSError):  # the writer lives and is about to finish, or this is not ours to mend
+        for _ in range(50):
+            if not journal.exists():
+                return
+            time.sleep(0.1)
+        return
+    finish_commit(journal)
+    lock.release()
+
+
+def read_sidecar(path: Path) -> dict | None:
+    """The json file beside the weights at `path`; None when there is none, as with published weights."""
+    finish_writing(path)
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        return None
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{sidecar} is broken ({error}); remove it to load the weights without it") from error
+
+
+def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None = None) -> list[str]:
+    """Loads the weights at `path` into `model`, strictly. Returns the names that stay at their fresh values: the
+    projector's, when the weights are a plain language model's.
+
+    Raises UsageError for a missing or torn file, other keys or shapes, and for a tokenizer or encoder other than the
+    ones trained with (`expected` holds those in use; see `fingerprints`).
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"no weights at {path}. Published ones:\n"
+            f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
+            f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
+            f"or train them; --from_weight names another prefix, none starts from scratch."
+        )
+    check_fingerprints(path, expected or {}, (read_sidecar(path) or {}).get("fingerprints", {}))
+    state = read_tensors(path, "weight file")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"{path} is no state dict: it should hold names and tensors")
+    # Published full checkpoints carry the encoder; it is loaded from its own folder.
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}
+    theirs, ours = sizes_of(state), sizes_of(model.state_dict())
+    other = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    if other:
+        raise UsageError(
+            f"{path} is of a model with {', '.join(f'{name} {theirs[name]}' for name in other)}; this one has"
+            f" {', '.join(f'{name} {ours[name]}' for name in other)}. {REMEDIES.get(other[0], 'Give the same flags')}."
+        )
+    own = model.state_dict()
+    fresh = [name for name in own if name not in state and name.startswith("vision_proj.")]
+    missing = [name for name in own if name not in state and name not in fresh]
+    unexpected = [name for name in state if name not in own]
+    shapes = [f"{name} {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+              for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
+    problems = [f"{len(names)} {kind} (first: {names[0]})"
+                for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+                if names]  # fmt: skip
+    if problems:
+        raise UsageError(
+            f"{path} does not fit the model, though its size does: weights {'; '.join(problems)}. It was cut, or made"
+            f" by another program; fetch or make it again."
+        )
+    model.load_state_dict(state, strict=False)  # what strict would say is said above, and the fresh names are meant
+    return fresh
+
+
+REMEDIES = {
+    "encoder width": "Give the encoder it was trained with by --vision_model_path",
+    "vocabulary": "Give the tokenizer it was trained with by --tokenizer_path",
+}
+
+
+def sizes_of(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """What the names and shapes of a model's weights tell of its flags; only what can be told."""
+    sizes = {}
+    if (embedding := state.get("model.embed_tokens.weight")) is not None and embedding.dim() == 2:
+        sizes |= {"vocabulary": embedding.shape[0], "--hidden_size": embedding.shape[1]}
+    if (projector := state.get("vision_proj.vision_proj.0.weight")) is not None and projector.dim() == 2:
+        sizes["encoder width"] = projector.shape[1]
+    layers = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
+    if layers:
+        sizes |= {"--num_hidden_layers": len(layers), "--use_moe": int(any(".experts." in name for name in state))}
+    return sizes
+
+
+def check_fingerprints(path: Path, used: dict[str, str], recorded: dict[str, str]) -> None:
+    """Raises UsageError when a tokenizer or encoder in use differs from the one that the files were made with."""
+    flags = {"tokenizer": "--tokenizer_path", "vision_encoder": "--vision_model_path"}
+    for kind, value in used.items():
+        if recorded.get(kind, value) != value:
+            raise UsageError(
+                f"{path} was trained with another {kind.replace('_', ' ')} (fingerprint {recorded[kind]}, in use:"
+                f" {value}). Give the one it was trained with by {flags[kind]}."
+            )

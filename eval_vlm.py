@@ -43,8 +43,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--load_from", default="model", help="'model' for native weights, or a transformers folder")
     parser.add_argument("--save_dir", default=str(REPOSITORY / "out"), help="folder of the weights")
     parser.add_argument("--weight", default="sft_vlm", help="prefix of the weight file")
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--num_hidden_layers", type=int, default=8, help="unused when the weights have a sidecar")
+    parser.add_argument("--hidden_size", type=int, default=512, help="part of the weight file's name")
+    parser.add_argument("--num_hidden_layers", type=int, default=8, help="for old commands: the weights tell it")
     parser.add_argument("--use_moe", type=int, default=0, choices=(0, 1))
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.65, help="0: greedy")
@@ -204,8 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         assistant = load_assistant(
             args.load_from, weight_file, args.device or default_device(), args.vision_model_path,
-            args.tokenizer_path, args.hidden_size, args.num_hidden_layers, bool(args.use_moe),
-        )  # fmt: skip
+            args.tokenizer_path,
+        )
         if args.score:
             score(assistant, args)
         elif (args.mode or ask_mode()) == "folder":

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tokenizers.decoders import DecodeStream
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import IMAGE_MARK, Rendered, Renderer, Turn
 from model import MiniMindVLM
+from model.convert import read_folder, read_native
 from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.packed import PackedDecoder, growing_cache, pack_tower
-from model.vision import VisionTowerError, encode_images, load_vision_tower, normalize, preprocess
-from model.weights import fingerprints, load_weights, read_sidecar
+from model.vision import encode_images, normalize, preprocess
 
-from .build import bf16_is_fast, build_model, load_tokenizer
+from .build import bf16_is_fast
 from .config import UsageError
 from .distributed import keep_freed_memory
 
@@ -84,9 +85,8 @@ class Assistant:
 
 
 def load_assistant(
-    load_from: str, weight_file: Path, device: str, vision_model_path: str, tokenizer_path: str,
-    hidden_size: int, num_hidden_layers: int, use_moe: bool,
-) -> Assistant:  # fmt: skip
+    load_from: str, weight_file: Path, device: str, vision_model_path: str, tokenizer_path: str
+) -> Assistant:
     """A model for answering: native weights when `load_from` is "model", otherwise a transformers folder.
 
     In bf16 where the device multiplies that faster, else in fp32.
@@ -94,30 +94,14 @@ def load_assistant(
     """
     if device == "cpu":
         keep_freed_memory()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32
     if load_from == "model":
-        sizes = (read_sidecar(weight_file) or {}).get("config", {})
-        tokenizer = load_tokenizer(tokenizer_path)
-        layers = sizes.get("num_hidden_layers", 8) if sizes else num_hidden_layers
-        model = build_model(hidden_size, layers, use_moe, vision_model_path, tokenizer)
-        if fresh := load_weights(weight_file, model, fingerprints(model, tokenizer)):
-            raise UsageError(f"{weight_file} holds a language model without projector ({', '.join(fresh)} missing)")
-        return Assistant(model.to(device, dtype), tokenizer)
-    folder = Path(load_from)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--load_from {load_from}: no config.json there; give 'model' or a transformers folder")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type != "minimind-v":
-        raise UsageError(f"{folder} holds a model of type {config.model_type!r}, not 'minimind-v'")
-    tokenizer = load_tokenizer(load_from if (folder / "tokenizer.json").is_file() else tokenizer_path)
-    model, info = MiniMindVLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    if info["missing_keys"]:
-        raise UsageError(f"{folder} lacks weights: {sorted(info['missing_keys'])[:3]}")
-    try:
-        model.attach_vision_tower(load_vision_tower(vision_model_path))
-    except (VisionTowerError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    return Assistant(model.to(device, dtype), tokenizer)
+        loaded = read_native(weight_file, tokenizer_path, vision_model_path)
+    else:
+        loaded = read_folder(Path(load_from), tokenizer_path, vision_model_path)
+    return Assistant(loaded.model.to(device, dtype), loaded.tokenizer)
 
 
 TYPED_MARK = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there

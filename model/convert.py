@@ -1,0 +1,261 @@
+"""Native weights to a folder in transformers format and back, exactly.
+
+    python -m model.convert out/sft_vlm_512.pth minimind-v                  # a folder for transformers, PEFT, the hub
+    python -m model.convert minimind-v out/mine_512.pth                     # and weights for training and eval_vlm.py
+
+Reads   weights with the sidecar beside them, or a folder, also one that the original project published
+Writes  the folder: model.safetensors, config.json, tokenizer, processor, generation_config.json, sidecar.json (fingerprints
+        and training record), and the vision tower in vision_model/ (--vision_model_path none leaves it out); or weights
+        and sidecar. What exists already is not replaced. Nothing of a folder is ever executed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .errors import UsageError
+from .model_vlm import MiniMindVLM, VLMConfig
+from .processing import MiniMindVProcessor, load_tokenizer
+from .storage import OutputLock, StorageError
+from .vision import VisionTowerError, load_vision_tower
+from .weights import (
+    check_fingerprints,
+    fingerprints,
+    half_weights,
+    load_weights,
+    lock_of,
+    read_sidecar,
+    read_tensors,
+    save_weights,
+    sizes_of,
+    weight_name,
+)
+
+MODEL_FOLDER = Path(__file__).resolve().parent
+SIDECAR = "sidecar.json"  # of a folder: what stands in the sidecar beside native weights, but for the configuration
+CLIP_FOLDER = MODEL_FOLDER / "vision_model" / "clip-vit-base-patch16"
+
+
+@dataclass
+class Loaded:
+    """A model in fp32 around its tower, its tokenizer, and the sidecar but for the configuration."""
+
+    model: MiniMindVLM
+    tokenizer: PreTrainedTokenizerBase
+    record: dict
+
+
+def read_tower(folder: str | Path) -> CLIPVisionModel | None:
+    """The vision tower in `folder`, None for "none"; raises UsageError."""
+    try:
+        return None if str(folder) == "none" else load_vision_tower(folder)
+    except VisionTowerError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> None:
+    """Raises UsageError when `tokenizer` or the model's tower is not the one that the weights at `path` were made with."""
+    check_fingerprints(path, fingerprints(model, tokenizer), record.get("fingerprints", {}))
+    ours, theirs = ((model.config.vocab_size, model.config.image_token_id),
+                    (len(tokenizer), tokenizer.convert_tokens_to_ids("@")))  # fmt: skip
+    if ours != theirs:
+        raise UsageError(
+            f"{path} was trained with another tokenizer, one with {ours[0]} tokens and '@' as number {ours[1]}; this one has"
+            f" {theirs[0]} and '@' as number {theirs[1]}. Give the one it was trained with by --tokenizer_path."
+        )
+
+
+def attach(path: Path, model: MiniMindVLM, tower: CLIPVisionModel | None) -> None:
+    """Gives the model its tower; raises UsageError when it does not fit the model of `path`."""
+    try:
+        model.attach_vision_tower(tower)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}. Give the right one by --vision_model_path.") from error
+
+
+def native_config(path: Path, sidecar: dict | None) -> VLMConfig:
+    """The configuration in the sidecar, or what the names and shapes of published weights tell."""
+    if sidecar is not None and "config" in sidecar:
+        source, settings = path.with_suffix(".json"), sidecar["config"]
+    else:
+        state = read_tensors(path, "weight file") if path.is_file() else {}
+        source, sizes = path, sizes_of(state)
+        names = {"vocabulary": "vocab_size", "--hidden_size": "hidden_size", "encoder width": "vision_hidden_size",
+                 "--num_hidden_layers": "num_hidden_layers"}  # fmt: skip
+        settings = {names[size]: value for size, value in sizes.items() if size in names}
+        if sizes.get("--use_moe"):
+            experts = {name.split(".")[5] for name in state if ".mlp.experts." in name}
+            settings |= {"use_moe": True, "n_routed_experts": len(experts)}
+    try:
+        return VLMConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{source}: {first_line(error)}") from error
+
+
+def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str | Path) -> Loaded:
+    """Native weights at `path`; with no sidecar beside them, the published number of heads is taken for granted.
+
+    Raises UsageError for anything missing or not fitting.
+    """
+    sidecar = read_sidecar(path) or {}
+    tokenizer, tower = load_tokenizer(tokenizer_path), read_tower(vision_model_path)
+    model = MiniMindVLM(native_config(path, sidecar))
+    if fresh := load_weights(path, model):
+        raise UsageError(f"{path} holds a language model without projector ({', '.join(fresh)} missing)")
+    attach(path, model, tower)
+    record = {key: value for key, value in sidecar.items() if key != "config"}
+    check_made_for(path, model, tokenizer, record)
+    return Loaded(model, tokenizer, record)
+
+
+def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str | Path) -> Loaded:
+    """A folder in transformers format, also one that the original project published: code in it is not executed.
+
+    The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
+    """
+    config = read_config(folder)
+    brings_tokenizer, record = (folder / "tokenizer.json").is_file(), read_record(folder / SIDECAR)
+    tokenizer = load_tokenizer(folder if brings_tokenizer else tokenizer_path)
+    refuse_code(folder)
+    try:
+        model = MiniMindVLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    except VisionTowerError as error:
+        raise UsageError(str(error)) from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UsageError(f"cannot load {folder}: {first_line(error)}") from error
+    brought = fingerprints(model, tokenizer)
+    if not brings_tokenizer:
+        del brought["tokenizer"]
+    if model.vision_encoder is None:
+        attach(folder, model, read_tower(vision_model_path))
+    check_made_for(folder, model, tokenizer, record)
+    return Loaded(model, tokenizer, {"fingerprints": brought, **record})
+
+
+def read_config(folder: Path) -> VLMConfig:
+    """The configuration in a folder; raises UsageError."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no config.json there; give a folder in transformers format")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{folder / 'config.json'} is no configuration of this model: {first_line(error)}") from error
+    if config.model_type != VLMConfig.model_type:
+        raise UsageError(f"{folder} holds a model of type {config.model_type!r}, not {VLMConfig.model_type!r}")
+    return config
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises UsageError for a pickle that wants to do more than hold tensors; transformers would not run it either, but
+    not say so."""
+    for file in [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.bin")):
+        read_tensors(file, "weight file")
+
+
+def read_record(path: Path) -> dict:
+    """A folder's sidecar.json; nothing when there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"{path} is broken ({error}); remove it to do without") from error
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return str(error).strip().split("\n")[0]
+
+
+def write_folder(folder: Path, loaded: Loaded) -> None:
+    """Writes the folder whole or not at all, its weights in fp16. Raises UsageError when something is there already, and
+    FloatingPointError for weights beyond fp16's range."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists already; name another folder, or remove it")
+    model, config = loaded.model, loaded.model.config
+    halves = MiniMindVLM(config).half()
+    halves.load_state_dict(half_weights(model))
+    halves.attach_vision_tower(model.vision_encoder)  # after half(): it stays as it is
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        halves.save_pretrained(temporary)
+        MiniMindVProcessor(tokenizer=loaded.tokenizer, image_tokens=config.image_tokens).save_pretrained(temporary)
+        record = json.dumps(loaded.record, indent=2, ensure_ascii=False) + "\n"
+        (temporary / SIDECAR).write_text(record, encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only when something failed
+
+
+def write_native(path: Path, loaded: Loaded) -> None:
+    """Writes weights and sidecar as one. Raises UsageError when they are there already, and FloatingPointError for
+    weights beyond fp16's range."""
+    ending = weight_name("", loaded.model.config.hidden_size, loaded.model.config.use_moe)
+    if not path.stem.removesuffix(ending) or not path.stem.endswith(ending):
+        raise UsageError(f"{path}: weights of this model are called NAME{ending}.pth, with the NAME for --weight")
+    for file in (path, path.with_suffix(".json")):
+        if file.exists():
+            raise UsageError(f"{file} exists already; name another file, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = OutputLock(lock_of(path))
+    try:
+        save_weights(path, loaded.model, loaded.record)
+    finally:
+        lock.release()
+
+
+def count_rounded(model: MiniMindVLM) -> int:
+    """Weights that fp16 cannot hold exactly."""
+    return sum(int((tensor.half() != tensor).sum()) for tensor in model.state_dict().values())
+
+
+def convert(source: Path, target: Path, tokenizer_path: str, vision_model_path: str | None) -> None:
+    """Weights to a folder or a folder to weights; a notice when numbers had to be rounded. Raises UsageError."""
+    if (source.suffix == ".pth") == (target.suffix == ".pth"):
+        raise UsageError(f"{source} -> {target}: one of them is a weight file (.pth), the other a folder")
+    if source.suffix == ".pth":
+        loaded = read_native(source, tokenizer_path, vision_model_path or CLIP_FOLDER)
+        write_folder(target, loaded)
+        print(f"wrote {target}; try it: python eval_vlm.py --load_from {target}")
+    else:
+        loaded = read_folder(source, tokenizer_path, vision_model_path or "none")
+        write_native(target, loaded)
+        print(f"wrote {target} and {target.with_suffix('.json').name}")
+    if rounded := count_rounded(loaded.model):
+        print(f"notice: {rounded} of {loaded.model.num_parameters()} weights were rounded to fp16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, 2 for a user's mistake, 1 when writing failed."""
+    parser = argparse.ArgumentParser(prog="python -m model.convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("source", type=Path, help="weights (.pth) or a folder")
+    parser.add_argument("target", type=Path, help="a folder or weights (.pth)")
+    parser.add_argument("--tokenizer_path", default=str(MODEL_FOLDER), help="folder of the tokenizer, when the source has none")
+    parser.add_argument("--vision_model_path", help="CLIP folder that goes into the folder; none: leaves it out"
+                        f" (default: {CLIP_FOLDER})")  # fmt: skip
+    args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        convert(args.source, args.target, args.tokenizer_path, args.vision_model_path)
+    except (UsageError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (StorageError, SafetensorError, OSError) as error:
+        print(f"error: cannot write {args.target}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

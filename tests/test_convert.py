@@ -1,0 +1,305 @@
+"""Weights that travel: folders for transformers and back, folders of the original project, the processor, LoRA."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+)
+
+import eval_vlm
+from dataset.conversation import IMAGE_MARK, Turn
+from model import MiniMindVLM, MiniMindVProcessor, convert
+from model.errors import UsageError
+from model.vision import normalize, preprocess
+from model.weights import fingerprints, read_sidecar, save_weights
+from tests.conftest import REPOSITORY, make_model, make_tower
+from trainer.inference import Assistant, Sampling, load_assistant
+
+P = 196
+SIZES = {"hidden_size": 32, "num_attention_heads": 8, "vision_hidden_size": 24}
+ANSWER = Sampling(max_new_tokens=5, temperature=0.0)
+
+
+def picture(colour: str, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def save_native(path, model, tokenizer) -> dict:
+    """Weights as training leaves them; returns what fp16 made of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(path, model, {"fingerprints": fingerprints(model, tokenizer), "training": {"epochs": 3}, "progress": {"update": 7}})
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("native") / "sft_vlm_32.pth"
+    save_native(path, make_model(tower=make_tower(), **SIZES), tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, native, tower_folder):
+    target = tmp_path_factory.mktemp("folder") / "minimind-v"
+    assert convert.main([str(native), str(target), "--vision_model_path", str(tower_folder)]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def processor(folder) -> MiniMindVProcessor:
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_native_to_folder_and_back_is_bit_for_bit(tmp_path, tokenizer, tower_folder, use_moe):
+    path = tmp_path / "out" / f"sft_vlm_32{'_moe' * use_moe}.pth"
+    before = save_native(path, make_model(tower=make_tower(), use_moe=use_moe, **SIZES), tokenizer)
+    flags = ["--vision_model_path", str(tower_folder)]
+    assert convert.main([str(path), str(tmp_path / "hf"), *flags]) == 0
+    back = tmp_path / "back" / path.name
+    assert convert.main([str(tmp_path / "hf"), str(back)]) == 0
+    after = torch.load(back, weights_only=True)
+    assert list(after) == list(before) and all(after[name].dtype == torch.float16 for name in after)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert read_sidecar(back) == read_sidecar(path)
+    assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "hf" / "model.safetensors").values())
+
+
+def test_a_folder_has_all_that_transformers_looks_for(folder, tokenizer):
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "sidecar.json",
+            "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "vision_model/model.safetensors"} <= names  # fmt: skip
+    assert not any(name.endswith((".py", ".bin")) for name in names)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 224
+    given, frozen = CLIPVisionModel.from_pretrained(folder / "vision_model").state_dict(), make_tower().state_dict()
+    assert all(torch.equal(given[name], frozen[name]) for name in frozen)
+
+
+def test_published_weights_without_sidecar_tell_their_sizes(tmp_path, tokenizer, tower_folder):
+    model = make_model(tower=make_tower(), use_moe=True, n_routed_experts=3, num_hidden_layers=3, **SIZES)
+    path = tmp_path / "sft_vlm_32_moe.pth"
+    before = save_native(path, model, tokenizer)
+    path.with_suffix(".json").unlink()
+    loaded = convert.read_native(path, REPOSITORY / "model", tower_folder)
+    config = loaded.model.config
+    assert (config.num_hidden_layers, config.n_routed_experts, config.use_moe) == (3, 3, True)
+    assert all(torch.equal(value.half(), before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_without_a_tower_the_folder_needs_one_given(tmp_path, native, tower_folder):
+    assert convert.main([str(native), str(tmp_path / "hf"), "--vision_model_path", "none"]) == 0
+    assert not (tmp_path / "hf" / "vision_model").exists()
+    assert convert.read_folder(tmp_path / "hf", "", "none").model.vision_encoder is None
+    load_assistant(str(tmp_path / "hf"), native, "cpu", str(tower_folder), "")
+    other = tmp_path / "tower"
+    make_tower(seed=5).save_pretrained(other)
+    with pytest.raises(UsageError, match="another vision encoder"):
+        convert.read_folder(tmp_path / "hf", "", other)
+
+
+def test_native_weights_and_their_folder_answer_alike(native, folder, tower_folder):
+    turns, pixels = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), [preprocess(picture("red"))]
+    answers = [load_assistant(source, native, "cpu", str(tower), str(REPOSITORY / "model")).generate([turns], pixels, ANSWER)
+               for source, tower in (("model", tower_folder), (str(folder), "/nowhere"))]  # fmt: skip
+    assert answers[0] == answers[1] and answers[0][0]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_save_and_from_pretrained_keep_model_and_tower(tmp_path, auto, use_moe):
+    model = make_model(tower=make_tower(), use_moe=use_moe, **SIZES).eval()
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path).eval()
+    ids = torch.cat([torch.full((1, P), 34), torch.arange(100, 110)[None]], 1)
+    pixels = normalize(preprocess(picture("blue"))[None])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, pixel_values=pixels).logits, model(ids, pixel_values=pixels).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.dtype == torch.float32
+    half = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == half.vision_encoder.dtype == torch.bfloat16
+    answers = loaded.generate(ids, pixel_values=pixels, num_return_sequences=2, num_beams=2, max_new_tokens=4, do_sample=False)
+    assert answers.shape == (2, ids.shape[1] + 4)
+
+
+def test_tower_and_decoder_may_differ_in_number_format(folder):
+    """As converted: the decoder in fp16, the tower as it was trained."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.dtype, model.vision_encoder.dtype) == (torch.float16, torch.float32)
+    ids = torch.cat([torch.full((1, P), 34), torch.arange(100, 110)[None]], 1)
+    with torch.no_grad():
+        assert torch.isfinite(model(ids, pixel_values=normalize(preprocess(picture("blue"))[None])).logits).all()
+
+
+def publish(folder, model: MiniMindVLM, weights: str, **changes) -> None:
+    """A folder as the original project publishes it: keys of its own, code beside the weights, no encoder."""
+    config = model.config
+    keys = {
+        "architectures": ["MiniMindVLM"], "aux_loss_alpha": 0.1, "bos_token_id": 1, "dropout": 0.0, "eos_token_id": 2,
+        "auto_map": {"AutoConfig": "model_vlm.VLMConfig", "AutoModelForCausalLM": "model_vlm.MiniMindVLM"},
+        "flash_attn": True, "hidden_act": "silu", "hidden_size": config.hidden_size, "image_ids": [34] * P,
+        "image_special_token": "@" * P, "inference_rope_scaling": False, "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": 32768, "model_type": "minimind-v", "n_routed_experts": 4, "n_shared_experts": 1,
+        "norm_topk_prob": True, "num_attention_heads": 8, "num_experts_per_tok": 2, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "pad_token_id": None, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000.0,
+        "scoring_func": "softmax", "seq_aux": True, "torch_dtype": "float16", "transformers_version": "4.57.1",
+        "use_cache": True, "use_moe": config.use_moe, "vocab_size": 6400,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(keys | changes))
+    (folder / "model_vlm.py").write_text(f"open({str(folder / 'executed')!r}, 'w').close()\n")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((REPOSITORY / "model" / name).read_bytes())
+    state = {name: value.half() for name, value in model.state_dict().items()}
+    state["vision_encoder.embeddings.class_embedding"] = torch.zeros(768)  # full checkpoints had such keys
+    if weights == "pytorch_model.bin":
+        torch.save(state, folder / weights)
+    else:
+        save_file({name: value.clone() for name, value in state.items()}, folder / weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("weights", "use_moe"), [("pytorch_model.bin", False), ("model.safetensors", True)])
+def test_folders_of_the_original_project_load_and_run_no_code(tmp_path, tokenizer, weights, use_moe, capsys):
+    tower = make_tower(width=768)
+    tower.save_pretrained(tmp_path / "clip")
+    model = make_model(tower=tower, use_moe=use_moe, rope_theta=50000.0, hidden_size=32, num_attention_heads=8, vision_hidden_size=768)
+    model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
+    publish(tmp_path / "original", model, weights)
+    (tmp_path / "pictures").mkdir()
+    picture("green").save(tmp_path / "pictures" / "a.png")
+    flags = ["--load_from", str(tmp_path / "original"), "--vision_model_path", str(tmp_path / "clip"), "--device", "cpu"]
+    assert eval_vlm.main([*flags, "--image_dir", str(tmp_path / "pictures"), "--mode", "folder", "--max_new_tokens", "3"]) == 0
+    assert "[a.png]" in capsys.readouterr().out
+
+    turns, pixels = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), [preprocess(picture("red"))]
+    expected = Assistant(model, tokenizer).generate([turns], pixels, ANSWER)
+    loaded = convert.read_folder(tmp_path / "original", "", tmp_path / "clip")
+    assert Assistant(loaded.model, loaded.tokenizer).generate([turns], pixels, ANSWER) == expected
+    assert loaded.model.config.rope_parameters["rope_theta"] == 50000.0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    AutoProcessor.from_pretrained(tmp_path / "original")
+
+    native = tmp_path / f"mine_32{'_moe' * use_moe}.pth"
+    assert convert.main([str(tmp_path / "original"), str(native)]) == 0
+    again = load_assistant("model", native, "cpu", str(tmp_path / "clip"), str(REPOSITORY / "model"))
+    assert again.generate([turns], pixels, ANSWER) == expected, "rope_theta came along in the sidecar"
+    config = read_sidecar(native)["config"]
+    assert not {"image_ids", "image_special_token", "flash_attn", "dropout", "auto_map", "architectures"} & set(config)
+    assert not (tmp_path / "original" / "executed").exists()
+
+
+class Attack:
+    """What a pickle of it would do: create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, tower_folder, capsys):
+    publish(tmp_path / "hf", make_model(**SIZES), "pytorch_model.bin")
+    torch.save({"model.embed_tokens.weight": Attack(tmp_path / "executed")}, tmp_path / "hf" / "pytorch_model.bin")
+    assert eval_vlm.main(["--load_from", str(tmp_path / "hf"), "--vision_model_path", str(tower_folder), "--mode", "folder"]) == 2
+    error = capsys.readouterr().err
+    assert "is refused" in error and "open" in error and error.count("\n") == 1
+    with pytest.raises(Exception, match="weights_only"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "hf" / "executed").exists()
+
+
+def spoil_config(**changes):
+    def spoil(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def spoil_weights(change):
+    def spoil(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+NORM = "model.norm.weight"
+SPOILERS = {
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "no configuration of this model": lambda folder: (folder / "config.json").write_text("{"),
+    "type 'llama'": spoil_config(model_type="llama"),
+    "not a multiple of 7 heads": spoil_config(num_attention_heads=7),
+    "different tokens": spoil_config(image_ids=[34, 35]),
+    "no file named": lambda folder: (folder / "model.safetensors").unlink(),
+    "cannot load": lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
+    "1 missing (first: model.norm.weight)": spoil_weights(lambda state: state.pop(NORM)),
+    "1 unexpected (first: extra)": spoil_weights(lambda state: state.update(extra=torch.ones(2))),
+    "model.norm.weight (5,), the model has (32,)": spoil_weights(lambda state: state.update({NORM: torch.ones(5)})),
+    "model.embed_tokens.weight (6400, 32), the model has (6300, 32)": spoil_config(vocab_size=6300),
+    "another tokenizer": spoil_config(image_token_id=35),
+    "fingerprint": lambda folder: (folder / "sidecar.json").write_text('{"fingerprints": {"tokenizer": "abc"}}'),
+    "sidecar.json is broken": lambda folder: (folder / "sidecar.json").write_text("{"),
+    "vision_model": lambda folder: (folder / "vision_model" / "model.safetensors").write_bytes(b"torn"),
+}
+
+
+@pytest.mark.parametrize("message", SPOILERS)
+def test_a_spoilt_folder_ends_with_one_line_and_code_2(tmp_path, folder, message, capsys):
+    shutil.copytree(folder, tmp_path / "hf")
+    SPOILERS[message](tmp_path / "hf")
+    assert convert.main([str(tmp_path / "hf"), str(tmp_path / "sft_vlm_32.pth")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_nothing_is_overwritten_and_names_must_be_found_again(tmp_path, native, folder, tower_folder, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for source, target, message in [
+        (native, tmp_path / "full", "exists already"), (folder, native, "exists already"),
+        (folder, tmp_path / "sft_vlm_64.pth", "NAME_32.pth"), (folder, tmp_path / "other", "one of them is a weight file"),
+        (tmp_path / "none_32.pth", tmp_path / "hf", "no weights at"),
+    ]:  # fmt: skip
+        assert convert.main([str(source), str(target), "--vision_model_path", str(tower_folder)]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+def test_weights_beyond_fp16_are_refused_and_rounding_is_said(tmp_path, tokenizer, capsys):
+    model = make_model(**SIZES)
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert convert.main([str(tmp_path / "hf"), str(tmp_path / "a_32.pth")]) == 0
+    assert "were rounded to fp16" in capsys.readouterr().out
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e6
+    model.save_pretrained(tmp_path / "hf")
+    assert convert.main([str(tmp_path / "hf"), str(tmp_path / "b_32.pth")]) == 2
+    assert "beyond fp16's range" in capsys.readouterr().err and not (tmp_path / "b_32.pth").exists()
+
+
+def test_the_command(native, tmp_path, tower_folder):
+    def run(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "model.convert", *map(str, arguments)], cwd=REPOSITORY, text=True,
+                              capture_output=True, check=False)  # fmt: skip
+
+    done = run(native, tmp_path / "hf", "--vision_model_path", tower_folder)
+    assert done.returncode == 0 and (tmp_path / "hf" / "config.json").is_file() and done.stderr == "", done.stderr
+    done = run(tmp_path / "none", tmp_path / "a_32.pth")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ A sample names its pictures, or holds them (bytes of a picture file, as parquet 
 import hashlib
 import io
 import os
+import stat
 import struct
 import warnings
 import zipfile
@@ -65,23 +66,27 @@ class FolderImages(ImageSource):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).resolve()
+        self._inside = os.path.join(self.folder, "")
 
     def open(self, name: str, where: str) -> Path:
         """The path of the picture; raises SampleError."""
-        try:
-            path = (self.folder / name).resolve()
-            inside, found = path.is_relative_to(self.folder), path.is_file()
+        try:  # os.path is several times faster here than Path
+            path = os.path.realpath(os.path.join(self.folder, name))
+            inside = os.path.join(path, "").startswith(self._inside)
+            found = inside and stat.S_ISREG(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            found = False
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half a character, a circle of links
             raise SampleError(f"picture {name!r} is no file name: {error}", where) from error
         if not inside:
             raise SampleError(f"picture {name!r} leads out of {self.folder}", where)
         if not found:
             raise SampleError(f"picture {name!r} is not in {self.folder}", where)
-        return path
+        return Path(path)
 
     def state(self, name: str, where: str) -> bytes:
-        stat = self.open(name, where).stat()
-        return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogatepass")
+        status = self.open(name, where).stat()
+        return f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogatepass")
 
 
 class ZipImages(ImageSource):
@@ -206,6 +211,8 @@ class NoImages(ImageSource):
 def load_picture(file: Path | BinaryIO, name: str, where: str = "") -> Image.Image:
     """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason."""
     try:
+        if isinstance(file, Path):  # read at once: a decoder asks for a few bytes at a time
+            file = io.BytesIO(file.read_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
             picture = Image.open(file)

@@ -33,6 +33,9 @@ class Turn:
     content: str
 
 
+DEFAULT_TURN = Turn("system", DEFAULT_SYSTEM)
+
+
 class Conversation(Protocol):
     """What is rendered: turns, and "file:line" for errors."""
 
@@ -112,7 +115,10 @@ class Renderer:
         # and tokenizing one is several times faster.
         alone = [token for token in self._backend.get_vocab() if self.image_token in token] == [self.image_token]
         self._run = 1 if alone else self.image_tokens
-        self._newline = self._backend.encode("\n", add_special_tokens=False).ids
+        self._newline, self._header, self._system = (
+            self._backend.encode(text, add_special_tokens=False).ids
+            for text in ("\n", "assistant\n", f"system\n{DEFAULT_SYSTEM}")
+        )
 
     def render(self, sample: Conversation, max_length: int | None = None) -> Rendered:
         """The whole conversation, cut to `max_length` tokens at the end.
@@ -143,8 +149,7 @@ class Renderer:
         if continue_last:
             ids = rendered.ids[: -1 - len(self._newline)]
         else:
-            opening = [self.im_start, *self._backend.encode("assistant\n", add_special_tokens=False).ids]
-            ids = np.concatenate([rendered.ids, opening])
+            ids = np.concatenate([rendered.ids, [self.im_start, *self._header]])
         return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
 
     def render_text(self, text: str) -> Rendered:
@@ -167,7 +172,7 @@ class Renderer:
     def render_turns(self, turns: tuple[Turn, ...], where: str = "") -> Rendered:
         """The whole conversation, whatever its length and its last turn."""
         if turns[0].role != "system":
-            turns = (Turn("system", DEFAULT_SYSTEM), *turns)
+            turns = (DEFAULT_TURN, *turns)
         ids: list[int] = []
         labels: list[int] = []
         starts: list[int] = []
@@ -175,9 +180,9 @@ class Renderer:
             header_and_content, answer_from = f"{turn.role}\n{turn.content}", None
             if turn.role == "assistant":
                 # Header and answer are tokenized apart, as at inference, where the header ends the prompt.
-                header = self._encode("assistant\n")[0]
-                content = self._encode(turn.content)[0]
-                turn_ids, answer_from = header + content, len(header)
+                turn_ids, answer_from = self._header + self._encode(turn.content)[0], len(self._header)
+            elif turn == DEFAULT_TURN:
+                turn_ids = self._system
             else:
                 turn_ids, turn_starts = self._encode(header_and_content, turn.role == "user", where)
                 starts += [len(ids) + 1 + start for start in turn_starts]

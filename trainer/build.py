@@ -181,24 +181,30 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
 
 
 class MicroBatches:
-    """The sample numbers of a rank's micro-batches of one epoch after `skip` samples: what a DataLoader iterates."""
+    """The sample numbers of a rank's micro-batches in what is left of one epoch: what a DataLoader iterates."""
 
-    def __init__(self, sampler: ResumableSampler, epoch: int, skip: int):
-        self.sampler, self.epoch, self.skip = sampler, epoch, skip
+    def __init__(self, sampler: ResumableSampler):
+        self.sampler, self.epoch, self.skip = sampler, 0, 0
+
+    def start(self, epoch: int, skip: int) -> None:
+        """The next iteration goes over `epoch` after `skip` samples."""
+        self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[list[int]]:
         for update in self.sampler.updates(self.epoch, self.skip):
             yield from update
 
 
-def build_loader(run: Run, epoch: int, skip: int, workers: int) -> DataLoader:
-    """A loader of this rank's micro-batches after `skip` samples of the epoch."""
+def build_loader(run: Run, workers: int) -> DataLoader:
+    """A loader of this rank's micro-batches, of the epoch that its `batch_sampler` was told to start."""
     model_config = run.model.config
     return DataLoader(
         run.dataset,
-        batch_sampler=MicroBatches(run.sampler, epoch, skip),
+        batch_sampler=MicroBatches(run.sampler),
         collate_fn=partial(collate, pad_id=model_config.pad_token_id, image_tokens=model_config.image_tokens),
         num_workers=workers,
+        # Started anew in every epoch, they would be forks of a trainer grown by gigabytes, each page of which is then copied.
+        persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         pin_memory=run.ranks.device.type == "cuda",
         generator=torch.Generator().manual_seed(run.config.seed),  # leaves the training's own random state alone

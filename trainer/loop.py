@@ -76,19 +76,20 @@ class Trainer:
 
     def updates(self, stop: StopRequest) -> Iterator[float]:
         """Trains update by update, yielding the learning rate of each, until the end or a signal."""
+        loader = build_loader(self.run, self.workers)  # its processes live through all epochs, and end with this generator
         while self.state.epoch < self.config.epochs:
             epoch, skip = self.state.epoch, self.state.samples
-            loader = build_loader(self.run, epoch, skip, self.workers)
-            with contextlib.closing(batch for batch in loader) as batches:  # ends the loader's processes, too
-                for dealt in self.run.sampler.updates(epoch, skip):
-                    micro_batches = list(islice(batches, len(dealt)))
-                    supervised, tokens, self.stopped_by = self.agree(micro_batches, stop.signum)
-                    if self.stopped_by:
-                        return
-                    learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
-                    self.update(micro_batches, learning_rate, supervised, tokens)
-                    self.advance()
-                    yield learning_rate
+            loader.batch_sampler.start(epoch, skip)
+            batches = iter(loader)
+            for dealt in self.run.sampler.updates(epoch, skip):
+                micro_batches = list(islice(batches, len(dealt)))
+                supervised, tokens, self.stopped_by = self.agree(micro_batches, stop.signum)
+                if self.stopped_by:
+                    return
+                learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
+                self.update(micro_batches, learning_rate, supervised, tokens)
+                self.advance()
+                yield learning_rate
             if self.run.cache:
                 self.run.cache.flush()  # the next epoch's readers find everything
 

@@ -32,7 +32,7 @@ from .contestants import ENCODES_ITSELF, loaders, serve
 from .distributed import default_device, keep_freed_memory
 
 STAGES = {"pretrain": {"count": 96, "rounds": 3}, "sft": {"count": 48, "rounds": 3}}
-# Measures that can be switched off (or, for the last two, options switched on) alone: stage, epoch, what it is.
+# Measures that can be switched off (or, for the last, an option switched on) alone: stage, epoch, what it is.
 ABLATIONS = {
     "own_length": ("sft", "cached", "batches padded to max_seq_len"),
     "like_lengths": ("sft", "cached", "batches of any lengths"),
@@ -43,7 +43,7 @@ ABLATIONS = {
     "fused_optimizer": ("sft", "cached", "AdamW tensor by tensor"),
     "kept_memory": ("sft", "cached", "malloc's own settings"),
     "encoder_bf16": ("pretrain", "first", "the encoder in fp32"),
-    "compile": ("sft", "cached", "with --use_compile 1"),
+    "compile": ("sft", "cached", "without --use_compile 1"),
     "checkpointing": ("sft", "cached", "with --gradient_checkpointing 1"),
 }
 

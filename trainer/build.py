@@ -1,6 +1,7 @@
 """From settings to the objects of a run: tokenizer, model, data, optimizer, number format."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -103,6 +104,12 @@ def choose_dtype(name: str | None, ranks: Ranks) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises UsageError where torch.compile would need a C++ compiler and finds none."""
+    if device.type == "cpu" and not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
+        raise UsageError("--use_compile 1 needs a C++ compiler on a CPU, and there is no g++: install it, or leave the flag out")
+
+
 def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, tower: str) -> FeatureCache:
     """The feature cache of the run's data, made or taken up; says how large it will grow. Raises UsageError."""
     encoder = model.vision_encoder
@@ -161,7 +168,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
     model.vision_encoder.to(dtype)  # frozen: what autocast would cast at every use is cast once
+    if ranks.device.type == "cpu":  # as in the decoder: products rather than the CPU's own kernel
+        model.vision_encoder.set_attn_implementation("eager")
     if config.use_compile:
+        check_compiler(ranks.device)
         for block in model.model.layers:
             block.compile(dynamic=True)  # in place: the names of the weights stay
     cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None

@@ -116,10 +116,10 @@ def real_turns(spec: dict) -> Iterator[dict]:
     flags = FLAGS[spec["stage"]] | {
         "data_path": spec.get("data_path", str(data / f"{spec['stage']}.jsonl")), "images_path": str(data / "pictures"),
         "vision_model_path": str(folder / "tower"), "from_weight": "none", "epochs": 10**6, "log_interval": 10**9,
-        "save_interval": 10**9, "num_workers": 1, "cache_features": 1, "device": spec["device"],
+        "save_interval": 10**9, "num_workers": 1, "cache_features": 1, "use_compile": 1, "device": spec["device"],
         "save_dir": str(data / "out"), "checkpoint_dir": str(data / ("bf16_off" if off in ENCODES_ITSELF else "checkpoints")),
     } | spec.get("flags", {})  # fmt: skip
-    flags |= {"bf16": {"dtype": "float32"}, "compile": {"use_compile": 1},
+    flags |= {"bf16": {"dtype": "float32"}, "compile": {"use_compile": 0},
               "checkpointing": {"gradient_checkpointing": 1}}.get(off, {})  # fmt: skip
     if off == "kept_memory":
         distributed.keep_freed_memory = lambda: None

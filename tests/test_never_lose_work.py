@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from model import storage
+from model import weights as model_weights
 from model.storage import OutputLock, StorageError, finish_commit, write_set
 from model.weights import read_sidecar, read_tensors, save_weights
 from tests.conftest import (
@@ -142,7 +143,7 @@ def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch
     path, model = tmp_path / "w_32.pth", make_model()
     save_weights(path, model, {"progress": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "finish_commit", lambda _: None)
+        patch.setattr(model_weights, "finish_commit", lambda _: None)
         patch.setattr(storage, "finish_commit", lambda _: None)
         save_weights(path, model, {"progress": 2})
     assert json.loads(path.with_suffix(".json").read_text())["progress"] == 1

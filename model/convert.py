@@ -11,6 +11,7 @@ Writes  the folder: model.safetensors, config.json, tokenizer, processor, genera
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -31,8 +32,10 @@ from .weights import (
     check_fingerprints,
     fingerprints,
     half_weights,
+    is_state_dict,
     load_weights,
     lock_of,
+    parse_sidecar,
     read_sidecar,
     read_tensors,
     save_weights,
@@ -62,9 +65,11 @@ def read_tower(folder: str | Path) -> CLIPVisionModel | None:
         raise UsageError(str(error)) from error
 
 
-def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> None:
-    """Raises UsageError when `tokenizer` or the model's tower is not the one that the weights at `path` were made with."""
-    check_fingerprints(path, fingerprints(model, tokenizer), record.get("fingerprints", {}))
+def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> dict[str, str]:
+    """The fingerprints of `tokenizer` and the model's tower; raises UsageError when one of them is not that which the
+    weights at `path` were made with."""
+    used = fingerprints(model, tokenizer)
+    check_fingerprints(path, used, record.get("fingerprints", {}))
     ours, theirs = ((model.config.vocab_size, model.config.image_token_id),
                     (len(tokenizer), tokenizer.convert_tokens_to_ids("@")))  # fmt: skip
     if ours != theirs:
@@ -72,6 +77,7 @@ def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenize
             f"{path} was trained with another tokenizer, one with {ours[0]} tokens and '@' as number {ours[1]}; this one has"
             f" {theirs[0]} and '@' as number {theirs[1]}. Give the one it was trained with by --tokenizer_path."
         )
+    return used
 
 
 def attach(path: Path, model: MiniMindVLM, tower: CLIPVisionModel | None) -> None:
@@ -88,12 +94,13 @@ def native_config(path: Path, sidecar: dict | None) -> VLMConfig:
         source, settings = path.with_suffix(".json"), sidecar["config"]
     else:
         state = read_tensors(path, "weight file") if path.is_file() else {}
+        state = state if is_state_dict(state) else {}  # load_weights says what is wrong
         source, sizes = path, sizes_of(state)
         names = {"vocabulary": "vocab_size", "--hidden_size": "hidden_size", "encoder width": "vision_hidden_size",
                  "--num_hidden_layers": "num_hidden_layers"}  # fmt: skip
         settings = {names[size]: value for size, value in sizes.items() if size in names}
         if sizes.get("--use_moe"):
-            experts = {name.split(".")[5] for name in state if ".mlp.experts." in name}
+            experts = {match[1] for name in state if (match := re.match(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.", name))}
             settings |= {"use_moe": True, "n_routed_experts": len(experts)}
     try:
         return VLMConfig(**settings)
@@ -123,8 +130,8 @@ def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str
     The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
     """
     config = read_config(folder)
-    brings_tokenizer, record = (folder / "tokenizer.json").is_file(), read_record(folder / SIDECAR)
-    tokenizer = load_tokenizer(folder if brings_tokenizer else tokenizer_path)
+    record, brings = read_record(folder / SIDECAR), {"tokenizer": (folder / "tokenizer.json").is_file()}
+    tokenizer = load_tokenizer(folder if brings["tokenizer"] else tokenizer_path)
     refuse_code(folder)
     try:
         model = MiniMindVLM.from_pretrained(folder, config=config, dtype=torch.float32)
@@ -132,13 +139,11 @@ def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str
         raise UsageError(str(error)) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UsageError(f"cannot load {folder}: {first_line(error)}") from error
-    brought = fingerprints(model, tokenizer)
-    if not brings_tokenizer:
-        del brought["tokenizer"]
-    if model.vision_encoder is None:
+    brings["vision_encoder"] = model.vision_encoder is not None
+    if not brings["vision_encoder"]:
         attach(folder, model, read_tower(vision_model_path))
-    check_made_for(folder, model, tokenizer, record)
-    return Loaded(model, tokenizer, {"fingerprints": brought, **record})
+    used = check_made_for(folder, model, tokenizer, record)
+    return Loaded(model, tokenizer, {"fingerprints": {kind: value for kind, value in used.items() if brings[kind]}, **record})
 
 
 def read_config(folder: Path) -> VLMConfig:
@@ -164,7 +169,7 @@ def refuse_code(folder: Path) -> None:
 def read_record(path: Path) -> dict:
     """A folder's sidecar.json; nothing when there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return parse_sidecar(path) if path.is_file() else {}
     except ValueError as error:
         raise UsageError(f"{path} is broken ({error}); remove it to do without") from error
 
@@ -190,7 +195,8 @@ def write_folder(folder: Path, loaded: Loaded) -> None:
         MiniMindVProcessor(tokenizer=loaded.tokenizer, image_tokens=config.image_tokens).save_pretrained(temporary)
         record = json.dumps(loaded.record, indent=2, ensure_ascii=False) + "\n"
         (temporary / SIDECAR).write_text(record, encoding="utf-8")
-        temporary.chmod(0o755)
+        for path in (temporary, *temporary.rglob("*")):  # a folder to hand on: others may read it
+            path.chmod(0o755 if path.is_dir() else 0o644)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # there only when something failed

@@ -117,9 +117,24 @@ def read_sidecar(path: Path) -> dict | None:
     if not sidecar.is_file():
         return None
     try:
-        return json.loads(sidecar.read_text(encoding="utf-8"))
+        return parse_sidecar(sidecar)
     except ValueError as error:
         raise UsageError(f"{sidecar} is broken ({error}); remove it to load the weights without it") from error
+
+
+def parse_sidecar(path: Path) -> dict:
+    """Raises ValueError when there is no json object in the file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"a json object is expected, not {type(content).__name__}")
+    return content
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether `content` holds names and tensors."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    )
 
 
 def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None = None) -> list[str]:
@@ -138,7 +153,7 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
         )
     check_fingerprints(path, expected or {}, (read_sidecar(path) or {}).get("fingerprints", {}))
     state = read_tensors(path, "weight file")
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not is_state_dict(state):
         raise UsageError(f"{path} is no state dict: it should hold names and tensors")
     # Published full checkpoints carry the encoder; it is loaded from its own folder.
     state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}

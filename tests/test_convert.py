@@ -110,6 +110,18 @@ def test_without_a_tower_the_folder_needs_one_given(tmp_path, native, tower_fold
         convert.read_folder(tmp_path / "hf", "", other)
 
 
+def test_a_repository_in_the_hubs_cache_brings_its_tower(tmp_path, folder):
+    repository, commit = tmp_path / "models--me--mine", "a" * 40
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    where = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert AutoModelForCausalLM.from_pretrained("me/mine", **where).vision_encoder is not None
+    assert AutoProcessor.from_pretrained("me/mine", **where).image_tokens == P
+    shutil.rmtree(repository / "snapshots" / commit / "vision_model")
+    assert AutoModelForCausalLM.from_pretrained("me/mine", **where).vision_encoder is None
+
+
 def test_native_weights_and_their_folder_answer_alike(native, folder, tower_folder):
     turns, pixels = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), [preprocess(picture("red"))]
     answers = [load_assistant(source, native, "cpu", str(tower), str(REPOSITORY / "model")).generate([turns], pixels, ANSWER)
@@ -266,6 +278,27 @@ def test_a_spoilt_folder_ends_with_one_line_and_code_2(tmp_path, folder, message
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(lambda path: torch.save([1], path), "no state dict"), (lambda path: path.write_bytes(b"torn"), "no readable weight file"),
+     (lambda path: torch.save({"model.norm.weight": torch.ones(3)}, path), "missing (first: model.embed_tokens.weight)"),
+     (lambda path: torch.save({**torch.load(path), "extra": torch.ones(1)}, path), "1 unexpected (first: extra)"),
+     (lambda path: path.with_suffix(".json").write_text("[]"), "is broken"),
+     (lambda path: path.with_suffix(".json").write_text('{"config": {"num_attention_heads": 7}}'), "multiple of 7 heads"),
+     (lambda path: path.unlink(), "no weights at")],
+)  # fmt: skip
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_spoilt_native_weights_end_with_code_2_and_leave_nothing(tmp_path, native, tower_folder, spoil, message, sidecar, capsys):
+    path = tmp_path / native.name
+    shutil.copy(native, path)
+    if sidecar:
+        shutil.copy(native.with_suffix(".json"), path.with_suffix(".json"))
+    spoil(path)
+    assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(tower_folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
 
 
 def test_nothing_is_overwritten_and_names_must_be_found_again(tmp_path, native, folder, tower_folder, capsys):

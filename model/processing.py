@@ -15,11 +15,10 @@ from transformers.image_utils import load_image
 
 from .errors import UsageError
 from .model_minimind import IGNORE_INDEX
-from .rendering import DEFAULT_SYSTEM, IMAGE_MARK, Rendered, Renderer, Turn, parse_turns
+from .rendering import DEFAULT_SYSTEM, IMAGE_MARK, TYPED_MARK, Rendered, Renderer, Turn, parse_turns
 from .vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
 
 SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's picture, as transformers and OpenAI have them
-MARK_AS_TEXT = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -94,7 +93,7 @@ def flatten_message(message: Any) -> tuple[Any, list]:
         kind = part.get("type")
         if kind not in ("text", "image", "image_url"):
             raise ValueError(f"a message part of type {kind!r}; known are 'text' and 'image'")
-        addition = part["text"].replace(IMAGE_MARK, MARK_AS_TEXT) if kind == "text" else IMAGE_MARK
+        addition = part["text"].replace(IMAGE_MARK, TYPED_MARK) if kind == "text" else IMAGE_MARK
         if kind != "text":
             source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
             images.append(source["url"] if isinstance(source, dict) else source)

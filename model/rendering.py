@@ -21,6 +21,7 @@ from .errors import SampleError
 from .model_minimind import IGNORE_INDEX
 
 IMAGE_MARK = "<image>"
+TYPED_MARK = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
 DEFAULT_SYSTEM = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
 

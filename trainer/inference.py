@@ -19,6 +19,7 @@ from model import MiniMindVLM
 from model.convert import read_folder, read_native
 from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.packed import PackedDecoder, growing_cache, pack_tower
+from model.rendering import TYPED_MARK
 from model.vision import encode_images, normalize, preprocess
 
 from .build import bf16_is_fast
@@ -102,9 +103,6 @@ def load_assistant(
     else:
         loaded = read_folder(Path(load_from), tokenizer_path, vision_model_path)
     return Assistant(loaded.model.to(device, dtype), loaded.tokenizer)
-
-
-TYPED_MARK = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
 
 
 @dataclass

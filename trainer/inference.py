@@ -45,7 +45,9 @@ class Assistant:
 
     @torch.inference_mode()
     def encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        """Patch vectors [N, P, W] of pictures uint8 [3, 224, 224]."""
+        """Patch vectors [N, P, W] of pictures uint8 [3, 224, 224]; raises UsageError when there is no tower."""
+        if self.tower is None:
+            raise UsageError("the model was loaded without a vision tower and cannot see; give one by --vision_model_path")
         return encode_images(self.tower, normalize(torch.stack(pixels).to(self.model.device)))
 
     def generate(self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling) -> list[str]:

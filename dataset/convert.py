@@ -4,8 +4,8 @@
     python -m dataset.convert "shards/*.parquet" --out back                                               # to jsonl
 
 Nothing is lost either way: conversations, further fields and the bytes of the pictures come back as they were, under their
-names; --resize alone changes pictures. A column of foreign parquet that jsonl has no place for ends the work. A sample that training could not use ends the work with its place, or is left out
-and counted with --skip_bad. Parquet has the published columns, `conversations` (json text) and `image_bytes` (list of
+names; --resize alone changes pictures. A column of foreign parquet that jsonl has no place for ends the work. A sample that
+training could not use ends the work with its place, or is left out and counted with --skip_bad. Parquet has the published columns, `conversations` (json text) and `image_bytes` (list of
 bytes), and two of ours, `image` (names) and `more` (further fields, json text).
 """
 
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,9 @@ from tqdm import tqdm
 from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError
 from .jsonl import JsonlSamples, parse_json
-from .parquet import ParquetSamples, picture_bytes, shows_pictures
+from .parquet import STREAMED, check_columns, picture_bytes, shows_pictures
 from .pictures import ImageSource, load_picture, open_images
-from .sources import open_samples
+from .sources import find_files, open_file, split_entries
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "image": arrow.list_(arrow.string()), "more": arrow.string()})  # fmt: skip
@@ -50,33 +51,46 @@ def rows_of_jsonl(source: JsonlSamples, images: ImageSource, skip_bad: list[str]
             note(error, skip_bad)
 
 
-def rows_of_parquet(source: ParquetSamples, skip_bad: list[str] | None) -> Iterator[Row]:
+def rows_of_parquet(path: Path, skip_bad: list[str] | None) -> Iterator[Row]:
     """All samples of a parquet file; a picture without a name is called by its content."""
-    with parquet.ParquetFile(source.path) as file:
+    with parquet.ParquetFile(path, **STREAMED) as file:
+        check_columns(path, file.schema_arrow)
         cells = (batch.slice(number, 1) for batch in file.iter_batches(batch_size=256) for number in range(len(batch)))
-        for index, record in enumerate(cells):
-            where = source.where(index)
+        for number, record in enumerate(cells, start=1):
+            where = f"{path}:{number}"
             try:
-                cell = decoded(record, where)
-                conversations = cell.pop("conversations")
-                row = {"conversations": parse_json(conversations, where) if isinstance(conversations, str) else conversations}
-                blobs = picture_bytes(cell.pop("image_bytes", None), where)
-                blobs = list(blobs) if shows_pictures(row["conversations"]) else []  # else a placeholder
-                parse_sample(row, where, tuple(blobs))
-                for blob in blobs:
-                    load_picture(io.BytesIO(blob), "of the row", where)
-                names = parse_images(cell.pop("image", None) or None, where) or tuple(name_for(blob) for blob in blobs)
-                if len(names) != len(blobs):
-                    raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
-                more = parse_json(cell.pop("more", None) or "{}", where)
-                if cell or not isinstance(more, dict):
-                    raise SampleError(f"columns that jsonl has no place for: {', '.join(cell) or 'more'}", where)
+                yield row_of_cells(decoded(record, where), where)
             except SampleError as error:
                 note(error, skip_bad)
-                continue
-            if names:
-                row["image"] = list(names) if len(names) > 1 or "," in names[0] else names[0]
-            yield row | more, blobs
+
+
+def row_of_cells(cell: dict[str, Any], where: str) -> Row:
+    """One row of parquet, checked; raises SampleError."""
+    conversations, pictures = cell.pop("conversations"), cell.pop("image_bytes", None)
+    row = {"conversations": parse_json(conversations, where) if isinstance(conversations, str) else conversations}
+    blobs = list(picture_bytes(pictures, where)) if shows_pictures(row["conversations"]) else []  # else a placeholder
+    parse_sample(row, where, tuple(blobs))
+    for blob in blobs:
+        load_picture(io.BytesIO(blob), "of the row", where)
+    names = parse_images(cell.pop("image", None) or None, where) or names_inside(pictures, blobs)
+    if len(names) != len(blobs):
+        raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
+    more = parse_json(cell.pop("more", None) or "{}", where)
+    if cell or not isinstance(more, dict):
+        raise SampleError(f"columns that jsonl has no place for: {', '.join(cell) or 'more'}", where)
+    return row | ({"image": spelled(names)} if names else {}) | more, blobs
+
+
+def spelled(names: tuple[str, ...]) -> str | list[str]:
+    """The field `image`, as names that come back are written."""
+    return list(names) if len(names) > 1 or "," in names[0] else names[0]
+
+
+def names_inside(pictures: Any, blobs: list[bytes]) -> tuple[str, ...]:
+    """Names of pictures from the field `path` that the datasets library writes beside `bytes`, or else from their content."""
+    cells = [cell for cell in (pictures if isinstance(pictures, list) else [pictures]) if isinstance(cell, dict) and cell.get("bytes")]
+    paths = [cell.get("path") for cell in cells] or [None] * len(blobs)
+    return tuple(path or name_for(blob) for path, blob in zip(paths, blobs, strict=False))
 
 
 def decoded(record: arrow.RecordBatch, where: str) -> dict[str, Any]:
@@ -113,43 +127,57 @@ def resized(blob: bytes, size: int) -> bytes:
 
 
 class ParquetShards:
-    """Writes rows to out/00000.parquet and on; a file appears when it is whole."""
+    """Writes rows to out/00000.parquet and on, a row group at a time; a file appears when it is whole."""
+
+    # Picture files do not shrink any further.
+    COMPRESSION = {"conversations": "zstd", "image": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
 
     def __init__(self, out: Path, shard_rows: int, group_rows: int):
-        self.out, self.shard_rows, self.group_rows, self.shard = out, shard_rows, group_rows, 0
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0  # of their pictures
+        self.out, self.shard_rows, self.group_rows, self.shards = out, shard_rows, group_rows, 0
+        self._writer: parquet.ParquetWriter | None = None
+        self._rows: list[dict[str, Any]] = []  # of the next row group
+        self._bytes = self._shard_count = self._shard_bytes = 0  # of the next row group's pictures; of the file so far
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
         more = {key: value for key, value in row.items() if key not in ("conversations", "image")}
+        names = parse_images(row.get("image"))
+        if "image" in row and not (names and row["image"] == spelled(names)):
+            more["image"] = row["image"]  # "a.jpg, b.jpg", null
         # Escaped: json can spell halves of characters, which UTF-8 cannot.
-        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs,
-                           "image": list(parse_images(row.get("image"))), "more": json.dumps(more)})  # fmt: skip
+        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "image": list(names),
+                           "more": json.dumps(more)})  # fmt: skip
         self._bytes += sum(map(len, blobs))
-        if len(self._rows) == self.shard_rows or self._bytes > SHARD_BYTES:
+        full = self._shard_count + len(self._rows) >= self.shard_rows or self._shard_bytes + self._bytes > SHARD_BYTES
+        if full or len(self._rows) >= self.group_rows or self._bytes > GROUP_BYTES:
+            self._write_group()
+        if full:
             self.close()
 
+    def _write_group(self) -> None:
+        if self._writer is None:
+            self._writer = parquet.ParquetWriter(self.out / f"{self.shards:05}.tmp", SCHEMA, compression=self.COMPRESSION)
+        self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
+        self._shard_count, self._shard_bytes = self._shard_count + len(self._rows), self._shard_bytes + self._bytes
+        self._rows, self._bytes = [], 0
+
     def close(self) -> None:
-        """Writes what is left."""
+        """Ends the file at hand with what is left."""
         if self._rows:
-            table, path = arrow.Table.from_pylist(self._rows, SCHEMA), self.out / f"{self.shard:05}.parquet"
-            most = max(1, GROUP_BYTES * len(self._rows) // max(1, self._bytes))
-            # Picture files do not shrink any further.
-            parquet.write_table(table, path.with_suffix(".tmp"), row_group_size=min(self.group_rows, most),
-                                compression={"conversations": "zstd", "image": "zstd", "more": "zstd",
-                                             "image_bytes.list.element": "none"})  # fmt: skip
-            path.with_suffix(".tmp").replace(path)
-            self.shard, self._rows, self._bytes = self.shard + 1, [], 0
+            self._write_group()
+        if self._writer is not None:
+            self._writer.close()
+            (self.out / f"{self.shards:05}.tmp").replace(self.out / f"{self.shards:05}.parquet")
+            self._writer, self.shards, self._shard_count, self._shard_bytes = None, self.shards + 1, 0, 0
 
 
 class JsonlFolder:
-    """Writes rows to out/data.jsonl and out/images."""
+    """Writes rows to out/data.jsonl, which appears when it is whole, and pictures to out/images."""
 
     def __init__(self, out: Path):
-        self.images = out / "images"
+        self.out, self.images = out, out / "images"
         self.images.mkdir(exist_ok=True)
-        self._file = open(out / "data.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (closed in close)
+        self._file = open(out / "data.tmp", "w", encoding="utf-8")  # noqa: SIM115  (closed in close)
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample; raises DataError for two different pictures of one name, and for a name that leads out of the folder."""
@@ -157,8 +185,10 @@ class JsonlFolder:
             path = (self.images / name).resolve()
             if not path.is_relative_to(self.images.resolve()):
                 raise DataError(f"picture {name!r} leads out of {self.images}")
-            if path.exists() and path.read_bytes() != blob:
-                raise DataError(f"two different pictures are called {name!r}: convert the files into folders of their own")
+            if path.exists():
+                if path.read_bytes() != blob:
+                    raise DataError(f"two different pictures are called {name!r}: convert the files into folders of their own")
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(blob)
         text = json.dumps(row, ensure_ascii=False)
@@ -167,6 +197,19 @@ class JsonlFolder:
     def close(self) -> None:
         """Nothing more comes."""
         self._file.close()
+        (self.out / "data.tmp").replace(self.out / "data.jsonl")
+
+
+def files_of(entries: str) -> list[Path]:
+    """What there is to convert, all of one format; raises DataError."""
+    paths: dict[str, Path] = {}
+    for entry, weight in split_entries(entries):
+        if weight != 1:
+            raise DataError(f"{entry}:{weight:g}: a weight means nothing here; everything is converted once")
+        paths |= {os.path.realpath(path): path for path in find_files(entry)}
+    if len({path.suffix.lower() == ".parquet" for path in paths.values()}) > 1:
+        raise DataError("jsonl and parquet at once: convert one after the other")
+    return list(paths.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,19 +223,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger pictures are made smaller, as JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
     args = parser.parse_args(argv)
-    out, skipped = Path(args.out), [] if args.skip_bad else None
+    out, skipped, count = Path(args.out), [] if args.skip_bad else None, 0
     try:
-        sources, images = open_samples(args.data).sources, open_images(args.images_path)
-        kinds = {type(source) for source in sources}
-        if len(kinds) > 1:
-            raise DataError("jsonl and parquet at once: convert one after the other")
+        paths, images = files_of(args.data), open_images(args.images_path)
+        to_parquet = paths[0].suffix.lower() != ".parquet"
+        sources = [open_file(path) for path in paths] if to_parquet else paths
+        total = sum(len(source) if to_parquet else parquet.read_metadata(source).num_rows for source in sources)
         if out.exists() and any(out.iterdir()):
             raise DataError(f"{out} is not empty")
         out.mkdir(parents=True, exist_ok=True)
-        to_parquet = kinds == {JsonlSamples}
         writer = ParquetShards(out, args.shard_rows, args.group_rows) if to_parquet else JsonlFolder(out)
-        count = 0
-        with tqdm(total=sum(map(len, sources)), unit="sample", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=total, unit="sample", disable=not sys.stderr.isatty()) as bar:
             for source in sources:
                 rows = rows_of_jsonl(source, images, skipped) if to_parquet else rows_of_parquet(source, skipped)
                 for row, blobs in rows:
@@ -200,9 +241,12 @@ def main(argv: list[str] | None = None) -> int:
                     count += 1
                     bar.update()
         writer.close()
-    except (DataError, SampleError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DataError, SampleError, OSError, arrow.ArrowInvalid) as error:
+        print(f"error: {error}" + (f"\n(what is in {out} is not all)" if count else ""), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; what is in {out} is not all", file=sys.stderr)
+        return 130
     print(f"{count:,} samples in {out}" + (f"; {len(skipped):,} bad ones left out, the first: {skipped[0]}" if skipped else ""))
     return 0
 

@@ -4,46 +4,45 @@ import hashlib
 import json
 import os
 from array import array
-from pathlib import Path
+from collections import deque
+from io import FileIO
 from typing import Any
 
 import numpy as np
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
-from .index import open_index
+from .index import DataFile, open_index
 
 MOST_BYTES = 2**30  # of a line
+MOST_OPEN = 256  # files of this process: a data set of thousands must not run out of them
+BOM = b"\xef\xbb\xbf"  # at the start of a file, or where one was appended to another
 BYTES_PER_TOKEN = 4  # of English in a vocabulary of 6,400; only lengths relative to each other matter
 
 
-class JsonlSamples:
+class JsonlSamples(DataFile):
     """A jsonl file, read by byte offset through an index (dataset/index.py): no row of it stays in memory.
 
-    Empty lines are no samples. Reads do not move a file position, so forked processes may share the open file; one that
-    gets the object by pickle opens its own.
+    Empty lines are no samples. Reads do not move a file position, so forked processes may share the open file.
     """
 
     RECORD = np.dtype([("offset", "<i8"), ("size", "<i4"), ("marks", "<i4")])
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._open()
+    _opened: deque[FileIO] = deque()  # of all jsonl files
 
     def _open(self) -> None:
         self._records, extra = open_index(self.path, self.RECORD, self._read_lines)
         self._blanks, self._fingerprint = np.array(extra["blanks"], dtype=np.int64), extra["fingerprint"]
-        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
+        self._file: FileIO | None = None
 
     def _read_lines(self) -> tuple[np.ndarray, dict]:
         """Offset, size and <image> marks of each line; before which samples the empty lines stand; a hash of it all."""
         offsets, sizes, marks, blanks, at = array("q"), array("i"), array("i"), [], 0
         digest, mark = hashlib.blake2b(digest_size=16), IMAGE_MARK.encode()
         with open(self.path, "rb") as file:
-            for line in file:
+            for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
                 digest.update(line)
                 if len(line) > MOST_BYTES:
-                    raise DataError(f"{self.path}:{len(offsets) + len(blanks) + 1} has {len(line):,} bytes, more than {MOST_BYTES:,}")
+                    raise DataError(f"{self.path}:{len(offsets) + len(blanks) + 1} has more than {MOST_BYTES:,} bytes in one line")
                 if line.isspace():
                     blanks.append(len(offsets))
                 else:
@@ -52,7 +51,7 @@ class JsonlSamples:
                     marks.append(line.count(mark))
                 at += len(line)
         if not offsets:
-            raise DataError(f"{self.path} holds no samples: every line is empty")
+            raise DataError(f"{self.path} holds no samples: {'every line' if blanks else 'it'} is empty")
         records = np.empty(len(offsets), self.RECORD)
         records["offset"], records["size"], records["marks"] = offsets, sizes, marks
         return records, {"blanks": blanks, "fingerprint": digest.hexdigest()}
@@ -85,19 +84,32 @@ class JsonlSamples:
     def row(self, index: int) -> Any:
         """The decoded line; raises SampleError."""
         record, where = self._records[index], self.where(index)
-        line = os.pread(self._file.fileno(), int(record["size"]), int(record["offset"]))
+        line = self._read_line(int(record["offset"]), int(record["size"]), index == len(self) - 1, where)
         try:
-            text = line.decode("utf-8-sig" if index == 0 else "utf-8")
+            text = line.removeprefix(BOM).decode()
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
         return parse_json(text, where)
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict) -> None:
-        self.path = state["path"]
-        self._open()
+    def _read_line(self, offset: int, size: int, last: bool, where: str) -> bytes:
+        if self._file is None or self._file.closed:
+            try:
+                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (until others take its place)
+            except OSError as error:
+                raise SampleError(f"the file is gone: {error}", where) from error
+            self._opened.append(self._file)
+            if len(self._opened) > MOST_OPEN:
+                self._opened.popleft().close()
+        before = min(1, offset)  # the end of the line before it
+        try:
+            line = os.pread(self._file.fileno(), before + size, offset - before)
+        except OSError as error:
+            raise SampleError(f"the line cannot be read: {error}", where) from error
+        end = line.find(b"\n", before)
+        ends = end == before + size - 1 or (last and end < 0 and len(line) == before + size)
+        if line[:before] not in (b"", b"\n") or not ends:
+            raise SampleError("the file has changed since the start: the line is no longer where it was", where)
+        return line[before:]
 
 
 def parse_json(text: str, where: str) -> Any:

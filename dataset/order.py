@@ -96,6 +96,7 @@ class EpochOrder:
         self.sizes = [int(own[-1]) for own in starts]
         self.shares = [share(size, weight) for size, weight in zip(self.sizes, weights, strict=True)]
         self.bounds = np.concatenate([[0], np.cumsum(self.shares)])
+        self.begins = np.concatenate([[0], np.cumsum(self.sizes)])  # of the sources, in samples' numbers
         if not any(blocked):
             self.outer = Permutation(int(self.bounds[-1]), (seed, epoch))
         else:
@@ -118,7 +119,7 @@ class EpochOrder:
         source, numbers = np.searchsorted(self.bounds, mixed, side="right") - 1, np.empty_like(mixed)
         for s in np.unique(source):
             own = source == s
-            numbers[own] = sum(self.sizes[:s]) + self._inside(int(s), mixed[own] - self.bounds[s])
+            numbers[own] = self.begins[s] + self._inside(int(s), mixed[own] - self.bounds[s])
         return numbers
 
     def _inside(self, s: int, places: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import mmap
+import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -14,11 +16,13 @@ import pyarrow.parquet as parquet
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
-from .index import open_index
+from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
 
+TEXT, PICTURES = "conversations", "image_bytes"  # columns
 WINDOW_BYTES = 128 * 2**20  # of row groups whose samples are shuffled together
-LARGEST_GROUP = 2 * 2**30  # bytes of a row group, which has to be read as a whole
+LARGEST_GROUP = WINDOW_BYTES  # of a file that is read by row groups
+STREAMED = {"pre_buffer": False, "buffer_size": 2**20}  # for iter_batches, which otherwise holds a whole row group
 
 
 class KeptGroups:
@@ -43,50 +47,66 @@ class KeptGroups:
 KEPT = KeptGroups(2 * WINDOW_BYTES)
 
 
-class ParquetSamples:
+class ParquetSamples(DataFile):
     """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with `role` and
     `content`) and `image_bytes` (a picture file's bytes, or a list of such).
 
     Such rows always hold a picture; where no <image> mark shows it, it is a placeholder of a text-only sample and left out.
 
     A row group is read when one of its samples is wanted, and kept for a while; `blocks` lets the order of samples keep to
-    that. Sizes of texts come from an index, for which the text column is read once. No file stays open.
+    that. Where row groups are too large for it (many writers make one of a whole file), a copy of the two columns is made
+    once, as an Arrow file, and mapped: any row is then as quick to read as the next, and processes share its pages.
+    Sizes of texts come from an index, for which the text column is read once. Raises DataError.
     """
 
     RECORD = np.dtype([("size", "<i4"), ("marks", "<i4")])
-    TEXT, PICTURES = "conversations", "image_bytes"
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._open()
 
     def _open(self) -> None:
         try:
             with parquet.ParquetFile(self.path) as file:
-                self._metadata, names = file.metadata, file.schema_arrow.names
-            self._state = self._file_state()
-        except (arrow.ArrowInvalid, OSError) as error:
+                self._metadata, schema = file.metadata, file.schema_arrow
+        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
             raise DataError(f"{self.path} is no readable parquet file: {error}") from error
-        if self.TEXT not in names:
-            raise DataError(f"{self.path} has columns {', '.join(names)}, none of them {self.TEXT!r}")
-        self._columns = [name for name in (self.TEXT, self.PICTURES) if name in names]
+        self._columns = check_columns(self.path, schema)
         groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
         if not self._metadata.num_rows:
             raise DataError(f"{self.path} holds no samples")
-        self.block_bytes = max(group.total_byte_size for group in groups)
-        if self.block_bytes > LARGEST_GROUP:
-            raise DataError(
-                f"{self.path} has row groups of up to {self.block_bytes / 1e9:.1f} GB, which each loader process would have"
-                f" to hold; write it again with smaller ones: pyarrow.parquet.write_table(..., row_group_size=1000)"
-            )
-        self.blocks = np.concatenate([[0], np.cumsum([group.num_rows for group in groups])])
-        self._records, extra = open_index(self.path, self.RECORD, self._read_text)
+        largest = max(map(self._group_bytes, groups))
+        self._copy = self._open_copy(schema, largest) if largest > LARGEST_GROUP else None
+        self.block_bytes = largest if self._copy is None else 0
+        rows = [group.num_rows for group in groups] if self._copy is None else [self._metadata.num_rows]
+        self.blocks = np.concatenate([[0], np.cumsum(rows)])
+        try:
+            self._records, extra = open_index(self.path, self.RECORD, self._read_text)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
         self._fingerprint = extra["fingerprint"]
+
+    def _group_bytes(self, group: parquet.RowGroupMetaData) -> int:
+        chunks = map(group.column, range(group.num_columns))
+        return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in self._columns)
+
+    def _open_copy(self, schema: arrow.Schema, largest: int) -> arrow.Table:
+        plain = [(name, kind.value_type if arrow.types.is_dictionary(kind := schema.field(name).type) else kind) for name in self._columns]
+        fields = arrow.schema(plain, {"source": json.dumps([*self._state, self._metadata.num_rows])})
+        table = keep(self.path, "rows", lambda place: map_table(place, fields), lambda place: self._write_copy(place, fields))
+        if table is None:
+            raise DataError(
+                f"{self.path} has row groups of {largest / 1e9:.1f} GB, too large to hold, and neither its folder nor"
+                f" ~/.cache has room for a copy; write it with smaller ones: pyarrow.parquet.write_table(..., row_group_size=1000)"
+            )
+        return table
+
+    def _write_copy(self, place: Path, schema: arrow.Schema) -> None:
+        print(f"notice: {self.path} has row groups too large to hold; its rows are copied to {place.with_suffix('')} once", file=sys.stderr)
+        with parquet.ParquetFile(self.path, **STREAMED) as file, arrow.ipc.new_file(str(place), schema) as writer:
+            for batch in file.iter_batches(batch_size=1024, columns=self._columns, use_threads=False):
+                writer.write_batch(batch.cast(schema))
 
     def _read_text(self) -> tuple[np.ndarray, dict]:
         sizes, marks, digest = array("q"), array("q"), hashlib.blake2b(str(self._state[0]).encode(), digest_size=16)
-        with parquet.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=[self.TEXT]):
+        with parquet.ParquetFile(self.path, **STREAMED) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=[TEXT], use_threads=False):
                 for text in cell_bytes(batch.column(0)):
                     digest.update(text)
                     sizes.append(len(text))
@@ -114,41 +134,69 @@ class ParquetSamples:
     def __getitem__(self, index: int) -> Sample:
         where = self.where(index)
         group = int(np.searchsorted(self.blocks, index, side="right")) - 1
-        table = KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
+        table = self._copy if self._copy is not None else KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
         row = index - int(self.blocks[group])
         try:
-            conversations = table.column(self.TEXT)[row].as_py()
+            conversations = table.column(TEXT)[row].as_py()
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
         if isinstance(conversations, str):
             conversations = parse_json(conversations, where)
-        pictures = table.column(self.PICTURES)[row].as_py() if self.PICTURES in self._columns else None
+        pictures = table.column(PICTURES)[row].as_py() if PICTURES in self._columns else None
         blobs = picture_bytes(pictures, where) if shows_pictures(conversations) else ()
         return parse_sample({"conversations": conversations}, where, blobs)
 
-    def _file_state(self) -> tuple[int, int]:
-        stat = self.path.stat()
-        return stat.st_size, stat.st_mtime_ns
-
     def _read_group(self, number: int, where: str) -> Any:
         try:
-            state = self._file_state()
+            state = file_state(self.path)
         except OSError as error:
             raise SampleError(f"the file is gone: {error}", where) from error
         if state != self._state:
             raise SampleError("the file has changed since the start", where)
         try:
-            with parquet.ParquetFile(self.path, metadata=self._metadata) as file:
+            with parquet.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False) as file:
                 return file.read_row_group(number, columns=self._columns, use_threads=False)
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise SampleError(f"row group {number} cannot be read: {error}", where) from error
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
 
-    def __setstate__(self, state: dict) -> None:
-        self.path = state["path"]
-        self._open()
+def map_table(place: Path, schema: arrow.Schema) -> arrow.Table | None:
+    """The rows of an Arrow file, mapped into memory; None where there is none of this schema, its metadata included."""
+    try:
+        with open(place, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        table = arrow.ipc.open_file(arrow.py_buffer(mapped)).read_all()
+        return table if table.schema.equals(schema, check_metadata=True) else None
+    except (OSError, ValueError):  # torn ones among them
+        return None
+
+
+def check_columns(path: Path, schema: arrow.Schema) -> list[str]:
+    """The columns to read, in the file's order; raises DataError for others than are wanted."""
+    names = schema.names
+    if names.count(TEXT) != 1 or names.count(PICTURES) > 1:
+        raise DataError(f"{path} has columns {', '.join(names)}; wanted are one {TEXT!r} and at most one {PICTURES!r}")
+    for name, wanted, fits in ((TEXT, "text, or lists of structs", is_conversation), (PICTURES, "bytes, or lists of bytes", is_pictures)):
+        if name in names and not fits(kind := schema.field(name).type):
+            raise DataError(f"{path} has {kind} in column {name!r}; wanted are {wanted}")
+    return [name for name in names if name in (TEXT, PICTURES)]
+
+
+def is_conversation(kind: arrow.DataType) -> bool:
+    """Text, also by a dictionary or marked as json, or lists of structs."""
+    kind = kind.value_type if arrow.types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+        return arrow.types.is_struct(kind.value_type)
+    return any(fits(kind) for fits in (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view))
+
+
+def is_pictures(kind: arrow.DataType) -> bool:
+    """Bytes, structs with a field `bytes`, lists of either, or nothing but nulls."""
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+        kind = kind.value_type
+    if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return any(fits(kind) for fits in (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_binary_view, arrow.types.is_null))
 
 
 def picture_bytes(value: Any, where: str) -> tuple[bytes, ...]:

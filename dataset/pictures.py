@@ -6,6 +6,7 @@ A sample names its pictures, or holds them (bytes of a picture file, as parquet 
 import hashlib
 import io
 import os
+import posixpath
 import stat
 import struct
 import warnings
@@ -18,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError, SampleError
-from .index import open_index
+from .index import DataFile, open_index
+from .sources import split_names
 
 Ref = str | bytes
 
@@ -89,20 +91,16 @@ class FolderImages(ImageSource):
         return f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogatepass")
 
 
-class ZipImages(ImageSource):
+class ZipImages(DataFile, ImageSource):
     """Pictures in a zip, read where they are: an index holds 32 bytes a picture, and a picture costs two reads.
 
     When all lie in one folder of the zip, as in the published ones, names may leave that folder out. Reads do not move
-    a file position, so processes may share the open file; one that gets the object by pickle opens its own.
+    a file position, so forked processes may share the open file. Raises DataError for what is no zip.
     """
 
     RECORD = np.dtype([("name", "<u8"), ("offset", "<i8"), ("size", "<u4"), ("unpacked", "<u4"), ("crc", "<u4"),
                        ("method", "<u4")])  # fmt: skip
     LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field (APPNOTE.TXT 4.3.7)
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._open()
 
     def _open(self) -> None:
         try:
@@ -155,19 +153,13 @@ class ZipImages(ImageSource):
         return self._find(name, where).tobytes()
 
     def _find(self, name: str, where: str) -> np.void:
-        for full in (name, self._root + name):
+        plain = posixpath.normpath(name)  # "./a.jpg"
+        for full in (name, self._root + name, plain, self._root + plain):
             value = name_hash(full)
             place = int(np.searchsorted(self._records["name"], value))
             if place < len(self._records) and self._records[place]["name"] == value:
                 return self._records[place]
         raise SampleError(f"picture {name!r} is not in {self.path}", where)
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict) -> None:
-        self.path = state["path"]
-        self._open()
 
 
 def name_hash(name: str) -> np.uint64:
@@ -233,10 +225,10 @@ def open_images(paths: str | Path) -> ImageSource:
     A single missing folder is no error yet: text-only data and parquet need none.
     """
     paths = str(paths)
-    names = [paths] if paths and Path(paths).exists() else [name for name in paths.split(",") if name.strip()]
+    names = [name for name in split_names(paths, os.path.exists) if name]
     if not names:
         return NoImages(paths)
-    sources = [_open_one(Path(name.strip()), len(names) == 1) for name in names]
+    sources = [_open_one(Path(name), len(names) == 1) for name in names]
     return sources[0] if len(sources) == 1 else ManyImages(sources)
 
 

@@ -4,9 +4,11 @@ A sample source is anything with `len()`, `[i] -> Sample` (raising SampleError) 
 formats join here, in `open_file`.
 """
 
+import errno
 import glob
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from .parquet import WINDOW_BYTES, ParquetSamples
 
 FILES = (".jsonl", ".parquet")  # taken from a folder; .json is jsonl, too, when it is named
 MOST_WEIGHT = 1000
+MOST_COMMAS = 8  # of a name
 
 
 class SampleSource(Protocol):
@@ -100,25 +103,42 @@ def open_samples(paths: str | Path) -> Mixture:
     "a.jsonl, shards/*.parquet:0.3, more/". Raises DataError when there is no such file or it is of another kind."""
     sources, weights, seen = [], [], set()
     for entry, weight in split_entries(str(paths)):
-        for path in find_files(entry):
-            if path.resolve() in seen:
-                raise DataError(f"--data_path names {path} twice; a weight takes samples more often ({path}:2)")
-            seen.add(path.resolve())
-            sources.append(open_file(path))
-            weights.append(weight)
+        files = {os.path.realpath(path): path for path in find_files(entry)}  # links in a circle lead to a file many times
+        if twice := next((files[real] for real in files if real in seen), None):
+            raise DataError(f"--data_path names {twice} twice; a weight takes samples more often ({twice}:2)")
+        seen.update(files)
+        sources += map(open_file, files.values())
+        weights += [weight] * len(files)
     return Mixture(sources, weights)
 
 
 def split_entries(paths: str) -> list[tuple[str, float]]:
-    """What --data_path names, with weights; a path that exists as it stands is not split."""
-    if paths and Path(paths).exists():
-        return [(paths, 1.0)]
-    return [split_weight(entry.strip()) for entry in paths.split(",")]
+    """What --data_path names, with weights. A comma within the name of a file belongs to it."""
+    return [split_weight(entry) for entry in split_names(paths, lambda entry: leads_somewhere(split_weight(entry)[0]))]
+
+
+def split_names(names: str, leads: Callable[[str], bool]) -> list[str]:
+    """Names with commas between. What stands between two commas is a name of its own, unless it leads nowhere and does so
+    together with what follows it."""
+    if leads(names):
+        return [names]
+    parts, found = names.split(","), []
+    while parts:
+        ends = range(1, min(len(parts), MOST_COMMAS + 1) + 1)
+        end = next((end for end in ends if leads(",".join(parts[:end]).strip())), 1)
+        found.append(",".join(parts[:end]).strip())
+        parts = parts[end:]
+    return found
+
+
+def leads_somewhere(entry: str) -> bool:
+    """Whether there is a file, a folder or anything that a pattern matches."""
+    return bool(entry) and (os.path.exists(entry) or next(glob.iglob(entry, recursive=True), None) is not None)
 
 
 def split_weight(entry: str) -> tuple[str, float]:
     """"a.jsonl:0.3" as its parts; the weight is 1 where none is given."""
-    if entry and Path(entry).exists():
+    if os.path.exists(entry):
         return entry, 1.0
     path, colon, weight = entry.rpartition(":")
     try:
@@ -132,17 +152,16 @@ def split_weight(entry: str) -> tuple[str, float]:
 
 def find_files(entry: str) -> Iterator[Path]:
     """The data files that an entry of --data_path means, by name."""
-    path = Path(entry)
-    found = [path] if entry and path.exists() else [Path(name) for name in sorted(glob.glob(entry, recursive=True))]
-    if not found or not entry:
+    found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
+    if not found:
         raise DataError(
             f"no training data at {entry or 'an empty name'}. Fetch the published data set with\n"
             f"    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
             f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
-            f"or name your own jsonl or parquet file with --data_path (format: README, 'Your own pictures')."
+            f"or name your own jsonl or parquet file with --data_path (format: README, 'Train on your own pictures')."
         )
-    for path in found:
-        inside = sorted(p for p in path.iterdir() if p.suffix in FILES and p.is_file()) if path.is_dir() else [path]
+    for path in map(Path, found):
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in FILES and p.is_file()) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"{path} holds no .jsonl and no .parquet files")
         yield from inside
@@ -150,13 +169,15 @@ def find_files(entry: str) -> Iterator[Path]:
 
 def open_file(path: Path) -> SampleSource:
     """The samples of one file; raises DataError."""
-    if path.suffix not in (*FILES, ".json"):
+    kind = path.suffix.lower()
+    if kind not in (*FILES, ".json"):
         raise DataError(f"{path} is no .jsonl and no .parquet file")
     try:
-        if path.suffix == ".json":
+        if kind == ".json":
             with open(path, "rb") as file:
                 if file.read(64).lstrip().startswith(b"["):
                     raise DataError(f"{path} is one json array; one object a line is wanted: jq -c '.[]' {path} > data.jsonl")
-        return ParquetSamples(path) if path.suffix == ".parquet" else JsonlSamples(path)
+        return ParquetSamples(path) if kind == ".parquet" else JsonlSamples(path)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        remedy = "; raise the limit (ulimit -n) or join files" if error.errno == errno.EMFILE else ""
+        raise DataError(f"cannot read {path}: {error}{remedy}") from error

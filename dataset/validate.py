@@ -4,8 +4,8 @@
     python -m dataset.validate "shards/*.parquet" --plot lengths.png
 
 Every sample is checked, tokenized and its pictures decoded, in several processes. Prints what is wrong by kind, with the
-first places of each; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and what an epoch
-comes to. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
+first places of each; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
+and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
 """
 
 import argparse
@@ -13,12 +13,15 @@ import hashlib
 import os
 import re
 import sys
-from collections import defaultdict
+import time
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing import get_context
+from operator import iadd
 from pathlib import Path
 
 import numpy as np
@@ -38,34 +41,39 @@ WIDTH = 50  # characters of the longest bar
 
 @dataclass
 class Report:
-    """What was found in some of the samples; reports add up."""
+    """What was found in some of the samples; reports add up. 20 bytes a sample."""
 
     samples: int = 0
     pictures: int = 0
-    bad: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # places by kind
-    lengths: list[int] = field(default_factory=list)  # tokens of the good ones
+    bad: dict[str, int] = field(default_factory=dict)  # bad samples by kind
+    places: dict[str, list[str]] = field(default_factory=dict)  # the first of each kind
     supervised: int = 0  # tokens
+    used: int = 0  # tokens that max_seq_len leaves
     cut: int = 0  # samples longer than max_seq_len that can still be used
-    hashes: list[tuple[bytes, str]] = field(default_factory=list)  # of content, with its place
+    numbers: array = field(default_factory=lambda: array("Q"))  # of the good samples
+    lengths: array = field(default_factory=lambda: array("I"))  # their tokens
+    hashes: array = field(default_factory=lambda: array("Q"))  # of their content
+
+    def note(self, kind: str, count: int, places: list[str]) -> None:
+        """`count` more bad samples of a kind, and where the first of them are."""
+        self.bad[kind] = self.bad.get(kind, 0) + count
+        known = self.places.setdefault(kind, [])
+        known += places[: SHOWN - len(known)]
 
     def add(self, other: "Report") -> None:
         """Takes up what another report found."""
-        for name in ("samples", "pictures", "supervised", "cut"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.lengths += other.lengths
-        self.hashes += other.hashes
-        for kind, places in other.bad.items():
-            self.bad[kind] += places
+        for name in ("samples", "pictures", "supervised", "used", "cut", "numbers", "lengths", "hashes"):
+            setattr(self, name, iadd(getattr(self, name), getattr(other, name)))  # arrays grow in place
+        for kind, count in other.bad.items():
+            self.note(kind, count, other.places[kind])
 
-    def duplicates(self) -> list[tuple[str, str]]:
-        """Pairs of places with the same conversation and pictures."""
-        first, pairs = {}, []
-        for digest, where in self.hashes:
-            if digest in first:
-                pairs.append((first[digest], where))
-            else:
-                first[digest] = where
-        return pairs
+    def duplicates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of samples whose conversation and pictures came before, and of those they repeat."""
+        hashes = np.frombuffer(self.hashes, np.uint64)
+        _, first, kind = np.unique(hashes, return_index=True, return_inverse=True)
+        numbers, first = np.frombuffer(self.numbers, np.uint64), first[kind]
+        again = first != np.arange(len(hashes))
+        return numbers[again], numbers[first[again]]
 
 
 def kind_of(error: SampleError) -> str:
@@ -90,18 +98,20 @@ class Checker:
                 for ref in sample.images:
                     self.images.load(ref, sample.where)
             except SampleError as error:
-                report.bad[kind_of(error)].append(str(error))
+                report.note(kind_of(error), 1, [str(error)])
                 continue
             report.pictures += len(sample.images)
-            report.lengths.append(len(whole))
             report.supervised += int((used.labels[1:] != -100).sum())
+            report.used += len(used)
             report.cut += len(whole) > len(used)
-            content = hashlib.blake2b(repr([sample.turns, sample.images]).encode(errors="surrogatepass"), digest_size=12)
-            report.hashes.append((content.digest(), sample.where))
+            content = hashlib.blake2b(repr([sample.turns, sample.images]).encode(errors="surrogatepass"), digest_size=8)
+            report.numbers.append(index)
+            report.lengths.append(len(whole))
+            report.hashes.append(int.from_bytes(content.digest(), "little"))
         return report
 
 
-_checker: Checker | None = None  # of a worker process
+_checker: Checker | None = None  # of this process
 
 
 def _check(span: range) -> Report:
@@ -128,11 +138,9 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
-    """The histogram as a picture; raises DataError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise DataError("--plot needs matplotlib: pip install matplotlib") from error
+    """The histogram as a picture."""
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -144,28 +152,42 @@ def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def tell(report: Report, args: argparse.Namespace, epoch_size: int) -> None:
-    """Prints the report."""
-    bad = sum(map(len, report.bad.values()))
+def duration(seconds: float) -> str:
+    """In the unit that a person would use."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
+    """Prints the report, but for times."""
+    bad = sum(report.bad.values())
     print(f"{report.samples:,} samples, {report.pictures:,} pictures; {bad:,} bad ({bad / max(1, report.samples):.2%})")
-    for kind, places in sorted(report.bad.items(), key=lambda item: -len(item[1])):
-        print(f"  {len(places):,} x {kind}")
-        for place in places[:SHOWN]:
+    for kind, count in sorted(report.bad.items(), key=lambda item: -item[1]):
+        print(f"  {count:,} x {kind}")
+        for place in report.places[kind]:
             print(f"      {place}")
     if not report.lengths:
         return
-    lengths = np.array(report.lengths)
+    lengths = np.frombuffer(report.lengths, np.uint32)
     middle, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
-    print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest}; {report.supervised / lengths.sum():.1%}"
-          " of all tokens carry loss")  # fmt: skip
+    print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest}; {report.supervised / report.used:.1%}"
+          " of those trained on carry loss")  # fmt: skip
     print(histogram(lengths))
     print(f"--max_seq_len {args.max_seq_len} cuts {report.cut:,} of them ({report.cut / len(lengths):.2%})")
-    pairs = report.duplicates()
-    print(f"{len(pairs):,} samples stand there more than once" + "".join(f"\n      {b} is {a}" for a, b in pairs[:SHOWN]))
-    steps = -(-epoch_size // args.batch_size)
-    line = f"an epoch: {epoch_size:,} samples, {steps:,} updates of {args.batch_size}"
-    if args.samples_per_second:
-        line += f", {epoch_size / args.samples_per_second / 3600:.1f} hours at {args.samples_per_second:g} samples/s"
+    again, first = report.duplicates()
+    print(f"{len(again):,} samples stand there more than once" + "".join(
+        f"\n      {samples.where(int(b))} is {samples.where(int(a))}" for a, b in zip(first[:SHOWN], again[:SHOWN], strict=True)))  # fmt: skip
+    print(f"an epoch: {samples.epoch_size:,} samples, {-(-samples.epoch_size // args.batch_size):,} updates of {args.batch_size}")
+
+
+def tell_times(report: Report, args: argparse.Namespace, samples: Mixture, seconds: float) -> None:
+    """Prints how long an epoch takes: to read, by the time that this took, and to train."""
+    line = f"  to read: {duration(seconds * samples.epoch_size / report.samples)} with {args.processes} processes"
+    if args.tokens_per_second:
+        tokens = report.used / max(1, len(report.lengths)) * samples.epoch_size
+        line += f"; to train at {args.tokens_per_second:,g} tokens/s: {duration(tokens / args.tokens_per_second)}"
     print(line)
 
 
@@ -177,23 +199,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer_path", default=str(REPOSITORY / "model"))
     parser.add_argument("--max_seq_len", type=int, default=1536)
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")
-    parser.add_argument("--samples_per_second", type=float, help="of training, to estimate the time of an epoch")
+    parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--plot", help="file for a picture of the lengths")
     args = parser.parse_args(argv)
+    args.processes, begin = max(1, args.processes), time.monotonic()
     try:
+        if args.plot and find_spec("matplotlib") is None:
+            raise DataError("--plot needs matplotlib: pip install matplotlib")
         samples, images = open_samples(args.data), open_images(args.images_path)
         renderer, total = Renderer(AutoTokenizer.from_pretrained(args.tokenizer_path)), Report()
         with tqdm(total=len(samples), unit="sample", disable=not sys.stderr.isatty()) as bar:
-            for report in check_all(Checker(samples, images, renderer, args.max_seq_len), max(1, args.processes)):
+            for report in check_all(Checker(samples, images, renderer, args.max_seq_len), args.processes):
                 total.add(report)
                 bar.update(report.samples)
-        tell(total, args, samples.epoch_size)
+        tell(total, args, samples)
+        tell_times(total, args, samples, time.monotonic() - begin)
         if args.plot:
-            plot(np.array(total.lengths), args.max_seq_len, args.plot)
+            plot(np.frombuffer(total.lengths, np.uint32), args.max_seq_len, args.plot)
     except (DataError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return int(bool(total.bad))
 
 

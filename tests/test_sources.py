@@ -6,22 +6,27 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import struct
+import time
 import tracemalloc
 import zipfile
-from collections import Counter
+from collections import Counter, deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from dataset import convert, pictures, sources, validate
+from dataset import convert, index, jsonl, pictures, sources, validate
 from dataset import parquet as parquet_samples
 from dataset.conversation import Renderer, parse_sample
 from dataset.errors import DataError, SampleError
@@ -30,6 +35,7 @@ from dataset.order import BlockOrder, EpochOrder, Permutation
 from dataset.parquet import ParquetSamples
 from dataset.pictures import ZipImages, open_images
 from dataset.sources import open_samples
+from dataset.vlm_dataset import VLMDataset, collate
 from tests.conftest import REPOSITORY, make_data, write_jsonl
 from tests.test_never_lose_work import read_until, start_on_disk
 from tests.test_training import assert_same, train, weights
@@ -131,6 +137,10 @@ def test_the_index_is_made_once_and_again_when_the_file_changes(tmp_path, monkey
         assert JsonlSamples(path).fingerprint() == first.fingerprint() and len(JsonlSamples(path)) == 5
     write_jsonl(path, [row(str(number)) for number in range(7)])
     assert len(JsonlSamples(path)) == 7 and JsonlSamples(path)[6].turns[0].content == "6"
+    seen, lines = path.stat(), path.read_text().replace("6", "8")
+    path.write_text(lines)  # of the same size
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
+    assert JsonlSamples(path)[6].turns[0].content == "8"
     for torn in (b"", b"{", b"x" * 300, (tmp_path / ".a.jsonl.index").read_bytes()[:-3]):
         (tmp_path / ".a.jsonl.index").write_bytes(torn)
         assert len(JsonlSamples(path)) == 7
@@ -150,6 +160,110 @@ def test_where_the_folder_is_read_only_the_index_goes_to_the_cache(tmp_path, mon
     (tmp_path / "cache" / "minimind-v").rmdir()
     (tmp_path / "cache" / "minimind-v").write_text("no folder")
     assert JsonlSamples(path)[0].turns[0].content == "x" and list(blocked.iterdir()) == []
+
+
+def run_forked(*functions) -> list[int]:
+    """Exit codes of processes that do this at the same time."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=function) for function in functions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def test_processes_that_start_together_make_one_index(tmp_path, monkeypatch):
+    path, log, read_lines = write_jsonl(tmp_path / "a.jsonl", [row("x")] * 9), tmp_path / "log", JsonlSamples._read_lines
+
+    def slow(self):
+        with open(log, "a") as file:
+            file.write("read\n")
+        time.sleep(0.5)
+        return read_lines(self)
+
+    monkeypatch.setattr(JsonlSamples, "_read_lines", slow)
+    assert run_forked(*[lambda: JsonlSamples(path)[8]] * 4) == [0] * 4
+    assert log.read_text() == "read\n"
+
+
+def test_a_kill_while_the_index_is_written_leaves_nothing_behind(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [row("x")] * 9)
+
+    def killed():
+        index.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        JsonlSamples(path)
+
+    assert run_forked(killed) == [-signal.SIGKILL]
+    assert not (tmp_path / ".a.jsonl.index").exists()
+    assert len(JsonlSamples(path)) == 9 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_changes_says_so(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [row(str(number)) for number in range(20)])
+    samples, packed = JsonlSamples(path), pickle.dumps(JsonlSamples(path))
+    with open(path, "a") as file:
+        file.write(json.dumps(row("more")) + "\n")
+    assert samples[19].turns[0].content == "19", "what is appended changes nothing"
+    with pytest.raises(DataError, match=r"a\.jsonl has changed since the start"):
+        pickle.loads(packed)  # what a spawned loader process does
+    path.write_text("".join(json.dumps(row("longer " * (number % 2))) + "\n" for number in range(30)))
+    with pytest.raises(SampleError, match=r"a\.jsonl:9: the file has changed since the start"):
+        samples[8]
+    path.write_text("")
+    with pytest.raises(SampleError, match="the file has changed"):
+        samples[0]
+    read_lines = JsonlSamples._read_lines
+    write_jsonl(path, [row("x")] * 3)
+    monkeypatch.setattr(JsonlSamples, "_read_lines", lambda self: (read_lines(self), path.write_text("{}\n"))[0])
+    with pytest.raises(DataError, match="changes while it is read"):
+        JsonlSamples(path)
+
+
+def test_more_files_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MOST_OPEN", 3)
+    monkeypatch.setattr(JsonlSamples, "_opened", deque())
+    for number in range(40):
+        write_jsonl(tmp_path / f"{number:02}.jsonl", [row(f"{number} {line}") for line in range(3)])
+    before = len(os.listdir("/proc/self/fd"))
+    samples = open_samples(tmp_path)
+    for number in samples.order(0, 0)(np.arange(120)):
+        assert samples[int(number)].turns[0].content == f"{number // 3} {number % 3}"
+    assert len(os.listdir("/proc/self/fd")) - before <= 3
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"%s\r\n\r\n%s\r\n", [None, None]),
+        (b"\xef\xbb\xbf%s\n\xef\xbb\xbf%s\n", [None, None]),  # one file with a mark appended to another
+        (b"%s\n" + bytes(50) + b"\n%s", [None, "not json", None]),
+        (b"%s\r%s\r", ["not json .*Extra data"]),
+        (b"\xff\xfe%s\n%s", ["not UTF-8", None]),
+        (b"[" * 100_000 + b"\n%s\n%s", ["not json", None, None]),
+        ("%s\n%s".replace("%s", "%s\u2028").encode(), ["not json .*Extra data"] * 2),
+    ],
+    ids=["crlf", "byte order marks", "nul", "cr", "utf-16", "deep", "line separators"],
+)
+def test_odd_lines(tmp_path, content, found):
+    (tmp_path / "a.jsonl").write_bytes(content.replace(b"%s", json.dumps(row("x")).encode()))
+    samples = JsonlSamples(tmp_path / "a.jsonl")
+    assert len(samples) == len(found)
+    for number, problem in enumerate(found):
+        if problem is None:
+            assert samples[number].turns[0].content == "x"
+        else:
+            with pytest.raises(SampleError, match=problem):
+                samples[number]
+
+
+def test_long_lines(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [row("word " * 2_000_000), row("x")])
+    assert [len(JsonlSamples(path)[number].turns[0].content) for number in (0, 1)] == [10_000_000, 1]
+    monkeypatch.setattr(jsonl, "MOST_BYTES", 1000)
+    os.utime(path)
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has more than 1,000 bytes in one line"):
+        JsonlSamples(path)
 
 
 # --- zip --------------------------------------------------------------------------------------------------------------
@@ -175,10 +289,9 @@ def test_pictures_in_a_zip_are_those_of_the_folder(data, zipped):
     expected, images = _load_all(open_images(data[1]), names), open_images(zipped)
     assert _load_all(images, names) == expected == _load_all(pickle.loads(pickle.dumps(images)), names)
     assert images.load(f"pictures/{names[0]}").tobytes() == expected[0]
-    for method in ("fork", "spawn"):
-        with multiprocessing.get_context(method).Pool(2) as pool:
-            found = pool.starmap(_load_all, [(images, names), (images, names[::-1])])
-        assert found == [expected, expected[::-1]]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.starmap(_load_all, [(images, names), (images, names[::-1])])
+    assert found == [expected, expected[::-1]]
     assert len({images.signature(name) for name in names}) == len(names)
     for name in ("none.png", "../data.jsonl", "pictures"):
         with pytest.raises(SampleError, match=r"is not in .*zip"):
@@ -258,6 +371,43 @@ def test_parquet_gives_the_samples_of_the_jsonl(data, tmp_path, structs, most):
     assert pickle.loads(pickle.dumps(samples))[3].turns == plain[3].turns
 
 
+@pytest.mark.parametrize("kind", ["text", "structs", "dictionary"])
+def test_row_groups_too_large_to_hold_are_copied_once_and_mapped(data, tmp_path, monkeypatch, kind):
+    """As pyarrow and pandas write them by default: one row group a file."""
+    path = write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1], kind == "structs")
+    if kind == "dictionary":
+        table = parquet.read_table(path)
+        parquet.write_table(table.set_column(0, "conversations", table.column(0).dictionary_encode()), path)
+    expected = [ParquetSamples(path)[number] for number in range(22)]
+    monkeypatch.setattr(parquet_samples, "LARGEST_GROUP", 100)
+    monkeypatch.setattr(ParquetSamples, "_read_group", None)  # would be called
+    samples, copy = open_samples(path), tmp_path / ".a.parquet.rows"
+    assert [samples[number] for number in range(22)] == expected
+    assert samples.sources[0].block_bytes == 0 and samples.sources[0].blocks.tolist() == [0, 22]
+    made = copy.stat()
+    assert [pickle.loads(pickle.dumps(samples))[number] for number in range(22)] == expected
+    assert copy.stat() == made and len(list(tmp_path.iterdir())) == 3
+    copy.write_bytes(copy.read_bytes()[:-20])
+    assert open_samples(path)[21] == expected[21] and copy.stat().st_size == made.st_size
+    write_parquet(path, read_rows(data[0])[3:], data[1])
+    assert [open_samples(path)[number].turns for number in range(19)] == [sample.turns for sample in expected[3:]]
+    copy.unlink()
+    monkeypatch.setattr(parquet_samples, "keep", lambda *_: None)
+    with pytest.raises(DataError, match=r"too large to hold, .* row_group_size=1000"):
+        ParquetSamples(path)
+
+
+def test_loader_processes_that_are_spawned(data, zipped, tmp_path):
+    """As on a Mac: everything goes to them by pickle."""
+    table = write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1], group=7)
+    dataset = VLMDataset(open_samples(f"{data[0]},{table}"), open_images(zipped), Renderer(AutoTokenizer.from_pretrained(REPOSITORY / "model")), 640)
+    loader = DataLoader(dataset, batch_size=11, num_workers=1, multiprocessing_context="spawn", collate_fn=partial(collate, pad_id=0, image_tokens=196))
+    plain = DataLoader(dataset, batch_size=11, collate_fn=loader.collate_fn)
+    for found, expected in zip(loader, plain, strict=True):
+        assert not found.bad and found.indices == expected.indices
+        assert torch.equal(found.ids, expected.ids) and torch.equal(found.pixels, expected.pixels)
+
+
 def test_parquet_row_groups_are_read_once_an_epoch(data, tmp_path, monkeypatch):
     rows = read_rows(data[0]) * 40
     samples, read = open_samples(write_parquet(tmp_path / "a.parquet", rows, data[1], group=20)), Counter()
@@ -285,8 +435,18 @@ def test_parquet_that_is_no_data_says_why(tmp_path):
     with pytest.raises(DataError, match="no readable parquet"):
         open_samples(tmp_path / "a.parquet")
     parquet.write_table(arrow.table({"text": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="columns text, none of them 'conversations'"):
+    with pytest.raises(DataError, match="columns text; wanted are one 'conversations'"):
         open_samples(tmp_path / "a.parquet")
+    for name, cells in (("conversations", [1]), ("conversations", [b"x"]), ("conversations", [["x"]]), ("image_bytes", ["x"]), ("image_bytes", [[3]])):
+        parquet.write_table(arrow.table({"conversations": ["x"]} | {name: cells}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=rf"a\.parquet has .* in column '{name}'; wanted are"):
+            open_samples(tmp_path / "a.parquet")
+    parquet.write_table(arrow.table({"conversations": ["word"] * 999}), tmp_path / "a.parquet")
+    blob = (tmp_path / "a.parquet").read_bytes()
+    for torn in (b"", blob[: len(blob) // 2], blob[:4] + bytes(40) + blob[44:]):
+        (tmp_path / "a.parquet").write_bytes(torn)
+        with pytest.raises(DataError, match=r"a\.parquet (is no readable parquet file|cannot be read)"):
+            open_samples(tmp_path / "a.parquet")
     parquet.write_table(arrow.table({"conversations": arrow.array([], arrow.string())}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="holds no samples"):
         open_samples(tmp_path / "a.parquet")
@@ -388,19 +548,30 @@ def files_in(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("packed", [False, True])
 def test_to_parquet_and_back_loses_nothing(data, zipped, tmp_path, capsys, packed):
     rows = [row | {"kind": "x", "more": {"a": [1]}} for row in read_rows(data[0])]
+    rows[0].setdefault("image", None)
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     places = ["--images_path", str(zipped if packed else data[1])]
     assert convert.main([str(path), *places, "--out", str(tmp_path / "shards"), "--shard_rows", "9", "--group_rows", "4"]) == 0
     assert sorted(files_in(tmp_path / "shards")) == ["00000.parquet", "00001.parquet", "00002.parquet"]
     assert convert.main([str(tmp_path / "shards"), "--out", str(tmp_path / "back")]) == 0
-    back = read_rows(tmp_path / "back" / "data.jsonl")
-    for row in (*rows, *back):
-        row["image"] = [name.strip() for name in row["image"].split(",")] if isinstance(row.get("image"), str) else row.get("image")
-    assert back == rows and files_in(tmp_path / "back" / "images") == files_in(data[1])
+    assert read_rows(tmp_path / "back" / "data.jsonl") == rows and files_in(tmp_path / "back" / "images") == files_in(data[1])
     samples, plain = open_samples(tmp_path / "shards"), open_samples(path)
     assert [samples[number].turns for number in range(22)] == [plain[number].turns for number in range(22)]
     assert convert.main([str(path), *places, "--out", str(tmp_path / "shards")]) == 2
     assert "is not empty" in capsys.readouterr().err
+    assert convert.main([f"{path}:0.5", *places, "--out", str(tmp_path / "half")]) == 2
+    assert "a weight means nothing here" in capsys.readouterr().err
+
+
+def test_names_beside_the_bytes_are_kept(data, tmp_path):
+    """As the datasets library writes pictures."""
+    blob = next(data[1].iterdir()).read_bytes()
+    cells = [[{"bytes": blob, "path": "my/a.png"}], [{"bytes": blob, "path": None}]]
+    texts = [json.dumps(row("x", "a")["conversations"])] * 2
+    parquet.write_table(arrow.table({"conversations": texts, "image_bytes": cells}), tmp_path / "a.parquet")
+    assert convert.main([str(tmp_path / "a.parquet"), "--out", str(tmp_path / "back")]) == 0
+    first, second = (own["image"] for own in read_rows(tmp_path / "back" / "data.jsonl"))
+    assert first == "my/a.png" and files_in(tmp_path / "back" / "images") == {first: blob, second: blob}
 
 
 def test_converting_bad_samples_names_them(data, tmp_path, capsys):
@@ -434,16 +605,16 @@ def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     flags = [str(path), "--images_path", str(data[1]), "--max_seq_len", "240", "--plot", str(tmp_path / "plot.png")]
     said = {}
     for processes in ("1", "2"):
-        assert validate.main([*flags, "--processes", processes, "--samples_per_second", "1"]) == 1
+        assert validate.main([*flags, "--processes", processes, "--tokens_per_second", "1"]) == 1
         said[processes] = capsys.readouterr().out
-    assert said["1"] == said["2"]
+    assert said["1"].partition("  to read")[0] == said["2"].partition("  to read")[0]
     renderer = Renderer(AutoTokenizer.from_pretrained(REPOSITORY / "model"))
     lengths = [len(renderer.render(parse_sample(own))) for own in rows if own.get("image", "").count(",") == 0]
     too_many = len(rows) - len(lengths)  # two pictures do not fit
     for expected in ("26 samples", "2 x picture ... is not in", f"{path}:25: picture 'missing.png'", "1 x not json",
                      f"{too_many + (rows[0].get('image', '').count(',') == 1)} x N pictures of N tokens do not fit in N tokens",
                      f"longest {max(lengths)}", f"cuts {sum(length > 240 for length in lengths)} of them",
-                     "an epoch: 26 samples, 7 updates of 4, 0.0 hours"):  # fmt: skip
+                     "an epoch: 26 samples, 7 updates of 4\n  to read: ", f" with 1 processes; to train at 1 tokens/s: {np.mean(lengths) * 26 / 60:.1f} minutes"):  # fmt: skip
         assert expected in said["1"], said["1"]
     assert Image.open(tmp_path / "plot.png").size == (840, 480)
     capsys.readouterr()
@@ -508,12 +679,13 @@ def test_zips_as_people_make_them(tmp_path):
     assert images.read("a.png") == images.read("more/b.png") == images.read("my/p/a.png") == blobs["blue"], "the last of a name counts"
     with pytest.raises(SampleError, match="is not in"):
         images.load("\ud800.png")
+    assert images.read("./my//p/a.png") == images.read("./a.png") == blobs["blue"]
     for nowhere in ("", ","):
         with pytest.raises(SampleError, match="there is no folder"):
             open_images(nowhere).load("a.png")
 
 
-def test_names_with_commas_and_colons_and_json_arrays(data, tmp_path):
+def test_names_with_commas_and_colons_and_json_arrays(data, tmp_path, monkeypatch):
     rows = read_rows(data[0])
     (tmp_path / "run:3").mkdir()
     odd = write_jsonl(tmp_path / "run:3" / "a,b.jsonl", rows)
@@ -521,6 +693,30 @@ def test_names_with_commas_and_colons_and_json_arrays(data, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=r"one json array; .* jq"):
         open_samples(tmp_path / "a.json")
+    (tmp_path / "b, with a comma").mkdir()
+    pictures = shutil.copytree(data[1], tmp_path / "b, with a comma" / "p,q")
+    other = write_jsonl(tmp_path / "b, with a comma" / "UPPER.JSONL", rows[:5])
+    for names, weighted in ((f"{odd}, {other}", 27), (f"{other},{odd}:2", 49), (f"{odd.parent}/a,*.jsonl:0.5, {other}", 16)):
+        assert open_samples(names).epoch_size == weighted
+    name = next(data[1].iterdir()).name
+    for places in (f"{pictures}", f"{pictures}, {tmp_path / 'run:3'}", f"{tmp_path / 'run:3'},{pictures}"):
+        assert open_images(places).load(name).size == (40, 30)
+    many = [write_jsonl(tmp_path / f"{number:03}.jsonl", rows[:1]) for number in range(60)]
+    monkeypatch.chdir(tmp_path)  # then they are longer together than a name may be
+    assert len(open_samples(",".join(path.name for path in many))) == 60
+    with pytest.raises(DataError, match=r"no training data at 999\.jsonl\."):
+        open_samples(",".join([*(path.name for path in many), "999.jsonl", *(path.name for path in many)]))
+
+
+def test_links_in_a_circle(data, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", read_rows(data[0]))
+    (tmp_path / "in" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "self.jsonl").symlink_to(tmp_path / "self.jsonl")
+    assert len(open_samples(f"{tmp_path}/in/**/*.jsonl")) == 22
+    for entry in ("self.jsonl", "*.jsonl"):
+        with pytest.raises(DataError, match=r"symbolic links|no training data"):
+            open_samples(tmp_path / entry)
 
 
 def test_conversion_keeps_odd_names_and_refuses_columns_it_would_lose(data, tmp_path, capsys):

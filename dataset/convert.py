@@ -213,7 +213,7 @@ def files_of(entries: str) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 2 when the data cannot be converted."""
+    """Returns 0, 2 when the data cannot be converted, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes: jsonl is turned into parquet, parquet into jsonl")
     parser.add_argument("--images_path", default="images", help="folder or .zip of pictures, for jsonl")

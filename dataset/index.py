@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from .errors import DataError
 
-VERSION = 1
+VERSION = 2
 SMALL = 2**20  # bytes of records that are read rather than mapped: a map holds a file open
 T = TypeVar("T")
 
@@ -104,8 +105,9 @@ def _write_whole(place: Path, write: Callable[[Path], None], suffix: str) -> Non
     part = place.with_name(f"{place.name}.{suffix}")
     try:
         write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        if part.stat().st_size > SMALL:  # smaller ones carry a checksum: thousands of shards would wait for the disk thousands of times
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(part, place)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -121,7 +123,8 @@ def _map(place: Path, dtype: np.dtype, state: dict) -> tuple[np.ndarray, dict] |
         if not whole or any(header[name] != value for name, value in state.items()):
             return None
         if header["count"] * dtype.itemsize <= SMALL:
-            return np.fromfile(place, dtype, offset=len(line)), header["extra"]
+            records = np.fromfile(place, dtype, offset=len(line))
+            return (records, header["extra"]) if zlib.crc32(records) == header["crc"] else None
         mapped = np.memmap(place, dtype, "r", offset=len(line), shape=(header["count"],))
         return mapped.view(np.ndarray), header["extra"]  # a memmap's own [i] takes three times as long
     except (OSError, ValueError, KeyError, TypeError) as error:  # none, torn, or of another kind: it is made again
@@ -131,7 +134,7 @@ def _map(place: Path, dtype: np.dtype, state: dict) -> tuple[np.ndarray, dict] |
 
 
 def _write(place: Path, records: np.ndarray, extra: dict, state: dict) -> None:
-    line = json.dumps({**state, "count": len(records), "extra": extra}).encode()
+    line = json.dumps({**state, "count": len(records), "crc": zlib.crc32(records), "extra": extra}).encode()
     line += b" " * (-(len(line) + 1) % 64) + b"\n"
     with open(place, "wb") as file:
         file.write(line)

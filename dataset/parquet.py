@@ -20,13 +20,13 @@ from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
 
 TEXT, PICTURES = "conversations", "image_bytes"  # columns
-WINDOW_BYTES = 128 * 2**20  # of row groups whose samples are shuffled together
-LARGEST_GROUP = WINDOW_BYTES  # of a file that is read by row groups
+WINDOW_BYTES = 64 * 2**20  # of row groups whose samples are shuffled together; each loader process keeps twice as much
+LARGEST_GROUP = 2 * WINDOW_BYTES  # of a file that is read by row groups
 STREAMED = {"pre_buffer": False, "buffer_size": 2**20}  # for iter_batches, which otherwise holds a whole row group
 
 
 class KeptGroups:
-    """Row groups that were read last, of all files of this process, within a number of bytes; but never fewer than 3."""
+    """Row groups that were read last, of all files of this process, within a number of bytes; but never fewer than 2."""
 
     def __init__(self, most_bytes: int):
         self.most_bytes, self.bytes = most_bytes, 0
@@ -39,7 +39,7 @@ class KeptGroups:
             return self._tables[key]
         table = self._tables[key] = read()
         self.bytes += table.nbytes
-        while self.bytes > self.most_bytes and len(self._tables) > 3:
+        while self.bytes > self.most_bytes and len(self._tables) > 2:
             self.bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
 

@@ -192,7 +192,7 @@ def tell_times(report: Report, args: argparse.Namespace, samples: Mixture, secon
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 or 2, as the module's description says."""
+    """Returns 0, 1 or 2, as the module's description says; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes")
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return 130
     return int(bool(total.bad))
 

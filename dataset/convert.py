@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError
 from .jsonl import JsonlSamples, parse_json
-from .parquet import STREAMED, check_columns, picture_bytes, shows_pictures
+from .parquet import check_columns, picture_bytes, shows_pictures
 from .pictures import ImageSource, load_picture, open_images
 from .sources import find_files, open_file, split_entries
 
@@ -53,7 +53,7 @@ def rows_of_jsonl(source: JsonlSamples, images: ImageSource, skip_bad: list[str]
 
 def rows_of_parquet(path: Path, skip_bad: list[str] | None) -> Iterator[Row]:
     """All samples of a parquet file; a picture without a name is called by its content."""
-    with parquet.ParquetFile(path, **STREAMED) as file:
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # row groups are not held as a whole
         check_columns(path, file.schema_arrow)
         cells = (batch.slice(number, 1) for batch in file.iter_batches(batch_size=256) for number in range(len(batch)))
         for number, record in enumerate(cells, start=1):

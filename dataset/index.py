@@ -27,12 +27,15 @@ T = TypeVar("T")
 
 
 class DataFile:
-    """What reads one file, `path`. Where it goes to another process by pickle, it is opened anew there, and has to be the same."""
+    """What reads one file, `path`. Where it goes to another process by pickle, it is opened anew there, and has to be the same.
+    Raises DataError for a file that changes meanwhile."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._state = file_state(self.path)
         self._open()
+        if file_state(self.path) != self._state:
+            raise DataError(f"{self.path} changes while it is read; start again when it is whole")
 
     def _open(self) -> None:
         raise NotImplementedError
@@ -53,16 +56,10 @@ def file_state(path: Path) -> tuple[int, int]:
 
 
 def open_index(path: Path, dtype: np.dtype, make: Callable[[], tuple[np.ndarray, dict]]) -> tuple[np.ndarray, dict]:
-    """The records and the extra facts that `make` finds in the file at `path`; from the index, if there is one that fits.
-
-    Raises DataError for a file that changes meanwhile.
-    """
+    """The records and the extra facts that `make` finds in the file at `path`; from the index, if there is one that fits."""
     size, mtime_ns = file_state(path)
     state, build = {"version": VERSION, "size": size, "mtime_ns": mtime_ns, "dtype": str(dtype)}, cache(lambda: make())
-    found = keep(path, "index", lambda place: _map(place, dtype, state), lambda place: _write(place, *build(), state)) or build()
-    if file_state(path) != (size, mtime_ns):
-        raise DataError(f"{path} changes while it is read; start again when it is whole")
-    return found
+    return keep(path, "index", lambda place: _map(place, dtype, state), lambda place: _write(place, *build(), state)) or build()
 
 
 def keep(path: Path, kind: str, read: Callable[[Path], T | None], write: Callable[[Path], None]) -> T | None:

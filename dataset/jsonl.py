@@ -9,6 +9,7 @@ from io import FileIO
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
@@ -32,13 +33,20 @@ class JsonlSamples(DataFile):
     def _open(self) -> None:
         self._records, extra = open_index(self.path, self.RECORD, self._read_lines)
         self._blanks, self._fingerprint = np.array(extra["blanks"], dtype=np.int64), extra["fingerprint"]
-        self._file: FileIO | None = None
+        self._open_file()  # what takes the file's name later is another file
+
+    def _open_file(self) -> None:
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (until others take its place)
+        self._opened.append(self._file)
+        if len(self._opened) > MOST_OPEN:
+            self._opened.popleft().close()
 
     def _read_lines(self) -> tuple[np.ndarray, dict]:
         """Offset, size and <image> marks of each line; before which samples the empty lines stand; a hash of it all."""
         offsets, sizes, marks, blanks, at = array("q"), array("i"), array("i"), [], 0
         digest, mark = hashlib.blake2b(digest_size=16), IMAGE_MARK.encode()
-        with open(self.path, "rb") as file:
+        bar = tqdm(total=self._state[0], unit="B", unit_scale=True, desc=f"index of {self.path.name}", delay=3, disable=None)
+        with open(self.path, "rb") as file, bar:
             for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):
                 digest.update(line)
                 if len(line) > MOST_BYTES:
@@ -50,6 +58,8 @@ class JsonlSamples(DataFile):
                     sizes.append(len(line))
                     marks.append(line.count(mark))
                 at += len(line)
+                if len(offsets) % 2**16 == 0:
+                    bar.update(at - bar.n)
         if not offsets:
             raise DataError(f"{self.path} holds no samples: {'every line' if blanks else 'it'} is empty")
         records = np.empty(len(offsets), self.RECORD)
@@ -92,16 +102,10 @@ class JsonlSamples(DataFile):
         return parse_json(text, where)
 
     def _read_line(self, offset: int, size: int, last: bool, where: str) -> bytes:
-        if self._file is None or self._file.closed:
-            try:
-                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (until others take its place)
-            except OSError as error:
-                raise SampleError(f"the file is gone: {error}", where) from error
-            self._opened.append(self._file)
-            if len(self._opened) > MOST_OPEN:
-                self._opened.popleft().close()
         before = min(1, offset)  # the end of the line before it
         try:
+            if self._file.closed:
+                self._open_file()
             line = os.pread(self._file.fileno(), before + size, offset - before)
         except OSError as error:
             raise SampleError(f"the line cannot be read: {error}", where) from error

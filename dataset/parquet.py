@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
+from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
@@ -22,7 +23,6 @@ from .jsonl import BYTES_PER_TOKEN, parse_json
 TEXT, PICTURES = "conversations", "image_bytes"  # columns
 WINDOW_BYTES = 64 * 2**20  # of row groups whose samples are shuffled together; each loader process keeps twice as much
 LARGEST_GROUP = 2 * WINDOW_BYTES  # of a file that is read by row groups
-STREAMED = {"pre_buffer": False, "buffer_size": 2**20}  # for iter_batches, which otherwise holds a whole row group
 
 
 class KeptGroups:
@@ -65,21 +65,18 @@ class ParquetSamples(DataFile):
         try:
             with parquet.ParquetFile(self.path) as file:
                 self._metadata, schema = file.metadata, file.schema_arrow
+            self._columns = check_columns(self.path, schema)
+            groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
+            largest = max(map(self._group_bytes, groups), default=0)
         except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
             raise DataError(f"{self.path} is no readable parquet file: {error}") from error
-        self._columns = check_columns(self.path, schema)
-        groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
         if not self._metadata.num_rows:
             raise DataError(f"{self.path} holds no samples")
-        largest = max(map(self._group_bytes, groups))
         self._copy = self._open_copy(schema, largest) if largest > LARGEST_GROUP else None
         self.block_bytes = largest if self._copy is None else 0
         rows = [group.num_rows for group in groups] if self._copy is None else [self._metadata.num_rows]
         self.blocks = np.concatenate([[0], np.cumsum(rows)])
-        try:
-            self._records, extra = open_index(self.path, self.RECORD, self._read_text)
-        except (ValueError, OSError) as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from error
+        self._records, extra = open_index(self.path, self.RECORD, self._read_text)
         self._fingerprint = extra["fingerprint"]
 
     def _group_bytes(self, group: parquet.RowGroupMetaData) -> int:
@@ -99,18 +96,26 @@ class ParquetSamples(DataFile):
 
     def _write_copy(self, place: Path, schema: arrow.Schema) -> None:
         print(f"notice: {self.path} has row groups too large to hold; its rows are copied to {place.with_suffix('')} once", file=sys.stderr)
-        with parquet.ParquetFile(self.path, **STREAMED) as file, arrow.ipc.new_file(str(place), schema) as writer:
-            for batch in file.iter_batches(batch_size=1024, columns=self._columns, use_threads=False):
+        with arrow.ipc.new_file(str(place), schema) as writer:
+            for batch in self._batches(self._columns, f"copy of {self.path.name}"):
                 writer.write_batch(batch.cast(schema))
+
+    def _batches(self, columns: list[str], doing: str) -> Iterator[arrow.RecordBatch]:
+        """All rows, 1,024 at a time, with a progress bar on a terminal; memory does not depend on the row groups."""
+        try:
+            with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+                batches = file.iter_batches(batch_size=1024, columns=columns, use_threads=False)
+                yield from tqdm(batches, total=-(-self._metadata.num_rows // 1024), desc=doing, delay=3, disable=None)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
 
     def _read_text(self) -> tuple[np.ndarray, dict]:
         sizes, marks, digest = array("q"), array("q"), hashlib.blake2b(str(self._state[0]).encode(), digest_size=16)
-        with parquet.ParquetFile(self.path, **STREAMED) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=[TEXT], use_threads=False):
-                for text in cell_bytes(batch.column(0)):
-                    digest.update(text)
-                    sizes.append(len(text))
-                    marks.append(text.count(IMAGE_MARK.encode()))
+        for batch in self._batches([TEXT], f"index of {self.path.name}"):
+            for text in cell_bytes(batch.column(0)):
+                digest.update(text)
+                sizes.append(len(text))
+                marks.append(text.count(IMAGE_MARK.encode()))
         records = np.empty(len(sizes), self.RECORD)
         records["size"], records["marks"] = sizes, marks
         return records, {"fingerprint": digest.hexdigest()}

@@ -3,6 +3,7 @@
 A sample names its pictures, or holds them (bytes of a picture file, as parquet has them); either is a `Ref`.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -12,6 +13,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,7 +109,7 @@ class ZipImages(DataFile, ImageSource):
             self._records, extra = open_index(self.path, self.RECORD, self._read_directory)
             self._root = extra["root"]
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:  # all by damaged ones
             raise DataError(f"{self.path} is no readable zip of pictures: {error}") from error
 
     def _read_directory(self) -> tuple[np.ndarray, dict]:
@@ -129,8 +131,8 @@ class ZipImages(DataFile, ImageSource):
         offset, size = int(record["offset"]), int(record["size"])
         if record["unpacked"] > MAX_BYTES:
             raise SampleError(f"picture {name!r} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
-        header = os.pread(self._file.fileno(), self.LOCAL_HEADER.size, offset)
         try:
+            header = os.pread(self._file.fileno(), self.LOCAL_HEADER.size, offset)
             signature, name_size, extra_size = self.LOCAL_HEADER.unpack(header)
             begin = offset + self.LOCAL_HEADER.size + name_size + extra_size
             data = os.pread(self._file.fileno(), size, begin)
@@ -141,7 +143,7 @@ class ZipImages(DataFile, ImageSource):
                 data = unpacker.decompress(data, int(record["unpacked"]) + 1)
             elif record["method"] != zipfile.ZIP_STORED:
                 problem = "it is packed by another method than deflate, or encrypted"
-        except (struct.error, zlib.error) as error:
+        except (OSError, struct.error, zlib.error) as error:
             problem = f"the zip is torn: {error}"
         if problem is None and (len(data) != record["unpacked"] or zlib.crc32(data) != record["crc"]):
             problem = "its checksum is wrong"
@@ -153,13 +155,23 @@ class ZipImages(DataFile, ImageSource):
         return self._find(name, where).tobytes()
 
     def _find(self, name: str, where: str) -> np.void:
-        plain = posixpath.normpath(name)  # "./a.jpg"
-        for full in (name, self._root + name, plain, self._root + plain):
+        for full in (folder + spelled for spelled in spellings(name) for folder in ("", self._root)):
             value = name_hash(full)
             place = int(np.searchsorted(self._records["name"], value))
             if place < len(self._records) and self._records[place]["name"] == value:
                 return self._records[place]
         raise SampleError(f"picture {name!r} is not in {self.path}", where)
+
+
+def spellings(name: str) -> Iterator[str]:
+    """What a file may be called in a zip: by its name; without "./"; and, since Windows writes names in a code page without
+    saying so, in what zipfile makes of the Chinese and Japanese ones."""
+    yield name
+    yield (plain := posixpath.normpath(name))
+    if not plain.isascii():
+        for page in ("cp950", "cp936", "cp932"):
+            with contextlib.suppress(UnicodeError):
+                yield plain.encode(page).decode("cp437")
 
 
 def name_hash(name: str) -> np.uint64:

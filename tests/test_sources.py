@@ -680,6 +680,14 @@ def test_zips_as_people_make_them(tmp_path):
     with pytest.raises(SampleError, match="is not in"):
         images.load("\ud800.png")
     assert images.read("./my//p/a.png") == images.read("./a.png") == blobs["blue"]
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as file:
+        file.writestr("1111/11.png", blobs["red"])
+        file.writestr("2222/22.png", blobs["red"])
+    packed = (tmp_path / "windows.zip").read_bytes()  # whose names are in code pages, and do not say so
+    packed = packed.replace(b"1111/11", "圖片/貓".encode("cp950")).replace(b"2222/22", "图片/猫".encode("cp936"))
+    (tmp_path / "windows.zip").write_bytes(packed)
+    for name in ("圖片/貓.png", "图片/猫.png", "./图片/猫.png"):
+        assert open_images(tmp_path / "windows.zip").read(name) == blobs["red"]
     for nowhere in ("", ","):
         with pytest.raises(SampleError, match="there is no folder"):
             open_images(nowhere).load("a.png")

@@ -1,5 +1,6 @@
 """Suite `data` of the benchmark: what starting on and reading from large data costs, side by side with the plain ways."""
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.convert import main as convert
@@ -88,7 +90,7 @@ def measure_start(path: str, way: str) -> dict:
 
 
 def run_self(*arguments: str | Path) -> Any:
-    """What this module prints in a fresh interpreter: `measure_start` of a path and a way, or `read_all` of data and pictures."""
+    """What this module prints in a fresh interpreter: `measure_start` of a path and a way, or `read_all` of data, pictures and workers."""
     command = [sys.executable, "-m", "trainer.data_suite", *map(str, arguments)]
     return json.loads(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout)
 
@@ -171,25 +173,26 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_all(data: str, images: str) -> float:
-    """Seconds to read every sample and its pictures' bytes once, in the order of training."""
-    begin = time.perf_counter()
-    samples, source = open_samples(data), open_images(images)
+def read_all(data: str, images: str, workers: int = 1) -> dict:
+    """Reads the samples that one of `workers` loader processes gets, and their pictures' bytes, once in the order of training:
+    seconds from the start, and processor seconds of a sample."""
+    begin, samples, source = time.perf_counter(), open_samples(data), open_images(images)
     sampler = ResumableSampler(len(samples), 16, 1, 0, lengths=lambda indices: samples.lengths(indices, 196),
                                order=lambda epoch: samples.order(0, epoch))  # fmt: skip
-    for (micro_batch,) in sampler.updates(0):
-        for index in micro_batch:
-            sample = samples[index]
-            for ref in sample.images:
-                ref if isinstance(ref, bytes) else source.read(ref, sample.where)
-    return time.perf_counter() - begin
+    numbers = [index for (micro_batch,) in itertools.islice(sampler.updates(0), 0, None, workers) for index in micro_batch]
+    processor = time.process_time()
+    for index in numbers:
+        sample = samples[index]
+        for ref in sample.images:
+            ref if isinstance(ref, bytes) else source.read(ref, sample.where)
+    return {"seconds": time.perf_counter() - begin, "processor": (time.process_time() - processor) / len(numbers)}
 
 
 def system_calls(data: str, images: str) -> int | None:
     """System calls of `read_all`, by strace; None without it."""
     if shutil.which("strace") is None:
         return None
-    command = ["strace", "-f", "-c", sys.executable, "-m", "trainer.data_suite", data, images, "read"]
+    command = ["strace", "-f", "-c", sys.executable, "-m", "trainer.data_suite", data, images, "read", "1"]
     lines = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stderr.splitlines()
     total = next(line for line in reversed(lines) if line.rstrip().endswith("total"))
     return int(total.split()[3])
@@ -201,7 +204,6 @@ def measure_parquet(folder: Path) -> list[dict]:
     data, pictures = write_data(folder / "loose", "pretrain", PICTURES, tokenizer, PICTURES)
     if convert([str(data), "--images_path", str(pictures), "--out", str(folder / "shards")]):
         raise RuntimeError("the data could not be converted")
-    decoding = measure_decoding(str(folder / "shards"), str(pictures))
     shutil.make_archive(str(folder / "zip" / "pictures"), "zip", pictures)
     ways = {"loose": (str(data), str(pictures)), "parquet": (str(folder / "shards"), "none"),
             "zip": (str(data), str(folder / "zip" / "pictures.zip"))}  # fmt: skip
@@ -211,7 +213,7 @@ def measure_parquet(folder: Path) -> list[dict]:
     for _ in range(3):
         for name, way in ways.items():
             forget(folder)
-            seconds[name].append(run_self(*way, "read"))  # in a process of its own: row groups read before are kept
+            seconds[name].append(run_self(*way, "read", 1)["seconds"])  # in a process of its own: row groups read before are kept
     calls = {name: system_calls(*way) for name, way in ways.items()}
     idle = system_calls("nothing", "nothing")
     times = {name: statistics.median(values) for name, values in seconds.items()}
@@ -221,22 +223,26 @@ def measure_parquet(folder: Path) -> list[dict]:
         if idle is not None:
             own, loose = calls[name] - idle, calls["loose"] - idle
             rows.append({"name": f"{name}_system_calls", "ratio": loose / own, "calls_per_sample": own / PICTURES})
-    return [*rows, decoding]
+    return [*rows, measure_sharing(str(folder / "shards"), str(pictures))]
 
 
-def measure_decoding(shards: str, pictures: str) -> dict:
-    """Reading row groups, which every loader process does, against making pixels of their pictures, which is shared out."""
-    samples, images = open_samples(shards), open_images(pictures)
-    begin = time.thread_time()
-    for source in samples.sources:
-        for first in source.blocks[:-1]:
-            source[int(first)]
-    decoding, begin = (time.thread_time() - begin) / len(samples), time.thread_time()
-    names = sorted(os.listdir(pictures))[:500]
-    for name in names:
+def measure_sharing(shards: str, pictures: str) -> dict:
+    """A sample with 8 loader processes, each of which reads every row group, against one: processor time to read it and to
+    make pixels of its picture."""
+    costs, images, pixels = {1: [], WORKERS: []}, open_images(pictures), []
+    for _ in range(3):
+        for workers, values in costs.items():
+            values.append(run_self(shards, "none", "read", workers)["processor"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    for name in sorted(os.listdir(pictures))[:500]:
+        begin = time.thread_time()
         preprocess(images.load(name))
-    picture = (time.thread_time() - begin) / len(names)
-    return {"name": "parquet_decoding", "ratio": picture / decoding, "microseconds": decoding * 1e6, "picture_microseconds": picture * 1e6}
+        pixels.append(time.thread_time() - begin)
+    torch.set_num_threads(threads)
+    one, many, picture = statistics.median(costs[1]), statistics.median(costs[WORKERS]), statistics.median(pixels)
+    return {"name": "parquet_8_readers", "ratio": (many + picture) / (one + picture), "microseconds": many * 1e6,
+            "alone_microseconds": one * 1e6, "picture_microseconds": picture * 1e6}  # fmt: skip
 
 
 def data_suite(folder: Path) -> list[dict]:
@@ -249,8 +255,8 @@ def data_suite(folder: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    if sys.argv[-1] == "read":
+    if sys.argv[3:4] == ["read"]:
         if sys.argv[1] != "nothing":
-            print(read_all(*sys.argv[1:3]))
+            print(json.dumps(read_all(*sys.argv[1:3], int(sys.argv[4]))))
     else:
         print(json.dumps(measure_start(*sys.argv[1:3])))

@@ -17,12 +17,13 @@ import numpy as np
 from .conversation import Sample
 from .errors import DataError
 from .jsonl import JsonlSamples
-from .order import EpochOrder, Order, share
+from .order import EpochOrder, Order, Permutation, share
 from .parquet import WINDOW_BYTES, ParquetSamples
 
 FILES = (".jsonl", ".parquet")  # taken from a folder; .json is jsonl, too, when it is named
 MOST_WEIGHT = 1000
 MOST_COMMAS = 8  # of a name
+HOLD_OUT = 1  # in a key of random numbers: the choice of held-out samples is no order of an epoch
 
 
 class SampleSource(Protocol):
@@ -57,6 +58,7 @@ class Mixture:
     def __init__(self, sources: list[SampleSource], weights: list[float]):
         self.sources, self.weights = sources, weights
         self.bounds = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+        self.held_out = np.empty(0, dtype=np.int64)  # numbers of samples that no epoch takes, ascending
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
@@ -64,13 +66,40 @@ class Mixture:
     @property
     def epoch_size(self) -> int:
         """Samples of an epoch, weights considered."""
-        return sum(share(len(source), weight) for source, weight in zip(self.sources, self.weights, strict=True))
+        sizes = [int(blocks[-1]) for blocks in self._blocks()]
+        return sum(share(size, weight) for size, weight in zip(sizes, self.weights, strict=True))
+
+    def hold_out(self, part: float, seed: int) -> np.ndarray:
+        """Takes this part of every source's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
+
+        One choice for a seed; at least one sample of each source stays.
+        """
+        chosen = []
+        for number, source in enumerate(self.sources):
+            count = min(round(len(source) * part), len(source) - 1)
+            chosen.append(self.bounds[number] + Permutation(len(source), (seed, number, 0, HOLD_OUT))(np.arange(count)))
+        self.held_out = np.sort(np.concatenate(chosen))
+        return self.held_out
+
+    def _blocks(self) -> list[np.ndarray]:
+        """The sources' blocks, in a numbering without the samples held out."""
+        if not len(self.held_out):
+            return [source.blocks for source in self.sources]
+        found = []
+        for begin, source in zip(self.bounds, self.sources, strict=False):
+            before = np.searchsorted(self.held_out, begin + source.blocks)
+            found.append(np.unique(source.blocks - before + before[0]))
+        return found
 
     def order(self, seed: int, epoch: int) -> Order:
         """The epoch's order of samples, without its batches' likeness of lengths."""
         sizes = [source.block_bytes for source in self.sources]
         window = max(1, WINDOW_BYTES // max(1, *sizes))
-        return EpochOrder([source.blocks for source in self.sources], [size > 0 for size in sizes], self.weights, seed, epoch, window)
+        order = EpochOrder(self._blocks(), [size > 0 for size in sizes], self.weights, seed, epoch, window)
+        if not len(self.held_out):
+            return order
+        skipped = self.held_out - np.arange(len(self.held_out))  # of each held-out sample: how many others come before it
+        return lambda places: (numbers := order(places)) + np.searchsorted(skipped, numbers, side="right")
 
     def _place(self, index: int) -> tuple[SampleSource, int]:
         number = int(np.searchsorted(self.bounds, index, side="right")) - 1

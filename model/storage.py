@@ -14,6 +14,7 @@ import socket
 import tempfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,6 +93,27 @@ def write_set(journal: Path, files: dict[Path, Write], keep: dict[Path, Path]) -
         finish_commit(journal)
     except OSError as error:  # whoever comes next does the rest
         raise StorageError(_explain(error, next(iter(files)).parent)) from error
+
+
+class BackgroundWriter:
+    """Writes sets of files in the background, one at a time."""
+
+    def __init__(self):
+        self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
+
+    def submit(self, journal: Path, files: dict[Path, Write], keep: dict[Path, Path]) -> None:
+        """Starts to write a set (see `write_set`). Waits for the one before; raises StorageError, after the start, when
+        that could not be written."""
+        try:
+            self.wait()
+        finally:
+            self._task = self._executor.submit(write_set, journal, files, keep)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises StorageError when it could not be written."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
 
 
 def finish_commit(journal: Path) -> None:

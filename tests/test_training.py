@@ -404,15 +404,6 @@ def test_resume_with_other_settings_is_refused_by_name(data, tower_folder, tmp_p
     assert "11 updates done" in done.stderr
 
 
-def test_swanlab_offline_and_failing(data, tower_folder, tmp_path):
-    flags = training_flags(data, tower_folder, tmp_path)
-    done = run_script("train_sft_vlm.py", *flags, "--use_wandb", cwd=tmp_path, SWANLAB_MODE="offline")
-    assert done.returncode == 0 and "SwanLab is off" not in done.stderr, done.stderr
-    assert list(tmp_path.glob("swanlog/*")), "the offline run is on disk"
-    done = run_script("train_sft_vlm.py", *flags, "--use_wandb", cwd=tmp_path, SWANLAB_MODE="nonsense")
-    assert done.returncode == 0 and done.stderr.count("warning: SwanLab is off") == 1
-
-
 def test_settings_survive_as_json():
     config = TrainConfig(epochs=3)
     assert json.loads(config.to_json())["epochs"] == 3

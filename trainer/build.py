@@ -50,6 +50,10 @@ class Run:
     def cache(self) -> FeatureCache | None:
         return self.dataset.cache
 
+    def autocast(self) -> torch.autocast:
+        """The context in which the decoder computes."""
+        return torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
 
 def build_model(
     hidden_size: int, num_hidden_layers: int, use_moe: bool, vision_model_path: str, tokenizer: PreTrainedTokenizerBase
@@ -150,6 +154,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
     except DataError as error:
         problems.append(str(error))
+    if samples and config.eval_share and not len(samples.hold_out(config.eval_share, config.seed)):
+        problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger share")
     start = config.start_file
     used = fingerprints(model, tokenizer) if model else {}
     if start is not None and not config.from_resume:

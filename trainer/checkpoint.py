@@ -1,7 +1,6 @@
 """The training state: what it holds, and how it is written as one with weights and sidecar (model/weights.py)."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from model import MiniMindVLM
 from model.errors import UsageError
-from model.storage import StorageError, check_zip, write_set
+from model.storage import BackgroundWriter, StorageError, check_zip
 from model.weights import half_weights, journal_of, read_tensors, weight_files
 
 STATE_VERSION = 4
@@ -50,13 +49,13 @@ def copy_to_cpu(value: Any) -> Any:
     return value
 
 
-class Saver:
+class Saver(BackgroundWriter):
     """Writes weights, sidecar and training state as one, in the background, one set at a time."""
 
     def __init__(self, weight_file: Path, state_file: Path):
+        super().__init__()
         self.weight_file, self.state_file = weight_file, state_file
         self.newest_is_torn = False  # then it is replaced, and not kept in place of the good one before it
-        self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
 
     def save(self, model: MiniMindVLM, sidecar: dict, objects: dict[str, Any], extra: dict) -> None:
         """Takes a snapshot and returns. `objects` have a state_dict(); `extra` are plain values and tensors.
@@ -69,18 +68,9 @@ class Saver:
         content |= {"version": STATE_VERSION, **extra}
         files = weight_files(self.weight_file, weights, model.config.to_diff_dict(), sidecar)
         files[self.state_file] = lambda file: torch.save(content, file)
-        try:
-            self.wait()
-        finally:
-            keep = {} if self.newest_is_torn else {self.state_file: previous_state(self.state_file)}
-            self.newest_is_torn = False
-            self._task = self._executor.submit(write_set, journal_of(self.weight_file), files, keep)
-
-    def wait(self) -> None:
-        """Returns when everything is on disk; raises StorageError when it could not be written."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.result()
+        keep = {} if self.newest_is_torn else {self.state_file: previous_state(self.state_file)}
+        self.newest_is_torn = False
+        self.submit(journal_of(self.weight_file), files, keep)
 
 
 def previous_state(path: Path) -> Path:

@@ -50,6 +50,10 @@ class TrainConfig:
     data_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns;"
                              " several with commas between, each with a weight if wanted (a.jsonl:0.3)")
     images_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_images"), "folder or .zip of pictures; several with commas between")
+    eval_data_path: str | None = setting(None, "validation data: files as for --data_path, or a share of the training samples to"
+                                         " hold out (0.01); default: no validation")
+    eval_images_path: str | None = setting(None, "pictures of the validation files; default: --images_path")
+    eval_interval: int = setting(0, "updates between two validations; 0: one after every epoch")
     from_weight: str = setting("llm", "prefix of the weights in save_dir to start from; none: from scratch")
     from_resume: int = setting(0, "1: go on from the last training state", (0, 1))
     freeze_llm: int = setting(1, "0: train all, 1: the projector only, 2: projector and last block", (0, 1, 2))
@@ -80,9 +84,15 @@ class TrainConfig:
                      "num_hidden_layers", "max_seq_len", "learning_rate", "grad_clip"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be greater than 0")
-        for name in ("num_workers", "seed"):
+        for name in ("num_workers", "seed", "eval_interval"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise UsageError(f"--eval_data_path {self.eval_data_path}: a share lies between 0 and 1; a file of that name is ./{self.eval_data_path}")
+        if self.eval_data_path is None and (self.eval_interval or self.eval_images_path):
+            raise UsageError("--eval_interval and --eval_images_path need --eval_data_path, the data to validate on")
+        if self.eval_share and self.eval_images_path:
+            raise UsageError("--eval_images_path goes with files in --eval_data_path; samples held out have their pictures in --images_path")
         for name in ("save_weight", "from_weight"):
             if not getattr(self, name) or os.sep in getattr(self, name):
                 raise UsageError(f"--{name} {getattr(self, name)!r}: a name without folders; folders go to --save_dir")
@@ -98,8 +108,18 @@ class TrainConfig:
         return Path(self.save_dir) / f"{self.run_name}.pth"
 
     @property
+    def best_file(self) -> Path:
+        """Where the weights of the lowest validation loss go."""
+        return Path(self.save_dir) / f"{weight_name(f'{self.save_weight}_best', self.hidden_size, bool(self.use_moe))}.pth"
+
+    @property
+    def eval_share(self) -> float | None:
+        """The share of the training samples to hold out; None where --eval_data_path names files or nothing."""
+        return share_of(self.eval_data_path)
+
+    @property
     def metrics_file(self) -> Path:
-        """One json line a log interval."""
+        """One json line a log interval, and one a validation."""
         return Path(self.save_dir) / f"{self.run_name}.metrics.jsonl"
 
     @property
@@ -126,6 +146,14 @@ class TrainConfig:
     def to_json(self) -> str:
         """The settings as json text, for records."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def share_of(eval_data_path: str | None) -> float | None:
+    """The number that --eval_data_path is, if it is one."""
+    try:
+        return float(eval_data_path or "")
+    except ValueError:
+        return None
 
 
 def parse_config(description: str, defaults: dict, argv: list[str] | None = None) -> TrainConfig:

@@ -19,16 +19,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.vlm_dataset import Batch
-from model.storage import StorageError
-from model.vision import normalize
+from model.storage import BackgroundWriter, StorageError
+from model.weights import half_weights, journal_of, weight_files
 
 from .build import Run, build_loader, worker_count
 from .checkpoint import Saver
 from .guards import BadSampleGuard, FiniteGuard
+from .objective import Objective
 from .progress import cosine
 from .resume import begin, gather_rng_states, restore, snapshot
 from .signals import StopRequest
 from .tracking import Tracker
+from .validation import Validation, better
 
 MOST_UNREAD = 100  # updates whose outcome may wait on the device
 
@@ -42,7 +44,6 @@ class Trainer:
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         self.bad_samples = BadSampleGuard(self.ranks, self.config.on_bad_sample == "raise")
         self.finite = FiniteGuard(self.ranks, run.dataset.samples.where, self.config.resume_file)
-        self.cache_given_up = False
         self.stopped_by = 0  # the signal that ended `updates` early
         self.saved_update = -1
         self.saver = Saver(self.config.weight_file, self.config.resume_file)
@@ -52,21 +53,26 @@ class Trainer:
                 self.saved_update = self.progress.state.update
         self.state, self.interval, self.scaler = self.progress.state, self.progress.interval, self.progress.scaler
         self.schedule, self.total = self.progress.schedule, self.progress.schedule.total
-        self.model = run.model
+        self.model, self.objective = run.model, Objective(run)
         if self.ranks.size > 1:
             self.model = DistributedDataParallel(run.model, forward_sync_buffers=False)
         self.workers = worker_count(self.config.num_workers, self.ranks)
         self.began, self.began_update = time.monotonic(), self.state.update
         self.logged = self.began
+        self.validation = Validation(run, self.workers) if self.config.eval_data_path else None
+        self.best = BackgroundWriter()  # of the best weights
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
+        self.state.tracker_id = self.tracker.run_id
 
     def train(self) -> int:
         """Trains to the end, or until a signal asks to stop. Returns the process's exit code."""
         with StopRequest() as stop:
             if self.saver.newest_is_torn:
                 self.save()
+            self.validate_if_due(stop)  # a stop may have cut the last one short
             for learning_rate in self.updates(stop):
                 self.log_if_due(learning_rate)
+                self.validate_if_due(stop)
                 self.save_if_due()
             if self.stopped_by:
                 return self.stop_early(self.stopped_by)
@@ -121,7 +127,7 @@ class Trainer:
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync():
-                loss, aux_loss = self.forward(batch)
+                loss, aux_loss = self.objective(self.model, batch)
                 loss = loss * batch.supervised
                 aux_loss = aux_loss / (len(micro_batches) * self.ranks.size)
                 # DDP averages gradients over ranks; what we want is their sum.
@@ -134,37 +140,6 @@ class Trainer:
         sums = torch.stack([loss_sum, aux_sum, loss_sum.new_full((), supervised), loss_sum.new_ones(())])
         self.interval.sums += torch.where(broken > 0, 0.0, sums)
         self.interval.tokens += tokens
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy over the batch's supervised tokens, and the auxiliary loss (0 for a dense model)."""
-        batch = batch.to(self.ranks.device)
-        features = self.encode(batch)
-        dtype = self.run.dtype
-        with torch.autocast(self.ranks.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = self.model(
-                batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, image_features=features,
-                # Rows are padded on the right: causal attention needs no mask, only the routers' loss does.
-                image_positions=batch.image_positions, token_mask=batch.attention_mask if self.config.use_moe else None,
-            )  # fmt: skip
-        return out.loss, out.aux_loss if out.aux_loss is not None else out.loss.new_zeros(())
-
-    def encode(self, batch: Batch) -> torch.Tensor:
-        """Features [N, P, W] of the batch's pictures; each is encoded once, those in the cache not at all.
-
-        Rounded to bf16 whatever the run's format, as the cache keeps them: a run with the cache is the run without it.
-        """
-        features = batch.features
-        if len(batch.pixels):
-            features = self.run.model.encode_images(normalize(batch.pixels)).to(torch.bfloat16)
-            cache = self.run.cache
-            if cache and cache.broken is None:
-                cache.write(batch.slots, batch.signatures, features)
-            elif cache and not self.cache_given_up:
-                self.cache_given_up = True
-                self.ranks.warn(f"warning: the feature cache keeps no more ({cache.broken}); training goes on")
-            if len(batch.features):
-                features = torch.cat([features, batch.features])
-        return features[batch.image_index].to(self.run.dtype)
 
     def step(self, loss: torch.Tensor) -> torch.Tensor:
         """Clips and steps. A loss or gradient that is not finite changes nothing; returns a tensor that is then 1.
@@ -240,20 +215,62 @@ class Trainer:
             return
         if self.run.cache:
             self.run.cache.flush()
-        self.state.tracker_id = self.tracker.run_id
-        content = snapshot(self.run, self.progress, sums, rng)
-        content["state"]["seconds"] += time.monotonic() - self.began
-        sidecar = {"fingerprints": self.run.fingerprints, "training": asdict(self.config), "progress": content["state"]}
+        sidecar = self.sidecar()
+        content = snapshot(self.run, self.progress, sums, rng) | {"state": sidecar["progress"]}
         objects = {"model": self.run.model, "optimizer": self.run.optimizer, "scaler": self.scaler}
         try:
             self.saver.save(self.run.model, sidecar, objects, content)
         except StorageError as error:
             self.ranks.warn(f"warning: a save failed, training goes on: {error}")
 
+    def sidecar(self) -> dict:
+        """What stands beside weights that are saved now."""
+        progress = asdict(self.state)
+        progress["seconds"] += time.monotonic() - self.began
+        return {"fingerprints": self.run.fingerprints, "training": asdict(self.config), "progress": progress}
+
+    def validate_if_due(self, stop: StopRequest) -> None:
+        """Measures the loss on held-out data and keeps the weights when it is the lowest so far.
+
+        Nothing of it reaches the training: neither weights nor random states nor the figures of an interval.
+        """
+        if self.validation is None or not self.validation.due(self.state, self.total):
+            return
+        begin = time.monotonic()
+        result = self.validation.measure(stop)
+        if result is None:  # a resume does it
+            self.stopped_by = stop.signum or signal.SIGTERM
+            return
+        state, best = self.state, better(result.loss, self.state.best_loss)
+        state.validated, self.saved_update = state.update, -1
+        if best:
+            state.best_loss, state.best_update = result.loss, state.update
+            self.save_best()
+        self.logged += time.monotonic() - begin
+        self.tracker.log_validation({
+            "update": state.update, "epoch": state.epoch + state.samples / self.run.sampler.size,
+            "seconds": state.seconds + time.monotonic() - self.began, "eval_loss": result.loss, "best": best,
+            "samples": result.samples,
+        })  # fmt: skip
+
+    def save_best(self) -> None:
+        """Weights and sidecar, by the first rank; a set that cannot be written is reported."""
+        if not self.ranks.is_main:
+            return
+        path, model = self.config.best_file, self.run.model
+        files = weight_files(path, half_weights(model), model.config.to_diff_dict(), self.sidecar())
+        try:
+            self.best.submit(journal_of(path), files, {})
+        except StorageError as error:
+            self.ranks.warn(f"warning: keeping the best weights failed, training goes on: {error}")
+
     def finish(self) -> None:
         """Everything is on disk when this returns; raises StorageError when it cannot be."""
-        self.tracker.close()
-        self.saver.wait()
+        try:
+            self.saver.wait()
+            self.best.wait()
+        finally:
+            self.tracker.close()
 
     def stop_early(self, signum: int) -> int:
         """Saves what is done and says how to go on."""

@@ -40,15 +40,15 @@ def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[OutputLock]:
     killed run left half done is finished or removed. Raises UsageError."""
     if not ranks.is_main:
         return []
-    files = [config.weight_file, config.resume_file]
+    files = [config.weight_file, config.resume_file, *([config.best_file] if config.eval_data_path else [])]
     try:
         for file in files:
             check_writable(file.parent)
         locks = [OutputLock(lock_of(file)) for file in files]
     except StorageError as error:
         raise UsageError(str(error)) from error
-    finish_commit(journal_of(config.weight_file))
     for file in files:
+        finish_commit(journal_of(file))
         remove_temporaries(file.parent, [file.name, file.with_suffix(".json").name, journal_of(file).name])
     return locks
 

@@ -19,6 +19,9 @@ class TrainState:
     bad: int = 0  # bad ones among them
     seconds: float = 0.0  # spent training, over all interruptions
     tracker_id: str | None = None
+    validated: int = 0  # the update of the last validation
+    best_loss: float | None = None  # the lowest validation loss, and its update
+    best_update: int = 0
 
 
 class Interval:

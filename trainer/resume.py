@@ -9,7 +9,7 @@ from model.weights import check_fingerprints
 
 from .build import Run
 from .checkpoint import load_training_state, rng_state, set_rng_state
-from .config import TrainConfig, UsageError
+from .config import TrainConfig, UsageError, share_of
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState
 from .sampler import ResumableSampler
@@ -99,6 +99,12 @@ def check_settings(run: Run, content: dict) -> None:
         now, then = getattr(run.config, name), content["config"][name]
         if now != then:
             raise UsageError(f"{path} was saved with --{name} {then}, now it is {now}: no exact resume is possible")
+    share, then = run.config.eval_share, content["config"].get("eval_data_path")
+    if share != share_of(then):
+        raise UsageError(
+            f"{path} was saved with --eval_data_path {then or 'not given'}, now it is {run.config.eval_data_path or 'not given'}:"
+            f" samples would be held out and trained on, and no exact resume is possible"
+        )
     if content["data_size"] != run.sampler.size:
         raise UsageError(
             f"{path} was saved with {content['data_size']} training samples, {run.config.data_path} has"

@@ -3,8 +3,14 @@
 A tracker that fails is dropped with one warning; training goes on.
 """
 
+import dataclasses
 import json
+import math
+import os
+import shlex
+import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,16 @@ from tqdm import tqdm
 
 from model.storage import write_atomically
 
-from .config import TrainConfig
+from .config import REPOSITORY, TrainConfig
+
+FINISH_SECONDS = 30.0  # that SwanLab gets for its last points, once training has ended
 
 
 class MetricsFile:
-    """One json object a line, {"update": ..., "loss": ...}; a resumed run goes on where its state left off."""
+    """One json object a line: {"update", "loss", ...} of training, {"update", "eval_loss", "samples", ...} of a validation.
+
+    A resumed run goes on where its state left off.
+    """
 
     def __init__(self, path: Path, resume_update: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +44,7 @@ class MetricsFile:
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -41,47 +52,73 @@ class MetricsFile:
 
 
 class SwanLab:
-    """SwanLab, in the mode of its own settings (SWANLAB_MODE: cloud, local, offline, disabled)."""
+    """SwanLab, in the mode of its own settings (SWANLAB_MODE: cloud, local, offline, disabled), by a process of its own
+    (see swanlab_sender.py). The pipe to it is the queue: a point that finds it full is dropped.
+
+    `run_id` is chosen here, so that a resumed run goes on under the same one. Whatever goes wrong, one warning is all.
+    """
 
     def __init__(self, config: TrainConfig, run_id: str | None):
-        self._run, self.run_id = None, run_id
+        self.run_id, self._warned = run_id or uuid.uuid4().hex, False
+        self._process: subprocess.Popen | None = None
+        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
-            import swanlab
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "trainer.swanlab_sender"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # Ctrl-C is for training to answer
+            )  # fmt: skip
+        except OSError as error:
+            self._warn(f"is off, training goes on ({error})")
+            return
+        for pipe in (self._process.stdin, self._process.stdout):
+            os.set_blocking(pipe.fileno(), False)
+        name = config.wandb_run_name or (
+            f"{config.run_name}-e{config.epochs}-b{config.batch_size}-lr{config.learning_rate:g}"
+        )
+        settings = {**dataclasses.asdict(config), "command": shlex.join(sys.argv)}
+        self._send({"folder": str(Path(config.save_dir).resolve() / "swanlog"), "init": {
+            "project": config.wandb_project, "name": name, "config": settings, "id": self.run_id, "resume": "allow",
+        }})  # fmt: skip
 
-            name = config.wandb_run_name or (
-                f"{config.run_name}-e{config.epochs}-b{config.batch_size}-lr{config.learning_rate:g}"
-            )
-            resume = {"resume": "allow", "id": run_id} if run_id else {}
-            self._run = swanlab.init(
-                project=config.wandb_project, experiment_name=name, config=json.loads(config.to_json()), **resume
-            )
-            self.run_id = getattr(self._run, "id", None) or getattr(getattr(self._run, "public", None), "run_id", None)
-        except BaseException as error:  # its login exits the process, its settings raise all kinds
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            self._drop(error)
+    def log(self, values: dict[str, Any], update: int) -> None:
+        """Hands on one point, and does not wait for it to arrive."""
+        self._send({"values": values, "step": update})
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Sends one point; gives up for good when that fails."""
-        if self._run is None:
+    def close(self, summary: dict[str, Any]) -> None:
+        """Ends the SwanLab run; waits FINISH_SECONDS at most for what is still on its way."""
+        self._send({"summary": summary})
+        if self._process is None:
+            return
+        self._process.stdin.close()
+        try:
+            if self._process.wait(FINISH_SECONDS):
+                self._give_up()
+        except subprocess.TimeoutExpired:
+            self._warn(f"did not finish within {FINISH_SECONDS:.0f} s, points may be missing")
+            self._process.kill()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process is None:
             return
         try:
-            self._run.log(values, step=values["update"])
-        except Exception as error:
-            self._drop(error)
+            os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")  # whole, or not at all (pipe(7))
+        except BlockingIOError:
+            self._warn("does not keep up, points are missing; training goes on")
+        except BrokenPipeError:
+            self._give_up()
 
-    def close(self) -> None:
-        """Ends the SwanLab run."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._drop(error)
+    def _give_up(self) -> None:
+        self._process.kill()  # it closes its end by ending; should it live on without, it shall not be waited for
+        code = self._process.wait()
+        reason = (self._process.stdout.read() or b"").decode(errors="replace").strip()
+        self._warn(f"is off, training goes on ({reason or f'its process ended with code {code}'})")
+        self._process = None
 
-    def _drop(self, error: BaseException) -> None:
-        self._run = None
-        print(f"warning: SwanLab is off, training goes on ({type(error).__name__}: {error})", file=sys.stderr)
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            print(f"warning: SwanLab {text}", file=sys.stderr, flush=True)
+        self._warned = True
 
 
 class Tracker:
@@ -93,6 +130,7 @@ class Tracker:
             return
         self._metrics = MetricsFile(config.metrics_file, resume_update)
         self._swanlab = SwanLab(config, run_id) if config.use_wandb else None
+        self._summary: dict[str, Any] = {}
         self._total, self._on_terminal = total, sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=resume_update, unit="update", disable=not self._on_terminal,
                          dynamic_ncols=True)  # fmt: skip
@@ -111,9 +149,7 @@ class Tracker:
         """Writes the figures of an update everywhere."""
         if not self._is_main:
             return
-        self._metrics.log(values)
-        if self._swanlab:
-            self._swanlab.log(values)
+        self._record(values, values)
         left = values["seconds_left"]
         text = (f"loss {values['loss']:.4f}" + (f" aux {values['aux_loss']:.4f}" if values["aux_loss"] else "")
                 + f" lr {values['learning_rate']:.3e} {values['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
@@ -123,6 +159,16 @@ class Tracker:
             clock = f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}"
             print(f"epoch {values['epoch']} update {values['update']}/{self._total} {text} left {clock}",
                   file=sys.stderr, flush=True)  # fmt: skip
+
+    def log_validation(self, values: dict[str, Any]) -> None:
+        """Writes a validation everywhere, the answers among it to the file alone."""
+        if not self._is_main:
+            return
+        best = ", the lowest so far: weights kept" if values["best"] else ""
+        self.message(f"update {values['update']}/{self._total} validation loss {values['eval_loss']:.4f}{best}")
+        if not math.isfinite(values["eval_loss"]):
+            values = {**values, "eval_loss": None}  # json knows no infinity
+        self._record(values, {name: values[name] for name in ("update", "epoch", "seconds", "eval_loss")})
 
     def message(self, text: str) -> None:
         """A line for the person watching, above the bar."""
@@ -136,4 +182,11 @@ class Tracker:
         self._bar.close()
         self._metrics.close()
         if self._swanlab:
-            self._swanlab.close()
+            self._swanlab.close(self._summary)
+
+    def _record(self, values: dict[str, Any], figures: dict[str, Any]) -> None:
+        self._metrics.log(values)
+        self._summary |= figures
+        if self._swanlab:
+            points = {name: value for name, value in figures.items() if name != "update" and value is not None}
+            self._swanlab.log(points, values["update"])

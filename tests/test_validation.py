@@ -1,0 +1,302 @@
+"""Validation: held-out samples are never trained on, the loss is the plain one, and training does not notice."""
+
+import itertools
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.pictures import FolderImages
+from dataset.sources import Mixture
+from dataset.vlm_dataset import collate
+from model.vision import normalize
+from model.weights import journal_of, load_weights, save_weights
+from tests.conftest import make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
+from tests.test_speed import make_trainer
+from tests.test_training import NAME, assert_same, train, weights
+from trainer import checkpoint, distributed
+from trainer.config import UsageError, parse_config
+from trainer.guards import TrainingFailed
+from trainer.main import claim_outputs
+from trainer.plain import plain_loss
+from trainer.signals import StopRequest
+
+BEST = "sft_vlm_best_32"
+EVERY = {"save_weight": "sft_vlm", "eval_data_path": "0.3", "eval_interval": 3, "epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def held_out_data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("held_out"), 9, seed=5)
+
+
+def validations(out) -> list[dict]:
+    return [line for line in read_metrics(out, NAME) if "eval_loss" in line]
+
+
+def plain_mean(trainer, numbers) -> float:
+    """Mean cross-entropy over the supervised tokens of these samples, one at a time, all logits computed."""
+    dataset, model = trainer.validation.run.dataset, trainer.run.model.eval()
+    total, supervised = 0.0, 0
+    with torch.no_grad():
+        for number in numbers:
+            batch = collate([dataset[number]], 0, 196)
+            features = model.encode_images(normalize(batch.pixels)).bfloat16().float()[batch.image_index] if len(batch.pixels) else None
+            logits = model(batch.ids, image_features=features, image_positions=batch.image_positions).logits
+            total += plain_loss(logits, batch.labels).item() * batch.supervised
+            supervised += batch.supervised
+    model.train()
+    return total / supervised
+
+
+# --- what is held out -------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A source of `size` samples in blocks, of which only the numbers matter."""
+
+    def __init__(self, size: int, block: int):
+        self.size, self.block_bytes = size, int(block < size)
+        self.blocks = np.unique(np.append(np.arange(0, size, block), size))
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 70)), min_size=1, max_size=3), st.floats(0.01, 0.99), st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_takes_every_sample_that_is_not_held_out_and_no_other(sources, part, seed):
+    samples = Mixture([Numbers(*source) for source in sources], [1.0] * len(sources))
+    held = samples.hold_out(part, seed)
+    bounds = samples.bounds
+    counts = [int(((begin <= held) & (held < end)).sum()) for begin, end in itertools.pairwise(bounds)]
+    assert counts == [min(round(size * part), size - 1) for size, _ in sources]
+    for epoch in range(3):
+        order = samples.order(seed, epoch)(np.arange(samples.epoch_size))
+        assert sorted([*order.tolist(), *held.tolist()]) == list(range(len(samples)))
+
+
+def test_what_is_held_out_depends_on_the_seed_alone_and_weights_leave_it_out():
+    make = lambda: Mixture([Numbers(50, 99), Numbers(40, 10)], [0.5, 2.0])  # noqa: E731
+    samples, again, other = make(), make(), make()
+    held = samples.hold_out(0.2, 1)
+    assert np.array_equal(held, again.hold_out(0.2, 1)) and not np.array_equal(held, other.hold_out(0.2, 2))
+    assert samples.epoch_size == 20 + 64
+    both = np.concatenate([samples.order(1, epoch)(np.arange(84)) for epoch in range(2)])
+    assert set(both) == set(range(90)) - set(held), "two epochs of half are one of all"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--eval_data_path", "1.5"], "between 0 and 1"), (["--eval_data_path", "0"], "between 0 and 1"),
+     (["--eval_data_path", "nan"], "between 0 and 1"), (["--eval_interval", "5"], "need --eval_data_path"),
+     (["--eval_data_path", "0.1", "--eval_interval", "-1"], "negative"),
+     (["--eval_data_path", "0.1", "--eval_images_path", "x"], "--images_path")],
+)  # fmt: skip
+def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config("", {}, flags)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_validated_on_are_refused(data, tower_folder, tmp_path):
+    for value, message in ((tmp_path / "no.jsonl", "--eval_data_path: no training data at"), (0.01, "holds out none of 22 samples")):
+        with pytest.raises(UsageError, match=message):
+            make_trainer(data, tower_folder, tmp_path, eval_data_path=value)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moe", [0, 1])
+def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, tower_folder, tmp_path, moe):
+    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=0.3, use_moe=moe, batch_size=3)
+    trained = set()
+    update = trainer.update
+    trainer.update = lambda batches, *rest: (trained.update(i for b in batches for i in b.indices), update(batches, *rest))
+    list(trainer.updates(StopRequest()))
+    held = set(range(22)) - trained
+    assert len(held) == 7
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    result = trainer.validation.measure(StopRequest())
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert abs(result.loss - plain_mean(trainer, held)) < 1e-5
+    assert trainer.run.model.training and not trainer.run.model.vision_encoder.training
+
+
+def test_answers_are_what_the_model_says_to_held_out_questions(data, tower_folder, tmp_path):
+    """Against transformers' generate, one question at a time."""
+    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=0.3)
+    list(trainer.updates(StopRequest()))
+    said, rows = trainer.validation.measure(StopRequest()).samples, data[0].read_text().splitlines()
+    assert len(said) == 3
+    model, dataset = trainer.run.model.eval(), trainer.run.dataset
+    for answer in said:
+        number = int(answer["where"].rpartition(":")[2]) - 1
+        (question, reference), image = json.loads(rows[number])["conversations"], json.loads(rows[number]).get("image", "")
+        assert number in dataset.samples.held_out
+        assert question["content"].replace("<image>", "").strip() == answer["question"]
+        assert (reference["content"], image) == (answer["reference"], answer["image"])
+        prompt = dataset.renderer.render_prompt(dataset.samples[number].turns[:1])
+        pixels = [picture.pixels for picture in dataset[number].pictures]
+        images = {"image_features": model.encode_images(normalize(torch.stack(pixels))).bfloat16().float(),
+                  "image_positions": torch.cat([torch.arange(196) + start for start in prompt.image_starts])} if pixels else {}  # fmt: skip
+        ids = model.generate(torch.from_numpy(prompt.ids)[None], max_new_tokens=32, do_sample=False, pad_token_id=0,
+                             eos_token_id=dataset.renderer.im_end, **images)[0, len(prompt) :]  # fmt: skip
+        assert dataset.renderer.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") == answer["answer"]
+
+
+def test_two_processes_measure_the_loss_of_one(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path / "one", batch_size=4, **EVERY)
+    train(data, tower_folder, tmp_path / "two", batch_size=2, processes=2, **EVERY)
+    one, two = ([(line["update"], line["eval_loss"]) for line in validations(tmp_path / name)] for name in ("one", "two"))
+    assert [update for update, _ in one] == [update for update, _ in two] == [3, 6, 9, 12]
+    assert np.abs(np.array(one) - two).max() < 1e-4
+
+
+# --- training does not notice -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [0, 1])
+def test_training_with_validation_is_training_without_it(data, held_out_data, tower_folder, tmp_path, cached):
+    """Bit for bit: losses, weights, optimizer, random states."""
+    flags = {"save_weight": "sft_vlm", "epochs": 2, "cache_features": cached, "accumulation_steps": 2}
+    make_trainer(data, tower_folder, tmp_path / "plain", **flags).train()
+    make_trainer(data, tower_folder, tmp_path / "watched", eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
+                 eval_interval=2, **flags).train()  # fmt: skip
+    figures = ("update", "epoch", "loss", "aux_loss", "learning_rate", "bad_samples")
+    plain, watched = ([[line[name] for name in figures] for line in read_metrics(tmp_path / name, NAME) if "loss" in line]
+                      for name in ("plain", "watched"))  # fmt: skip
+    assert plain == watched and len(plain) == 12 and len(validations(tmp_path / "watched")) == 6
+    a, b = (checkpoint.load_training_state(tmp_path / name / "checkpoints" / f"{NAME}_resume.pth")[0] for name in ("plain", "watched"))
+    assert_same(a["model"], b["model"])
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
+    assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"])
+    for one, other in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert_same(one, other)
+
+
+def test_cached_pictures_of_the_validation_are_encoded_once(data, held_out_data, tower_folder, tmp_path, monkeypatch):
+    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
+                           cache_features=1)  # fmt: skip
+    first = trainer.validation.loss(StopRequest())
+
+    def forbidden(*_):
+        raise AssertionError("a picture was read or encoded again")
+
+    monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
+    monkeypatch.setattr(FolderImages, "load", forbidden)
+    assert trainer.validation.loss(StopRequest()) == first
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def run_here(data, tower_folder, out, before_validation=None, after_update: int = 0, **flags) -> int:
+    """A whole run in this process. `after_update`: a SIGINT comes then; `before_validation`: or in the n-th validation."""
+    trainer = make_trainer(data, tower_folder, out, **{**EVERY, **flags})
+    advance, measure, count = trainer.advance, trainer.validation.measure, 0
+
+    def advancing():
+        advance()
+        if trainer.state.update == after_update:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def measuring(stop):
+        nonlocal count
+        count += 1
+        if count == before_validation:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(stop)
+
+    trainer.advance, trainer.validation.measure = advancing, measuring
+    trainer.train()
+    return trainer.state.update
+
+
+def strip(out) -> list[dict]:
+    return [{name: line.get(name) for name in ("update", "loss", "eval_loss", "best", "samples")} for line in read_metrics(out, NAME)]
+
+
+def test_a_resumed_run_validates_as_an_uninterrupted_one(data, tower_folder, tmp_path):
+    """Stopped between two validations, in the middle of one, and in the middle of the last, after the last update."""
+    flags = {"learning_rate": 1.0}  # too high: a loss is not always the lowest so far
+    total = run_here(data, tower_folder, tmp_path / "whole", **flags)
+    part = tmp_path / "part"
+    assert run_here(data, tower_folder, part, after_update=7, **flags) == 7
+    assert run_here(data, tower_folder, part, before_validation=2, from_resume=1, **flags) == 12
+    assert [line["update"] for line in validations(part)] == [3, 6, 9]
+    assert run_here(data, tower_folder, part, before_validation=5, from_resume=1, **flags) == total == 24
+    assert [line["update"] for line in validations(part)] == [3, 6, 9, 12, 15, 18, 21]
+    assert run_here(data, tower_folder, part, from_resume=1, **flags) == total
+    assert run_here(data, tower_folder, part, from_resume=1, **flags) == total, "nothing left to do"
+    assert strip(tmp_path / "whole") == strip(part) and len(validations(part)) == 8
+    assert {line["best"] for line in validations(part)} == {True, False}
+    assert_same(weights(tmp_path / "whole"), weights(part))
+    assert_same(weights(tmp_path / "whole", BEST), weights(part, BEST))
+
+
+def test_a_resume_with_another_share_is_refused(data, tower_folder, tmp_path):
+    run_here(data, tower_folder, tmp_path, after_update=2)
+    for value in ("0.31", data[0]):
+        with pytest.raises(UsageError, match="samples would be held out and trained on"):
+            make_trainer(data, tower_folder, tmp_path, **{**EVERY, "eval_data_path": value, "from_resume": 1})
+
+
+# --- the best weights -------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_the_lowest_loss_are_kept_apart(data, tower_folder, tmp_path):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Quite another matter, told at some length."}]
+    other = write_jsonl(tmp_path / "other.jsonl", [{"conversations": turns}] * 2)
+    flags = {"eval_data_path": other, "eval_interval": 2, "epochs": 2, "learning_rate": 0.03}
+    run_here(data, tower_folder, tmp_path, **flags)
+    losses = {line["update"]: line["eval_loss"] for line in validations(tmp_path)}
+    best = min(losses, key=losses.get)
+    assert best != max(losses), "training went on to worse"
+    assert [line["best"] for line in validations(tmp_path)] == [
+        loss == min(list(losses.values())[: number + 1]) for number, loss in enumerate(losses.values())]  # fmt: skip
+    sidecar = json.loads((tmp_path / "out" / f"{BEST}.json").read_text())
+    assert sidecar["progress"]["update"] == sidecar["progress"]["best_update"] == best
+    assert sidecar["progress"]["best_loss"] == losses[best]
+    last = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())["progress"]
+    assert (last["update"], last["best_update"], last["best_loss"]) == (22, best, losses[best])
+    trainer = make_trainer(data, tower_folder, tmp_path, **EVERY | flags)
+    load_weights(tmp_path / "out" / f"{BEST}.pth", trainer.run.model)
+    assert abs(trainer.validation.loss(StopRequest()) - losses[best]) < 1e-2, "but for fp16"
+    done = run_script("eval_vlm.py", "--save_dir", tmp_path / "out", "--weight", "sft_vlm_best", "--hidden_size", 32,
+                      "--num_hidden_layers", 2, "--vision_model_path", tower_folder, "--image_dir", data[1],
+                      "--score", data[0], "--max_new_tokens", 2, "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0 and "total: " in done.stdout, done.stderr
+
+
+def test_what_a_killed_writer_of_the_best_weights_left_is_finished_and_removed(data, tower_folder, tmp_path):
+    out = tmp_path / "out"
+    config = parse_config("", {}, training_flags(data, tower_folder, tmp_path, **EVERY))
+    save_weights(config.best_file, make_model(), {"progress": 1})
+    waiting = out / f".{BEST}.json.abc.tmp"
+    waiting.write_text('{"progress": 2}')
+    (out / f".{BEST}.pth.abc.tmp").write_text("half")
+    journal_of(config.best_file).write_text(json.dumps(
+        [{"from": str(waiting), "to": str(out / f"{BEST}.json"), "keep": None}]))  # fmt: skip
+    locks = claim_outputs(config, distributed.start("cpu"))
+    assert json.loads((out / f"{BEST}.json").read_text()) == {"progress": 2}
+    assert not [name for name in os.listdir(out) if name.endswith((".tmp", ".commit"))]
+    assert {lock.path.name for lock in locks} >= {f".{BEST}.lock", f".{NAME}.lock"}
+    for lock in locks:
+        lock.release()
+
+
+def test_bad_samples_of_the_validation_are_named_and_too_many_end_the_run(data, tower_folder, tmp_path, capsys):
+    rows = data[0].read_text().splitlines()
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*rows[:6], '{"conversations": 3}'])
+    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=bad)
+    with pytest.raises(TrainingFailed, match="1 of 7 samples read were bad"):
+        trainer.validation.loss(StopRequest())
+    assert "bad.jsonl:7: 'conversations' is missing" in capsys.readouterr().err

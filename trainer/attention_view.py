@@ -97,4 +97,4 @@ def overlay(picture: Image.Image, heat: torch.Tensor, top: float | None = None) 
     part = (at - low)[..., None]
     colours = HEAT[low] * (1 - part) + HEAT[low + 1] * part
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
-    return Image.fromarray((0.4 * grey + 0.6 * colours).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray((0.3 * grey + 0.7 * colours).round().clip(0, 255).astype(np.uint8))

@@ -1,0 +1,100 @@
+"""The pictures of the README, made by this project (images/growth.png: `python -m trainer.benchmark growth --plot`).
+
+    python -m trainer.figures structure   # the model, dense and as a mixture of experts
+    python -m trainer.figures sample      # the way of a sample from its file to the loss
+    python -m trainer.figures loss        # loss curves of the demo; or of the metrics files named
+    python -m trainer.figures attention   # where the demo's model looked; or another model
+    python -m trainer.figures page        # the web page on the demo's model, photographed by headless Chromium
+
+Reads   what `make demo` leaves in out/ (loss, attention, page), dataset/eval_images
+Writes  images/{name}.png, or --out. Needs requirements-dev.txt.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dataset.errors import SampleError
+from trainer.config import REPOSITORY, UsageError, weight_name
+
+PICTURES = REPOSITORY / "dataset" / "eval_images"
+STAGES = ("llm", "pretrain_vlm", "sft_vlm")
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The picture to make and its flags; the defaults are the README's pictures."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--out", type=Path, default=REPOSITORY / "images" / f"{name}.png", help="default: %(default)s")
+        return command
+
+    for name, summary in (("structure", "the model, one block, both kinds of feed-forward layer"), ("sample", "from a line of jsonl to the loss")):
+        command = add(name, summary)
+        command.add_argument("--hidden_size", type=int, default=512, help="width of the decoder (default: %(default)s)")
+        command.add_argument("--num_hidden_layers", type=int, default=8, help="its blocks (default: %(default)s)")
+        command.add_argument("--image", type=Path, default=PICTURES / "chelsea.jpg", help="the picture shown (default: %(default)s)")
+
+    command = add("loss", "loss curves, a panel a run")
+    demo = [REPOSITORY / "out" / f"{weight_name(stage, 256, False)}.metrics.jsonl" for stage in STAGES]
+    command.add_argument("files", nargs="*", type=Path, default=demo, help="metrics files of runs (default: those of the demo)")
+
+    command = add("attention", "where a model looked for each token of its answers")
+    command.add_argument("images", nargs="*", type=Path, default=sorted(PICTURES.glob("easy_vqa_*.png")), help="pictures to ask about (default: easy-VQA's in dataset/eval_images)")
+    command.add_argument("--question", default="Describe the image.", help="default: %(default)s")
+    for asking in (command, add("page", "a screenshot of the web page")):
+        asking.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of the weights (default: %(default)s)")
+        asking.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
+        asking.add_argument("--hidden_size", type=int, default=256, help="width of the decoder (default: %(default)s)")
+        asking.add_argument("--num_hidden_layers", type=int, default=4, help="unused when the weights have a sidecar")
+        asking.add_argument("--use_moe", type=int, default=0, choices=(0, 1), help="1: mixture of experts")
+        asking.add_argument("--vision_model_path", default=str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), help="CLIP folder (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Makes the picture. What it needs is imported here: each command asks for no more than its own."""
+    if args.picture == "structure":
+        from .structure import draw_structure
+
+        draw_structure(args.out, args.image, args.hidden_size, args.num_hidden_layers)
+    elif args.picture == "sample":
+        from .sample import draw_sample
+
+        draw_sample(args.out, args.image, args.hidden_size, args.num_hidden_layers)
+    elif args.picture == "loss":
+        from .loss import draw_loss
+
+        draw_loss(args.out, args.files)
+    elif args.picture == "attention":
+        from trainer.inference import load_assistant
+
+        from .attention import draw_attention
+
+        file = args.save_dir / f"{weight_name(args.weight, args.hidden_size, bool(args.use_moe))}.pth"
+        assistant = load_assistant("model", file, "cpu", args.vision_model_path, str(REPOSITORY / "model"),
+                                   args.hidden_size, args.num_hidden_layers, bool(args.use_moe))  # fmt: skip
+        draw_attention(args.out, assistant, args.images, args.question)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 for a user's mistake."""
+    args = parse_flags(argv)
+    try:
+        draw(args)
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "playwright"):
+            raise
+        print(f"error: {error.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
+        return 2
+    except (UsageError, SampleError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Where the answers of a trained model looked: a row a picture, a map a token."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dataset.conversation import IMAGE_MARK, Turn
+from dataset.pictures import load_picture
+from model.vision import preprocess
+from trainer.attention_view import look, overlay, picture_of
+from trainer.inference import Assistant, Sampling
+
+from .canvas import INK, Canvas
+
+TOKENS = 5  # shown of an answer
+WORDS = 210  # units for question and answer at the left of a row
+
+
+def draw_attention(path: Path, assistant: Assistant, files: list[Path], question: str) -> None:
+    """Asks about each picture, greedily, and draws the attention of the answer's first tokens, mean of heads and layers.
+
+    Raises SampleError for a file that is no picture.
+    """
+    rows = []
+    for file in files:
+        pixels = preprocess(load_picture(file, str(file)))
+        asked = (Turn("user", f"{IMAGE_MARK}\n{question}"),)
+        answer = assistant.generate([asked], [pixels], Sampling(max_new_tokens=64, temperature=0.0))[0]
+        seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels])
+        rows.append((picture_of(pixels), answer, seen))
+    columns = 1 + min(TOKENS, max(len(seen.tokens) for _, _, seen in rows))
+    side = min(170, (980 - WORDS) / columns - 10)
+    canvas = Canvas(WORDS + columns * (side + 10) + 10, len(rows) * (side + 36) + 10)
+    for number, (picture, answer, seen) in enumerate(rows):
+        y = (len(rows) - 1 - number) * (side + 36) + 10
+        canvas.text(16, y + side / 2 + 14, question, 10.5, ha="left")
+        canvas.text(16, y + side / 2 - 14, answer if len(answer) < 25 else f"{answer[:24]}…", 10.5, ha="left", weight="bold")
+        canvas.picture(picture, WORDS, y, side)
+        for column, (text, maps) in enumerate(zip(seen.tokens[:TOKENS], seen.maps, strict=False), start=1):
+            _draw_map(canvas, WORDS + column * (side + 10), y, side, picture, text, maps)
+    canvas.save(path)
+
+
+def _draw_map(canvas: Canvas, x: float, y: float, side: float, picture: Image.Image, text: str, maps) -> None:
+    """One token's map [1, s, s] with the share of its attention that the picture got."""
+    canvas.picture(overlay(picture, maps[0]), x, y, side)
+    canvas.text(x, y + side + 11, text.strip() or "…", 10.5, ha="left", weight="bold", color=INK)
+    canvas.text(x + side, y + side + 11, f"{float(maps.sum()):.0%} on the picture", 8.5, ha="right", color="#5a6672")

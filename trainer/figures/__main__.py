@@ -1,13 +1,13 @@
-"""The pictures of the README, made by this project (images/growth.png: `python -m trainer.benchmark growth --plot`).
+"""The pictures of the README, drawn by this project.
 
     python -m trainer.figures structure   # the model, dense and as a mixture of experts
     python -m trainer.figures sample      # the way of a sample from its file to the loss
     python -m trainer.figures loss        # loss curves of the demo; or of the metrics files named
     python -m trainer.figures attention   # where the demo's model looked; or another model
-    python -m trainer.figures page        # the web page on the demo's model, photographed by headless Chromium
 
-Reads   what `make demo` leaves in out/ (loss, attention, page), dataset/eval_images
-Writes  images/{name}.png, or --out. Needs requirements-dev.txt.
+Reads   what `make demo` leaves in out/ (loss, attention), dataset/eval_images
+Writes  images/{name}.png, or --out. Needs requirements-dev.txt. The other pictures there: images/page.png by
+`python -m tests.screenshot`, images/growth.png by `python -m trainer.benchmark growth --plot images/growth.png`.
 """
 
 import argparse
@@ -44,13 +44,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     command = add("attention", "where a model looked for each token of its answers")
     command.add_argument("images", nargs="*", type=Path, default=sorted(PICTURES.glob("easy_vqa_*.png")), help="pictures to ask about (default: easy-VQA's in dataset/eval_images)")
     command.add_argument("--question", default="Describe the image.", help="default: %(default)s")
-    for asking in (command, add("page", "a screenshot of the web page")):
-        asking.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of the weights (default: %(default)s)")
-        asking.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
-        asking.add_argument("--hidden_size", type=int, default=256, help="width of the decoder (default: %(default)s)")
-        asking.add_argument("--num_hidden_layers", type=int, default=4, help="unused when the weights have a sidecar")
-        asking.add_argument("--use_moe", type=int, default=0, choices=(0, 1), help="1: mixture of experts")
-        asking.add_argument("--vision_model_path", default=str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), help="CLIP folder (default: %(default)s)")
+    command.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of the weights (default: %(default)s)")
+    command.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
+    command.add_argument("--hidden_size", type=int, default=256, help="width of the decoder (default: %(default)s)")
+    command.add_argument("--num_hidden_layers", type=int, default=4, help="unused when the weights have a sidecar")
+    command.add_argument("--use_moe", type=int, default=0, choices=(0, 1), help="1: mixture of experts")
+    command.add_argument("--vision_model_path", default=str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), help="CLIP folder (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -85,11 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         draw(args)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "playwright"):
+        if error.name != "matplotlib":
             raise
         print(f"error: {error.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
         return 2
-    except (UsageError, SampleError) as error:
+    except (UsageError, SampleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(args.out)

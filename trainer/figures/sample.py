@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset.conversation import IGNORE_INDEX, Rendered, Renderer, parse_sample
 from dataset.pictures import load_picture
-from model import MiniMindVLM, VLMConfig
 from model.vision import normalize, preprocess
 from trainer.attention_view import picture_of
 from trainer.build import load_tokenizer
 from trainer.config import REPOSITORY
 
 from .canvas import FROZEN, LOSS, PICTURE, TEXT, Canvas
+from .structure import build
 
 QUESTION, ANSWER = "What is this?\n<image>", "A cat."
 
@@ -39,8 +38,7 @@ def travel(row: dict, picture: Image.Image, hidden_size: int, num_hidden_layers:
     """Sends one jsonl row through renderer, tower, projector and decoder, all with fresh weights."""
     tokenizer = load_tokenizer(str(REPOSITORY / "model"))
     rendered = Renderer(tokenizer).render(parse_sample(row))
-    tower = CLIPVisionModel(CLIPVisionConfig(patch_size=16))
-    model = MiniMindVLM(VLMConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers), tower).eval()
+    model = build(hidden_size, num_hidden_layers).eval()
     ids, labels = (torch.from_numpy(array)[None] for array in (rendered.ids, rendered.labels))
     places = torch.cat([torch.arange(model.config.image_tokens) + start for start in rendered.image_starts])
     with torch.no_grad():
@@ -58,7 +56,7 @@ def travel(row: dict, picture: Image.Image, hidden_size: int, num_hidden_layers:
 def draw_sample(path: Path, file: Path, hidden_size: int, num_hidden_layers: int) -> None:
     """The way of a question about the picture in `file`, from top to bottom.
 
-    Raises SampleError when the file is no picture.
+    Raises SampleError when the file is no picture, and UsageError for sizes that cannot work.
     """
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     row, picture = {"conversations": turns, "image": file.name}, load_picture(file, str(file))

@@ -12,6 +12,7 @@ from dataset.pictures import load_picture
 from model import MiniMindVLM, VLMConfig
 from model.vision import preprocess
 from trainer.attention_view import picture_of
+from trainer.config import UsageError
 
 from .canvas import EXPERT, FROZEN, PICTURE, PLAIN, TEXT, Canvas
 
@@ -26,12 +27,18 @@ def millions(number: int) -> str:
     return f"{number / 1e6:.{2 if number < 1e7 else 1}f}M"
 
 
-def outline(hidden_size: int, num_hidden_layers: int, use_moe: bool) -> MiniMindVLM:
-    """The model with its real tower, CLIP ViT-B/16, in shapes alone: no memory, no weights."""
-    with torch.device("meta"):
-        tower = CLIPVisionModel(CLIPVisionConfig(patch_size=16))
+def build(hidden_size: int, num_hidden_layers: int, use_moe: bool = False) -> MiniMindVLM:
+    """The model with its real tower, CLIP ViT-B/16, both with fresh weights; on torch's meta device, in shapes alone.
+
+    Raises UsageError for sizes that cannot work.
+    """
+    try:
         config = VLMConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe)
-        return MiniMindVLM(config, tower)
+    except ValueError as error:
+        raise UsageError(f"--hidden_size {hidden_size}: {error}") from error
+    if num_hidden_layers < 1:
+        raise UsageError(f"--num_hidden_layers {num_hidden_layers}: at least 1")
+    return MiniMindVLM(config, CLIPVisionModel(CLIPVisionConfig(patch_size=16)))
 
 
 def at_work(model: MiniMindVLM) -> int:
@@ -46,9 +53,10 @@ def at_work(model: MiniMindVLM) -> int:
 def draw_structure(path: Path, file: Path, hidden_size: int, num_hidden_layers: int) -> None:
     """The whole model, one of its blocks, and both kinds of feed-forward layer, bottom up.
 
-    Raises SampleError when `file`, the picture it shows, is none.
+    Raises SampleError when `file`, the picture it shows, is none, and UsageError for sizes that cannot work.
     """
-    dense, moe = (outline(hidden_size, num_hidden_layers, use_moe) for use_moe in (False, True))
+    with torch.device("meta"):
+        dense, moe = (build(hidden_size, num_hidden_layers, use_moe) for use_moe in (False, True))
     canvas = Canvas(1000, 800)
     _draw_whole(canvas, dense, picture_of(preprocess(load_picture(file, str(file)))))
     _draw_block(canvas, dense)

@@ -1,0 +1,129 @@
+"""The README's pictures: what they show is the model's and the sample's own, and no word is cut or covered."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.conversation import Renderer, parse_sample
+from tests.conftest import REPOSITORY, make_model, make_tower
+from trainer.figures import attention, canvas, loss, sample
+from trainer.figures.__main__ import main
+from trainer.figures.structure import at_work, build, count
+from trainer.inference import Assistant
+
+CAT = REPOSITORY / "dataset" / "eval_images" / "chelsea.jpg"
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are saved meanwhile, each with its renderer and its boxes as (words, outline)."""
+    saved, boxes, plain_save, plain_box = [], [], canvas.save_figure, canvas.Canvas.box
+
+    def save(figure, path):
+        saved.append((figure, figure.canvas.get_renderer(), list(boxes)))
+        plain_save(figure, path)
+
+    def box(self, *arguments, **options):
+        plain_box(self, *arguments, **options)
+        boxes.append((self.axes.texts[-1], self.axes.patches[-1]))
+
+    monkeypatch.setattr(canvas, "save_figure", save)
+    monkeypatch.setattr(canvas.Canvas, "box", box)
+    return saved
+
+
+def assert_legible(figure, renderer, boxes) -> None:
+    """All words lie on the sheet, inside their boxes, and on no other words."""
+    places = [(text.get_text(), text.get_window_extent(renderer)) for axis in figure.axes for text in axis.texts if text.get_text()]
+    assert len(places) > 10
+    for number, (words, place) in enumerate(places):
+        assert figure.bbox.x0 <= place.x0 and place.x1 <= figure.bbox.x1 and figure.bbox.y0 <= place.y0 and place.y1 <= figure.bbox.y1, words
+        for other, other_place in places[:number]:
+            assert not place.overlaps(other_place), (words, other)
+    for text, outline in boxes:
+        inner, outer = text.get_window_extent(renderer), outline.get_window_extent(renderer)
+        assert not text.get_text() or (outer.x0 <= inner.x0 and inner.x1 <= outer.x1), text.get_text()
+
+
+@pytest.mark.parametrize("size", [(512, 8), (768, 16)])
+def test_the_structure_is_that_of_the_model(figures, size, tmp_path):
+    assert main(["structure", "--hidden_size", str(size[0]), "--num_hidden_layers", str(size[1]), "--out", str(tmp_path / "s.png")]) == 0
+    ((figure, renderer, boxes),) = figures
+    assert_legible(figure, renderer, boxes)
+    with torch.device("meta"):
+        dense = build(*size)
+    words = " ".join(text.get_text() for text in figure.axes[0].texts)
+    assert f"{count(dense) / 1e6:.1f}M in all" in words
+    rows, columns = dense.model.layers[0].self_attn.k_proj.weight.shape
+    assert f"keys\n{columns} → {rows}\n" in words
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.mode == "RGB" and 1700 < picture.width < 1900 and np.asarray(picture).std() > 20
+
+
+def test_experts_at_work_are_those_the_router_takes():
+    model = make_model(use_moe=True)
+    model(torch.tensor([[7]])).logits.sum().backward()
+    # One token's gradient reaches what took part; an expert that got no token has a gradient of zeros.
+    used = [parameter for name, parameter in model.named_parameters() if ".experts." in name and parameter.grad.abs().sum() > 0]
+    others = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." not in name)
+    assert at_work(model) == others + sum(parameter.numel() for parameter in used) < count(model)
+    assert at_work(make_model()) == count(make_model())
+
+
+def test_the_way_of_a_sample_is_the_one_it_takes(figures, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "build", lambda width, layers: make_model(tower=make_tower(), hidden_size=width, num_hidden_layers=layers))
+    assert main(["sample", "--hidden_size", "32", "--num_hidden_layers", "2", "--out", str(tmp_path / "s.png")]) == 0
+    ((figure, renderer, boxes),) = figures
+    assert_legible(figure, renderer, boxes)
+    row = {"conversations": [{"role": "user", "content": sample.QUESTION}, {"role": "assistant", "content": sample.ANSWER}], "image": "x.jpg"}
+    rendered = Renderer(tokenizer).render(parse_sample(row))
+    learned, start = int((rendered.labels != -100).sum()), rendered.image_starts[0]
+    words = [text.get_text() for text in figure.axes[0].texts]
+    for expected in (f"Rendered: {len(rendered)} tokens, {learned} of them with a label to learn", f"positions {start} to {start + 195}"):
+        assert expected in words
+    assert any(f"logits {learned} × 6,400" in word for word in words) and any(f"1 × {len(rendered)} × 32" in word for word in words)
+    assert sum(word.startswith("after ") for word in words) == learned
+
+
+def test_loss_curves_are_those_of_the_files(tmp_path, capsys):
+    lines = [{"update": 1, "loss": 8.5}, {"update": 50, "loss": 0.5}, {"update": 50, "eval_loss": 0.7, "samples": []}]
+    file = tmp_path / "run_32.metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 60, "lo', encoding="utf-8")
+    assert loss.read_curves(file) == {"loss": [(1, 8.5), (50, 0.5)], "eval_loss": [(50, 0.7)]}
+    assert main(["loss", str(file), str(file), "--out", str(tmp_path / "new" / "loss.png")]) == 0
+    assert Image.open(tmp_path / "new" / "loss.png").size[0] > 1500
+    for content, message in (("", "holds no loss"), ('{"update": 1, "loss": "much"}\n', f"{file}:1: no json object"), ("[1]\n", f"{file}:1"), (None, "no metrics file")):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content, encoding="utf-8")
+        assert main(["loss", str(file), "--out", str(tmp_path / "loss.png")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "loss.png").exists()
+
+
+def test_attention_is_drawn_for_each_token(figures, tokenizer, tmp_path, monkeypatch):
+    assistant = Assistant(make_model(tower=make_tower()), tokenizer)
+    monkeypatch.setattr(Assistant, "generate", lambda *_: ["a red one, or so it seems"])
+    attention.draw_attention(tmp_path / "a.png", assistant, [CAT, CAT], "What is this?")
+    ((figure, *_),) = figures
+    words = [text.get_text() for text in figure.axes[0].texts]
+    shares = [float(word.split("%")[0]) / 100 for word in words if word.endswith("% on the picture")]
+    assert words.count("red") == 2 and len(shares) == 2 * attention.TOKENS
+    # A fresh model looks about everywhere alike.
+    length = len(assistant.renderer.render(parse_sample({"conversations": [
+        {"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "a red one, or so it seems"}], "image": "x"})))  # fmt: skip
+    assert all(math.isclose(share, 196 / length, abs_tol=0.1) for share in shares)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["structure", "--hidden_size", "500"], "--hidden_size 500: hidden_size 500 is not a multiple of 8 heads"),
+    (["sample", "--num_hidden_layers", "0"], "--num_hidden_layers 0: at least 1"),
+    (["structure", "--image", "nowhere.jpg"], "'nowhere.jpg' cannot be read"),
+    (["attention", "--save_dir", "nowhere"], "no weights at nowhere/sft_vlm_256.pth"),
+])  # fmt: skip
+def test_mistakes_are_named(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "x.png").exists()

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from dataset.conversation import IMAGE_MARK, Sample, Turn
 from model.attention_map import attention_to_pictures
-from model.vision import normalize
 
 from .config import UsageError
 from .inference import Assistant
@@ -50,15 +50,13 @@ def look(
     shown = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
     if not 0 < shown <= len(pixels):
         raise UsageError(f"the conversation shows {shown} pictures up to this answer, and {len(pixels)} were given")
-    model, renderer = assistant.model, assistant.renderer
+    renderer = assistant.renderer
     prompt = renderer.render_prompt(tuple(turns[:-1]))
     answer = renderer.render(Sample(tuple(turns))).ids[len(prompt) :].tolist()
     answer = answer[: answer.index(renderer.im_end)]
-    with torch.no_grad():
-        features = model.encode_images(normalize(torch.stack(list(pixels[:shown])).to(model.device)))
     try:
-        maps = attention_to_pictures(model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
-                                     features, layer, head)  # fmt: skip
+        maps = attention_to_pictures(assistant.model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
+                                     assistant.encode(list(pixels[:shown])), layer, head)  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
     return AnswerAttention(split_text(assistant.tokenizer, answer), maps.cpu())
@@ -66,15 +64,9 @@ def look(
 
 def split_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token; bytes of an unfinished character wait for the token that finishes it."""
-    texts, held = [], []
-    for number, token in enumerate(ids, start=1):
-        held.append(token)
-        text = tokenizer.decode(held)
-        if text.endswith("\ufffd") and number < len(ids):
-            texts.append("")
-        else:
-            texts.append(text)
-            held = []
+    decoder = DecodeStream()
+    texts = [decoder.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    texts[-1] += tokenizer.decode(ids)[sum(map(len, texts)) :]  # a character that never became whole
     return texts
 
 

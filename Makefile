@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench storm
+.PHONY: demo test bench storm figures
 
 demo: .venv/demo
 	$(BIN)/python -m dataset.demo
@@ -19,6 +19,10 @@ storm: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python -m trainer.benchmark train --json out/benchmark.json
+
+# The README's pictures, from what the demo leaves; those of speed and of the page have commands of their own.
+figures: .venv/dev
+	for picture in structure sample loss attention; do $(BIN)/python -m trainer.figures $$picture || exit 2; done
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"

@@ -87,6 +87,8 @@ def test_the_way_of_a_sample_is_the_one_it_takes(figures, tokenizer, tmp_path, m
         assert expected in words
     assert any(f"logits {learned} × 6,400" in word for word in words) and any(f"1 × {len(rendered)} × 32" in word for word in words)
     assert sum(word.startswith("after ") for word in words) == learned
+    files = [word for word in words if word.endswith(".py")]
+    assert len(files) == 6 and all((REPOSITORY / file).is_file() for file in files)
 
 
 def test_loss_curves_are_those_of_the_files(tmp_path, capsys):

@@ -44,11 +44,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     command = add("attention", "where a model looked for each token of its answers")
     command.add_argument("images", nargs="*", type=Path, default=sorted(PICTURES.glob("easy_vqa_*.png")), help="pictures to ask about (default: easy-VQA's in dataset/eval_images)")
     command.add_argument("--question", default="Describe the image.", help="default: %(default)s")
+    command.add_argument("--load_from", default="model", help="'model' for native weights, or a transformers folder")
     command.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of the weights (default: %(default)s)")
     command.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
-    command.add_argument("--hidden_size", type=int, default=256, help="width of the decoder (default: %(default)s)")
-    command.add_argument("--num_hidden_layers", type=int, default=4, help="unused when the weights have a sidecar")
-    command.add_argument("--use_moe", type=int, default=0, choices=(0, 1), help="1: mixture of experts")
+    command.add_argument("--hidden_size", type=int, default=256, help="part of the weight file's name (default: %(default)s)")
+    command.add_argument("--use_moe", type=int, default=0, choices=(0, 1), help="likewise")
     command.add_argument("--vision_model_path", default=str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), help="CLIP folder (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -73,8 +73,7 @@ def draw(args: argparse.Namespace) -> None:
         from .attention import draw_attention
 
         file = args.save_dir / f"{weight_name(args.weight, args.hidden_size, bool(args.use_moe))}.pth"
-        assistant = load_assistant("model", file, "cpu", args.vision_model_path, str(REPOSITORY / "model"),
-                                   args.hidden_size, args.num_hidden_layers, bool(args.use_moe))  # fmt: skip
+        assistant = load_assistant(args.load_from, file, "cpu", args.vision_model_path, str(REPOSITORY / "model"))
         draw_attention(args.out, assistant, args.images, args.question)
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from dataset.conversation import IGNORE_INDEX, Rendered, Renderer, parse_sample
 from dataset.pictures import load_picture
+from model.processing import load_tokenizer
 from model.vision import normalize, preprocess
 from trainer.attention_view import picture_of
-from trainer.build import load_tokenizer
 from trainer.config import REPOSITORY
 
 from .canvas import FROZEN, LOSS, PICTURE, TEXT, Canvas
@@ -88,7 +88,7 @@ def _draw_line(canvas: Canvas, row: dict) -> None:
 def _draw_tokens(canvas: Canvas, journey: Journey, top: float) -> None:
     """Every token with its text, id and label, a row a turn; the placeholders of a picture as one cell."""
     _title(canvas, 728, f"Rendered: {len(journey.rendered)} tokens, {journey.shapes['logits'][0]} of them with a label to learn",
-           "dataset/conversation.py")  # fmt: skip
+           "model/rendering.py")  # fmt: skip
     rendered, P = journey.rendered, journey.shapes["features"][1]
     x, y = 0.0, top + 68
     for number, (token, label, text) in enumerate(zip(rendered.ids, rendered.labels, journey.texts, strict=True)):

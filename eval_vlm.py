@@ -57,6 +57,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="default: cuda:0, mps or cpu, the best there is")
     parser.add_argument("--vision_model_path", default=str(clip), help="CLIP folder in transformers format")
     parser.add_argument("--tokenizer_path", default=str(REPOSITORY / "model"))
+    parser.add_argument("--use_compile", type=int, default=0, choices=(0, 1), help="1: compile a chat's step; for GPUs")
     parser.add_argument("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
     parser.add_argument("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
     parser.add_argument("--predictions", help="where --score writes every answer")
@@ -204,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         assistant = load_assistant(
             args.load_from, weight_file, args.device or default_device(), args.vision_model_path,
-            args.tokenizer_path,
-        )
+            args.tokenizer_path, bool(args.use_compile),
+        )  # fmt: skip
         if args.score:
             score(assistant, args)
         elif (args.mode or ask_mode()) == "folder":

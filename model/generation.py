@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache
 
+from .compiled import CompiledDecoder
 from .model_vlm import MiniMindVLM
-from .packed import PackedDecoder, growing_cache
+from .packed import PackedDecoder
 
 CHUNK = 2048  # tokens of a prompt read at once
 SHRINK = 0.75  # a batch is copied without its finished rows when no more than this share goes on
@@ -116,7 +117,10 @@ class Memory:
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` positions, and what an interrupted step left in some layers."""
         for layer in self.cache.layers:
-            layer.crop(min(0, count - layer.get_seq_length()))
+            if not layer.is_croppable:  # a static layer: what lies beyond its length is neither seen nor kept
+                layer.cumulative_length.fill_(count)
+            else:
+                layer.crop(min(0, count - layer.get_seq_length()))
         self.key = self.key[:count]
 
 
@@ -152,7 +156,7 @@ def tokens_seen(prompts: Sequence[Prompt], sampling: Sampling, model: MiniMindVL
 
 @torch.inference_mode()
 def generate_stream(
-    decoder: PackedDecoder, memory: Memory, prompt: Prompt, features: Features, sampling: Sampling, stop: int,
+    decoder: PackedDecoder | CompiledDecoder, memory: Memory, prompt: Prompt, features: Features, sampling: Sampling, stop: int,
     chunk: int = CHUNK,
 ) -> Iterator[int]:  # fmt: skip
     """The tokens that follow `prompt`, one by one, until `stop` (which is not given) or `max_new_tokens`.
@@ -194,7 +198,7 @@ def read_prompts(
     shared = [min(p.image_starts[-1] + p.image_tokens, len(p.ids) - 1) if p.image_starts else 0 for p in prompts]
     groups: dict[bytes, int] = {}  # key of a shared beginning -> its row
     rows = [groups.setdefault(p.key()[:end].tobytes(), len(groups)) for p, end in zip(prompts, shared, strict=True)]
-    cache, width = growing_cache(model.config.num_hidden_layers), max(shared)
+    cache, width = decoder.new_cache(), max(shared)
     if width:
         first = [rows.index(number) for number in range(len(groups))]
         decoder(embed(model, [prompts[i] for i in first], [(0, shared[i]) for i in first], features), cache)

@@ -31,8 +31,7 @@ class PackedLinear(nn.Module):
             weight.dtype == torch.float32
             or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
-        # No buffer: it is a second copy of weights that the model itself saves and moves.
-        self.__dict__["weight"] = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed:
@@ -55,7 +54,6 @@ class GrowingLayer(DynamicLayer):
     for every token. `keys` and `values` are views of what is filled."""
 
     ROOM = 256  # tokens
-
     room: torch.Tensor | None = None  # [2, B, G, capacity, d]: keys, values
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,11 +71,6 @@ class GrowingLayer(DynamicLayer):
         self.keys[:, :, start:] = key_states
         self.values[:, :, start:] = value_states
         return self.keys, self.values
-
-
-def growing_cache(layers: int) -> Cache:
-    """An empty cache of `layers` layers that grow in place."""
-    return Cache(layers=[GrowingLayer() for _ in range(layers)])
 
 
 def scale_to_unit_rms(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +146,7 @@ class PackedBlock:
         turned = apply_rope(heads[:, : -self.kv_heads], *rope)
         q = turned[:, : -self.kv_heads]
         k, v = cache.update(turned[:, -self.kv_heads :], heads[:, -self.kv_heads :], self.layer)
-        if last is not None and T > 1:
+        if last is not None:
             rows = torch.arange(B, device=x.device)
             q, x, T = q[rows, :, last].unsqueeze(2), x[rows, last].unsqueeze(1), 1
             mask = mask.expand(B, -1, -1, -1)[rows, :, last].unsqueeze(2)
@@ -170,6 +163,10 @@ class PackedDecoder:
         self.blocks = [PackedBlock(block) for block in model.model.layers]
         self.head = PackedLinear(model.lm_head)
         self.rope = rope_tables(self.model.config, torch.arange(0, device=model.device))
+
+    def new_cache(self, length: int = 0) -> Cache:
+        """An empty cache, which grows; `length` is for decoders whose does not."""
+        return Cache(layers=[GrowingLayer() for _ in self.blocks])
 
     def rope_at(self, positions: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin: [T, d] of a slice, [B, 1, T, d] of positions int64 [B, T]."""
@@ -200,7 +197,7 @@ class PackedDecoder:
         causal = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None] if T > 1 else None
         if mask is None and start:
             mask = causal
-        if last is None:
+        if last is None and T > 1:
             last = torch.full((B,), T - 1, device=x.device)
         for block in self.blocks[:-1]:
             x = block(x, rope, cache, mask, None)

@@ -1,14 +1,28 @@
 """Decoding: whatever the path, the tokens are those of full forwards."""
 
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import DynamicCache, StaticCache
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
-from model.packed import PackedDecoder, growing_cache
-from tests.conftest import make_model
+from dataset.conversation import IMAGE_MARK, Turn
+from model.compiled import CompiledDecoder
+from model.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
+from model.packed import PackedDecoder, pack_tower
+from tests.conftest import make_model, make_tower
+from trainer.inference import Assistant, Chat, Question, answer_in_batches
+from trainer.inference_suite import Plain, PlainVLM, Real
 
 P = 196
 NEVER = -1  # no token: answers go on to max_new_tokens
@@ -53,8 +67,22 @@ def by_full_forwards(model, prompt: Prompt, sampling: Sampling = GREEDY) -> list
 
 
 def stream(decoder, prompt, memory=None, sampling=GREEDY, stop=NEVER, **options) -> list[int]:
-    memory = memory or Memory(growing_cache(decoder.model.config.num_hidden_layers))
+    memory = memory or Memory(decoder.new_cache(450))
     return list(generate_stream(decoder, memory, prompt, FEATURES, sampling, stop, **options))
+
+
+class Recorder:
+    """A decoder that keeps the shapes [B, T] of what it was asked; it may break off at a call."""
+
+    def __init__(self, decoder, fail_at: int | None = None):
+        self.decoder, self.model, self.new_cache, self.calls, self.fail_at = decoder, decoder.model, decoder.new_cache, [], fail_at
+
+    def __call__(self, x, cache, *arguments):
+        self.calls.append(tuple(x.shape[:2]))
+        if len(self.calls) == self.fail_at:
+            cache.update(*torch.zeros(2, 1, self.model.config.num_key_value_heads, 1, self.model.config.head_dim), 0)  # one layer of two
+            raise KeyboardInterrupt
+        return self.decoder(x, cache, *arguments)
 
 
 def test_every_path_gives_the_tokens_of_full_forwards(model):
@@ -65,10 +93,257 @@ def test_every_path_gives_the_tokens_of_full_forwards(model):
         assert [stream(decoder, prompt, chunk=chunk) for prompt in PROMPTS] == expected
     assert generate_batch(decoder, PROMPTS, FEATURES, GREEDY, NEVER) == expected
     assert generate_batch(decoder, PROMPTS[2:3], FEATURES, GREEDY, NEVER) == expected[2:3], "text alone"
-    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=420), growing_cache(2)):
-        prompt = PROMPTS[3]
-        out = model.generate(
-            torch.from_numpy(prompt.ids)[None], image_features=FEATURES[list(prompt.pictures)], past_key_values=cache,
-            max_new_tokens=8, do_sample=False, eos_token_id=None,
-        )  # fmt: skip
+    with torch.compiler.set_stance("force_eager"):  # compiled: test_a_compiled_step
+        assert [stream(CompiledDecoder(model), prompt) for prompt in PROMPTS[2:4]] == expected[2:4]
+    prompt, options = PROMPTS[3], {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    inputs = {"input_ids": torch.from_numpy(prompt.ids)[None], "image_features": FEATURES[list(prompt.pictures)]}
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=420), decoder.new_cache()):
+        out = model.generate(**inputs, **options, past_key_values=cache)
         assert out[0, len(prompt.ids) :].tolist() == expected[3]
+    beams = [model.generate(**inputs, **options, num_beams=3, past_key_values=cache) for cache in (None, decoder.new_cache())]
+    assert torch.equal(*beams), "transformers may reorder the rows of our cache"
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make_model(hidden_size=64, initializer_range=0.3).eval()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_same_tokens(small):
+    """Needs a C++ compiler."""
+    decoder = CompiledDecoder(small)
+    memory = Memory(decoder.new_cache(450))
+    for prompt in PROMPTS:
+        assert stream(decoder, prompt, memory) == by_full_forwards(small, prompt)
+
+
+def test_rows_that_have_ended_leave_the_batch(small):
+    expected = [by_full_forwards(small, prompt) for prompt in PROMPTS]
+    stop = expected[0][3]
+    ended = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in expected]
+    assert len({len(tokens) for tokens in ended}) > 1
+    decoder = Recorder(PackedDecoder(small))
+    assert generate_batch(decoder, PROMPTS, FEATURES, GREEDY, stop) == ended
+    assert [stream(decoder.decoder, prompt, stop=stop) for prompt in PROMPTS] == ended
+    first, *steps = decoder.calls[1:]
+    assert first[0] == len(PROMPTS) and steps[-1][0] < len(PROMPTS)
+
+
+def test_what_prompts_share_is_read_once(small):
+    decoder = Recorder(PackedDecoder(small))
+    same = [make_prompt(3, "a", 4 + n) for n in range(5)]  # one picture, five questions
+    answers = generate_batch(decoder, same, FEATURES, GREEDY, NEVER)
+    assert decoder.calls[:2] == [(1, 4 + P), (5, 8)] and answers == [by_full_forwards(small, prompt) for prompt in same]
+
+    memory = Memory(decoder.new_cache())
+    for prompt, read in ((same[0], 8 + P), (same[4], 4), (same[4], 1), (make_prompt(3, "b", 4), 4 + P)):
+        decoder.calls.clear()
+        assert stream(decoder, prompt, memory) == by_full_forwards(small, prompt)
+        assert decoder.calls[0] == (1, read), "another picture in the same place is another prefix"
+
+
+def test_the_benchmarks_plain_way_gives_the_same_tokens(renderer):
+    tower = make_tower()
+    assistant = Assistant(make_model(tower=tower, hidden_size=64, initializer_range=0.3), renderer.tokenizer)
+    plain = PlainVLM(assistant.model.config, tower).eval()
+    plain.load_state_dict(assistant.model.state_dict())
+    turns, picture = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), Image.new("RGB", (224, 224), "red")
+    real = Real(assistant).ask(turns, Memory(assistant.decoder.new_cache()), picture, [])
+    assert Plain(plain, assistant.renderer).ask(turns, picture, 6)[0] == list(islice(real, 6))
+
+
+def test_an_interrupted_step_leaves_a_memory_that_can_be_used(small):
+    decoder = Recorder(PackedDecoder(small), fail_at=4)
+    memory, said = Memory(decoder.new_cache()), []
+    with pytest.raises(KeyboardInterrupt):
+        for token in generate_stream(decoder, memory, PROMPTS[0], FEATURES, GREEDY, NEVER):
+            said.append(token)
+    expected = by_full_forwards(small, PROMPTS[0])
+    assert said == expected[:3] and memory.key[-2:].tolist() == said[:2]
+    assert stream(decoder, PROMPTS[0], memory) == expected
+
+
+def test_bf16_differs_by_rounding_alone(small):
+    half = make_model(hidden_size=64, initializer_range=0.3).eval().to(torch.bfloat16)
+    ids = torch.from_numpy(PROMPTS[5].ids)[None]
+    with torch.inference_mode():
+        decoder = PackedDecoder(half)
+        own = decoder(half.embed(ids), decoder.new_cache())
+        logits = half(ids).logits[:, -1]
+        exact = small(ids).logits[:, -1]
+    assert own.dtype == torch.bfloat16
+    error = (logits.float() - exact).abs().mean()  # of the number format
+    assert (own.float() - exact).abs().mean() < 1.5 * error + 1e-3
+
+
+def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
+    tower, pictures = make_tower(), torch.randn(2, 3, 224, 224)
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    packed = pack_tower(tower)
+    with torch.inference_mode():
+        own, original = packed(pictures).last_hidden_state, tower(pictures).last_hidden_state
+    assert torch.allclose(own, original, atol=1e-4) and type(packed.encoder.layers[0].mlp.fc1) is not torch.nn.Linear
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peaked", [1.0, 8.0])  # flat: top-p keeps more tokens than it first looks at
+@pytest.mark.parametrize(
+    "change", [{}, {"temperature": 0.3}, {"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.7},
+               {"temperature": 1.3, "top_p": 0.5, "top_k": 40, "repetition_penalty": 0.8}],
+)  # fmt: skip
+def test_scores_are_those_of_transformers(change, peaked):
+    sampling = replace(Sampling(temperature=1.0, top_p=1.0), **change)
+    generator = torch.Generator().manual_seed(0)
+    logits = peaked * torch.randn(4, 500, generator=generator)
+    ids = torch.randint(0, 500, (4, 30), generator=generator)
+    expected = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, logits)
+    expected = TemperatureLogitsWarper(sampling.temperature)(ids, expected)
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(ids, expected)
+    if sampling.top_p < 1:
+        expected = TopPLogitsWarper(sampling.top_p)(ids, expected)
+    seen = torch.zeros(4, 500, dtype=torch.bool).scatter(1, ids, True)
+    own = Chooser(sampling, torch.device("cpu")).scores(logits, seen)
+    assert torch.equal(own.isinf(), expected.isinf()) and torch.allclose(own, expected, atol=1e-5)
+
+
+def test_samples_follow_the_probabilities():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    tokens = Chooser(Sampling(temperature=1.0, top_p=1.0, seed=0), logits.device)(logits.expand(20_000, -1))
+    assert torch.allclose(tokens.bincount() / 20_000, logits.exp(), atol=0.02)
+    tokens = Chooser(Sampling(temperature=1.0, top_p=0.6, seed=0), logits.device)(logits.expand(20_000, -1))
+    assert torch.allclose(tokens.bincount(minlength=4) / 20_000, torch.tensor([0, 0, 3 / 7, 4 / 7]), atol=0.02)
+
+
+def test_a_seed_is_the_callers_own(small):
+    sampling = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.95, repetition_penalty=1.2, seed=5)
+    decoder, state = PackedDecoder(small), torch.get_rng_state()
+    first = stream(decoder, PROMPTS[0], sampling=sampling)
+    assert torch.equal(torch.get_rng_state(), state), "global random state is left alone"
+    torch.rand(3)
+    assert stream(decoder, PROMPTS[0], sampling=sampling) == first
+    assert generate_batch(decoder, PROMPTS[:1], FEATURES, sampling, NEVER) == [first]
+    assert stream(decoder, PROMPTS[0], sampling=replace(sampling, seed=6)) != first
+    unseeded = [stream(decoder, PROMPTS[0], sampling=replace(sampling, seed=None)) for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+    several = generate_batch(decoder, PROMPTS[:1] * 3, FEATURES, sampling, NEVER)
+    assert len({tuple(tokens) for tokens in several}) == 3, "a prompt given several times gets as many samples"
+
+
+def test_a_penalty_counts_prompt_and_answer(small):
+    sampling = replace(GREEDY, max_new_tokens=20, repetition_penalty=1e6)
+    for tokens in (stream(PackedDecoder(small), PROMPTS[0], sampling=sampling),
+                   *generate_batch(PackedDecoder(small), PROMPTS[:3], FEATURES, sampling, NEVER)[:1]):  # fmt: skip
+        assert len(set(tokens)) == 20 and not set(tokens) & set(PROMPTS[0].ids.tolist())
+
+
+# --- a chat -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def assistant(tokenizer):
+    return Assistant(make_model(tower=make_tower(), hidden_size=64, initializer_range=0.3), tokenizer)
+
+
+def watch(assistant) -> tuple[Recorder, list[int]]:
+    """Records what a chat's decoder reads, and how many pictures the tower sees."""
+    assistant.chat_decoder = Recorder(assistant.decoder)
+    encoded = []
+    assistant.tower.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    return assistant.chat_decoder, encoded
+
+
+def afresh(chat: Chat) -> Chat:
+    """The same conversation without any memory of having read it."""
+    return Chat(Assistant(chat.assistant.model, chat.assistant.tokenizer), chat.sampling, chat.max_length,
+                list(chat.turns), list(chat.pixels), list(chat.waiting))  # fmt: skip
+
+
+def test_a_chat_reads_and_encodes_nothing_twice(assistant):
+    recorder, encoded = watch(assistant)
+    chat = Chat(assistant, GREEDY)
+    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    chat.ask("What is it?")
+    assert encoded == [1] and recorder.calls[0][1] > P
+    for ask in ("And its colour?", "Why?"):
+        other = afresh(chat)
+        recorder.calls.clear()
+        assert chat.ask(ask) == other.ask(ask)
+        assert encoded == [1] and recorder.calls[0][1] < 40
+
+
+def test_a_chats_answers_are_those_of_one_without_memory(assistant):
+    chat = Chat(assistant, GREEDY, max_length=700)
+
+    def ask(question: str) -> None:
+        other = afresh(chat)
+        assert chat.ask(question) == other.ask(question) and (chat.turns, chat.dropped) == (other.turns, other.dropped)
+
+    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    chat.add_picture(Image.new("RGB", (40, 40), "blue"))
+    ask("What are these?")
+    ask("And what does <image> mean?")
+    assert chat.undo() == "And what does <image> mean?"
+    ask("And the second?")
+    chat.add_picture(Image.new("RGB", (40, 40), "green"))
+    ask("This?")
+    assert chat.dropped == 0 and len(chat.pixels) == 3
+    chat.undo()
+    assert len(chat.waiting) == 1 and len(chat.pixels) == 2
+    ask("And this one?")
+    chat.add_picture(Image.new("RGB", (40, 40), "white"))
+    ask("And this?")
+    assert chat.dropped == 1 and len(chat.pixels) == 2, "the first exchange went with its two pictures"
+    while chat.turns:
+        chat.undo()
+    assert chat.undo() is None and len(chat.waiting) == 2 and not chat.pixels
+    ask("What are these?")
+    chat.reset()
+    ask("Hello?")
+
+
+def test_a_closed_stream_stops_at_once_and_keeps_what_was_said(assistant):
+    recorder, _ = watch(assistant)
+    chat = Chat(assistant, replace(GREEDY, max_new_tokens=40))
+    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    with closing(chat.stream("What is it?")) as pieces:
+        said = next(pieces)
+        asked = len(recorder.calls)
+    assert len(recorder.calls) == asked and chat.turns[-1] == Turn("assistant", said) and not chat.waiting
+    other = afresh(chat)
+    assert chat.ask("And?") == other.ask("And?")
+
+
+def test_an_exception_keeps_what_was_said_or_else_the_history(assistant):
+    recorder, _ = watch(assistant)
+    chat = Chat(assistant, replace(GREEDY, max_new_tokens=40))
+    chat.ask("Hello?")
+    before = list(chat.turns)
+    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    recorder.fail_at = len(recorder.calls) + 1  # while the prompt is read
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("What is it?")
+    assert chat.turns == before and len(chat.waiting) == 1 and not chat.pixels
+    recorder.fail_at = len(recorder.calls) + 20
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in chat.stream("What is it?"):
+            said.append(piece)
+    assert chat.turns[-1] == Turn("assistant", "".join(said)) and said and not chat.waiting and len(chat.pixels) == 1
+    other = afresh(chat)
+    assert chat.ask("And?") == other.ask("And?")
+
+
+def test_scoring_encodes_a_picture_once_and_answers_in_order(assistant):
+    _, encoded = watch(assistant)
+    pictures = {name: torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8) for name in "abc"}
+    asked = [("a", "What?"), ("b", "What?"), ("", "Hm?"), ("a", "Why?"), ("c", "Where is it now?"), ("ab", "Which?"), ("b", "So?")]
+    questions = [Question((Turn("user", f"{IMAGE_MARK}\n" * len(names) + text),), tuple(names), "", "") for names, text in asked]
+    answers = list(answer_in_batches(assistant, questions, pictures.__getitem__, batch_size=2, max_new_tokens=6))
+    assert [question for question, _ in answers] == questions and sum(encoded) == 3
+    alone = [assistant.generate([q.turns], [pictures[n] for n in q.images], replace(GREEDY, max_new_tokens=6))[0] for q in questions]
+    assert [answer for _, answer in answers] == alone and len(set(alone)) > 3

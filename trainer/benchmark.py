@@ -3,6 +3,7 @@
     python -m trainer.benchmark train --json FILE    # the plain way, the real one, and each measure switched off alone
     python -m trainer.benchmark growth --json FILE --plot images/growth.png    # samples/s as things grow
     python -m trainer.benchmark data --json FILE     # starting on and reading from large data
+    python -m trainer.benchmark inference --json FILE    # answers
 
 Decoder 512x8, a vision tower of ViT-B/16's shape with random weights, synthetic data of the real data's lengths. Every
 contestant is a process of its own, with its own loader and peak memory; they take turns, so that a machine that slows
@@ -241,7 +242,7 @@ def train_suite(folder: Path, device: str, save: Callable[[list[dict]], None]) -
 def main() -> int:
     """Runs a suite and writes its rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("suite", nargs="?", choices=("train", "growth", "data"), default="train")
+    parser.add_argument("suite", nargs="?", choices=("train", "growth", "data", "inference"), default="train")
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--plot", help="growth: file for the picture")
     parser.add_argument("--device", default=default_device())
@@ -267,6 +268,10 @@ def main() -> int:
             from .data_suite import data_suite
 
             save(data_suite(folder))
+        elif args.suite == "inference":
+            from .inference_suite import inference_suite
+
+            save(inference_suite())
         else:
             from .growth import growth_suite
 

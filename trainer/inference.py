@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tokenizers.decoders import DecodeStream
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import IMAGE_MARK, Rendered, Renderer, Turn
 from model import MiniMindVLM
+from model.compiled import CompiledDecoder
 from model.convert import read_folder, read_native
 from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
-from model.packed import PackedDecoder, growing_cache, pack_tower
+from model.packed import PackedDecoder, pack_tower
 from model.rendering import TYPED_MARK
 from model.vision import encode_images, normalize, preprocess
 
@@ -33,14 +33,17 @@ class Assistant:
 
     model: MiniMindVLM
     tokenizer: PreTrainedTokenizerBase
+    use_compile: bool = False  # the step of a chat
     renderer: Renderer = field(init=False)
     decoder: PackedDecoder = field(init=False, repr=False)
+    chat_decoder: PackedDecoder | CompiledDecoder = field(init=False, repr=False)
     tower: CLIPVisionModel | None = field(init=False, repr=False)
 
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.model.config.image_tokens)
         self.model.eval()
         self.decoder = PackedDecoder(self.model)
+        self.chat_decoder = CompiledDecoder(self.model) if self.use_compile else self.decoder
         self.tower = pack_tower(self.model.vision_encoder) if self.model.vision_encoder is not None else None
 
     @torch.inference_mode()
@@ -73,22 +76,23 @@ class Assistant:
 
     def text(self, ids: list[int]) -> str:
         """Tokens as text, without half a character at its end."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens as they come, in whole characters; joined, it is `text` of all."""
-        decoder, ids, given = DecodeStream(skip_special_tokens=True), [], 0
+        pending = []  # tokens since the last whole character
         for token in tokens:
-            ids.append(token)
-            if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
-                given += len(piece)
+            pending.append(token)
+            piece = self.tokenizer.backend_tokenizer.decode(pending, skip_special_tokens=True)
+            if piece and not piece.endswith("\ufffd"):
+                pending = []
                 yield piece
-        if rest := self.text(ids)[given:]:  # held back for a character that never became whole
+        if rest := self.text(pending):
             yield rest
 
 
 def load_assistant(
-    load_from: str, weight_file: Path, device: str, vision_model_path: str, tokenizer_path: str
+    load_from: str, weight_file: Path, device: str, vision_model_path: str, tokenizer_path: str, use_compile: bool = False
 ) -> Assistant:
     """A model for answering: native weights when `load_from` is "model", otherwise a transformers folder.
 
@@ -104,7 +108,7 @@ def load_assistant(
         loaded = read_native(weight_file, tokenizer_path, vision_model_path)
     else:
         loaded = read_folder(Path(load_from), tokenizer_path, vision_model_path)
-    return Assistant(loaded.model.to(device, dtype), loaded.tokenizer)
+    return Assistant(loaded.model.to(device, dtype), loaded.tokenizer, use_compile)
 
 
 @dataclass
@@ -119,10 +123,13 @@ class Chat:
     waiting: list[torch.Tensor] = field(default_factory=list)  # pictures for the next question
     dropped: int = 0  # exchanges that the last question pushed out of the history
     _memory: Memory = field(init=False, repr=False)
-    _shown: list[torch.Tensor] = field(init=False, repr=False)  # pictures by number, and their patch vectors
-    _features: list[torch.Tensor] = field(init=False, repr=False)
+    _next: int = field(init=False, repr=False)
+    _numbers: dict[int, int] = field(init=False, repr=False)  # id of a picture -> its number, never used again
+    _shown: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(init=False, repr=False)  # number -> pixels, patch vectors
 
     def __post_init__(self):
+        self._next = 0
+        self._memory = Memory(self.assistant.chat_decoder.new_cache(self.max_length))
         self._forget()
 
     def add_picture(self, picture: Image.Image) -> None:
@@ -164,8 +171,10 @@ class Chat:
         try:
             room = self.max_length - len(prompt)
             sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
-            tokens = generate_stream(self.assistant.decoder, self._memory, self._read(prompt, pixels), self._features,
-                                     sampling, self.assistant.renderer.im_end)  # fmt: skip
+            prompt = self._read(prompt, pixels)
+            features = {number: features for number, (_, features) in self._shown.items()}
+            tokens = generate_stream(self.assistant.chat_decoder, self._memory, prompt, features, sampling,
+                                     self.assistant.renderer.im_end)  # fmt: skip
             for piece in self.assistant.pieces(tokens):
                 said.append(piece)
                 yield piece
@@ -187,16 +196,19 @@ class Chat:
 
     def _read(self, prompt: Rendered, pixels: list[torch.Tensor]) -> Prompt:
         """The prompt with its pictures by number; those not seen before are encoded."""
-        numbers = {id(picture): number for number, picture in enumerate(self._shown)}
-        if new := list({id(picture): picture for picture in pixels if id(picture) not in numbers}.values()):
-            self._features += self.assistant.encode(new)
-            self._shown += new
-            numbers = {id(picture): number for number, picture in enumerate(self._shown)}
-        return self.assistant.prompt(prompt, [numbers[id(picture)] for picture in pixels])
+        new = list({id(picture): picture for picture in pixels if id(picture) not in self._numbers}.values())
+        for picture, features in zip(new, self.assistant.encode(new) if new else (), strict=True):
+            self._numbers[id(picture)] = self._next
+            self._shown[self._next] = picture, features
+            self._next += 1
+        numbers = [self._numbers[id(picture)] for picture in pixels]
+        for number in set(self._shown) - set(numbers):  # went with its exchange
+            del self._numbers[id(self._shown.pop(number)[0])]
+        return self.assistant.prompt(prompt, numbers)
 
     def _forget(self) -> None:
-        cache = growing_cache(self.assistant.model.config.num_hidden_layers)
-        self._memory, self._shown, self._features = Memory(cache), [], []
+        self._memory.keep(0)
+        self._numbers, self._shown = {}, {}
 
 
 @dataclass(frozen=True)

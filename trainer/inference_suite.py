@@ -1,0 +1,217 @@
+"""Suite `inference` of the benchmark: answers the plain way and ours, in turns, with random weights that never stop.
+
+The plain way is transformers' `generate` on fp32 weights: transformers' processor, the tower, every projection by
+itself, a cache that is copied for every token, one question after another.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dataset.conversation import IMAGE_MARK, Renderer, Turn
+from model import MiniMindVLM, VLMConfig
+from model.generation import Memory, Sampling, generate_batch, generate_stream
+from model.model_minimind import rope_tables
+from model.vision import preprocess
+
+from .build import bf16_is_fast, load_tokenizer
+from .config import REPOSITORY
+from .inference import Assistant
+from .plain import norm, rotate
+
+QUESTION = "Describe the picture in a few words: what does it show, and where?"  # about 230 tokens with the picture
+SECOND = "And what stands behind it, to the left of the open window?"
+NEW_TOKENS, BATCH = 128, 32
+PLAIN_QUESTIONS = 3  # of the batch, asked the plain way: one costs as much as the other
+ROUNDS = 5
+GREEDY = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
+NEVER = -1  # no token ends an answer
+
+
+class PlainVLM(MiniMindVLM):
+    """The same weights with a textbook's forward, the key and value heads repeated for the query heads that share them."""
+
+    def forward(self, input_ids, pixel_values=None, image_positions=None, past_key_values=None, **_) -> CausalLMOutputWithPast:
+        """ids [B, T] after the cache -> logits [B, 1, V] of the last token."""
+        x, start = self.embed(input_ids, pixel_values, image_positions), past_key_values.get_seq_length()
+        cos, sin = rope_tables(self.config, torch.arange(start, start + x.shape[1], device=x.device))
+        for layer, block in enumerate(self.model.layers):
+            x = x + self.attend(block.self_attn, norm(block.input_layernorm, x), cos, sin, past_key_values, layer)
+            normed = norm(block.post_attention_layernorm, x)
+            x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(normed)) * block.mlp.up_proj(normed))
+        return CausalLMOutputWithPast(logits=self.lm_head(norm(self.model.norm, x[:, -1:])), past_key_values=past_key_values)
+
+    @staticmethod
+    def attend(module, x, cos, sin, cache, layer: int) -> torch.Tensor:
+        """Attention of new tokens [B, T, D] over the cache and themselves."""
+        B, T, D = x.shape
+        q, k, v = (p(x).view(B, T, -1, module.head_dim) for p in (module.q_proj, module.k_proj, module.v_proj))
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        k, v = cache.update(k, v, layer)
+        shared = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        return module.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+@dataclass
+class Stamps(BaseStreamer):
+    """The tokens that `generate` gives, and when each came."""
+
+    def __post_init__(self):
+        self.tokens, self.times = [], []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt, then token after token."""
+        self.tokens.append(value)
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@dataclass
+class Plain:
+    """The plain way to answer."""
+
+    model: PlainVLM
+    renderer: Renderer
+
+    def __post_init__(self):
+        self.processor = CLIPImageProcessor()  # its defaults are those of ViT-B/16
+
+    def ask(self, turns: tuple[Turn, ...], picture: Image.Image, new_tokens: int) -> tuple[list[int], list[float]]:
+        """An answer's tokens, and seconds from the question to each of them."""
+        stamps, begin = Stamps(), time.perf_counter()
+        prompt = self.renderer.render_prompt(turns)
+        pixels = self.processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+        positions = torch.arange(self.renderer.image_tokens) + prompt.image_starts[0]
+        self.model.generate(
+            torch.from_numpy(prompt.ids)[None], pixel_values=pixels, image_positions=positions, max_new_tokens=new_tokens,
+            past_key_values=DynamicCache(config=self.model.config), do_sample=False, eos_token_id=None, streamer=stamps,
+        )  # fmt: skip
+        return [int(token) for token in stamps.tokens[1:]], [moment - begin for moment in stamps.times[1:]]
+
+
+@dataclass
+class Real:
+    """Our way, as `Chat` and `--score` answer, but for the end of an answer."""
+
+    assistant: Assistant
+
+    def ask(self, turns: tuple[Turn, ...], memory: Memory, picture: Image.Image | None, features: list) -> Iterator[int]:
+        """An answer token by token; a picture that is not in `features` yet is encoded."""
+        rendered = self.assistant.renderer.render_prompt(turns)
+        if picture is not None:
+            features += self.assistant.encode([preprocess(picture)])
+        prompt = self.assistant.prompt(rendered, range(len(rendered.image_starts)))
+        yield from generate_stream(self.assistant.decoder, memory, prompt, features, GREEDY, NEVER)
+
+    def ask_all(self, turns: tuple[Turn, ...], pictures: list[Image.Image], new_tokens: int) -> list[list[int]]:
+        """The same question about each picture."""
+        rendered = self.assistant.renderer.render_prompt(turns)
+        features = self.assistant.encode([preprocess(picture) for picture in pictures])
+        prompts = [self.assistant.prompt(rendered, [number]) for number in range(len(pictures))]
+        return generate_batch(self.assistant.decoder, prompts, features, replace(GREEDY, max_new_tokens=new_tokens), NEVER)
+
+
+def timed(tokens: Iterator[int]) -> tuple[list[int], list[float]]:
+    """The tokens, and seconds until each."""
+    begin, given, seconds = time.perf_counter(), [], []
+    for token in tokens:
+        given.append(token)
+        seconds.append(time.perf_counter() - begin)
+    return given, seconds
+
+
+def make_ways() -> tuple[Plain, Real]:
+    """Both ways on the same random weights: decoder 512x8, a tower of ViT-B/16's shape."""
+    torch.manual_seed(0)
+    plain = PlainVLM(VLMConfig(), CLIPVisionModel(CLIPVisionConfig(patch_size=16))).eval()
+    real = MiniMindVLM(VLMConfig(), CLIPVisionModel(CLIPVisionConfig(patch_size=16)))
+    real.load_state_dict(plain.state_dict())
+    real.vision_encoder.load_state_dict(plain.vision_encoder.state_dict())
+    fast = bf16_is_fast(torch.device("cpu"))
+    assistant = Assistant(real.to(torch.bfloat16 if fast else torch.float32), load_tokenizer(str(REPOSITORY / "model")))
+    return Plain(plain, assistant.renderer), Real(assistant)
+
+
+def make_pictures(count: int) -> list[Image.Image]:
+    """Noise of the usual size of a picture."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (count, 15, 20, 3), dtype=torch.uint8, generator=generator)
+    return [Image.fromarray(pixels.numpy()).resize((640, 480)) for pixels in noise]
+
+
+def measure_turns(plain: Plain, real: Real, picture: Image.Image) -> dict[str, list[float]]:
+    """Seconds to the first token of a first and a second turn, and seconds a token after the first, of both ways."""
+    first = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),)
+    seconds = {f"{way}_{what}": [] for way in ("plain", "real") for what in ("first", "second", "token")}
+    for _ in range(ROUNDS + 1):
+        _, plain_first = plain.ask(first, picture, NEW_TOKENS)
+        memory, features = Memory(real.assistant.decoder.new_cache()), []
+        answer, real_first = timed(real.ask(first, memory, picture, features))
+        second = (*first, Turn("assistant", real.assistant.text(answer)), Turn("user", SECOND))
+        _, plain_second = plain.ask(second, picture, 1)
+        tokens = real.ask(second, memory, None, features)
+        begin = time.perf_counter()
+        next(tokens)
+        seconds["real_second"].append(time.perf_counter() - begin)
+        tokens.close()
+        seconds["plain_second"].append(plain_second[0])
+        for way, times in (("plain", plain_first), ("real", real_first)):
+            seconds[f"{way}_first"].append(times[0])
+            seconds[f"{way}_token"].append((times[-1] - times[0]) / (len(times) - 1))
+    return {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+
+
+def measure_batch(plain: Plain, real: Real) -> dict:
+    """Tokens/s of 32 questions on 32 pictures, encoding and reading included, against one by one; and of the steps alone."""
+    turns, pictures = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),), make_pictures(BATCH)
+    seconds = {"plain": [], "real": [], "plain_steps": [], "real_steps": []}
+    real.ask_all(turns, pictures, 2)  # warms up
+    for number in range(3):
+        begin = time.perf_counter()
+        steps = [times[-1] - times[0] for _, times in
+                 (plain.ask(turns, pictures[number + at], NEW_TOKENS) for at in range(PLAIN_QUESTIONS))]  # fmt: skip
+        seconds["plain"].append((time.perf_counter() - begin) / PLAIN_QUESTIONS)
+        seconds["plain_steps"].append(sum(steps) / PLAIN_QUESTIONS)
+        begin = time.perf_counter()
+        real.ask_all(turns, pictures, 1)
+        between = time.perf_counter()
+        real.ask_all(turns, pictures, NEW_TOKENS)
+        end = time.perf_counter()
+        seconds["real"].append(end - between)
+        seconds["real_steps"].append(end - between - (between - begin))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    speed, plain_speed = BATCH * NEW_TOKENS / median["real"], NEW_TOKENS / median["plain"]
+    steps, plain_steps = BATCH * (NEW_TOKENS - 1) / median["real_steps"], (NEW_TOKENS - 1) / median["plain_steps"]
+    return {"name": "decode_batch32", "ratio": speed / plain_speed, "tokens_per_second": speed,
+            "plain_tokens_per_second": plain_speed, "steps_ratio": steps / plain_steps, "steps_tokens_per_second": steps}  # fmt: skip
+
+
+def inference_suite() -> list[dict]:
+    """The rows of suite `inference`."""
+    plain, real = make_ways()
+    median = {name: statistics.median(values) for name, values in measure_turns(plain, real, make_pictures(1)[0]).items()}
+    rows = [
+        {"name": "decode_single", "ratio": median["plain_token"] / median["real_token"],
+         "tokens_per_second": 1 / median["real_token"], "plain_tokens_per_second": 1 / median["plain_token"]},
+        {"name": "first_token", "ratio": median["plain_first"] / median["real_first"],
+         "milliseconds": 1e3 * median["real_first"], "plain_milliseconds": 1e3 * median["plain_first"]},
+        {"name": "second_turn_ms", "ratio": median["plain_second"] / median["real_second"],
+         "milliseconds": 1e3 * median["real_second"], "plain_milliseconds": 1e3 * median["plain_second"]},
+        measure_batch(plain, real),
+    ]  # fmt: skip
+    for row in rows:
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("name", "ratio"))
+        print(f"{row['name']:24} {row['ratio']:8.2f}   {figures}", flush=True)
+    return rows

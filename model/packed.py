@@ -9,6 +9,7 @@ G key/value heads, d size of a head, N pictures, P placeholders of a picture, W 
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +17,30 @@ from torch import nn
 from transformers import Cache, CLIPVisionModel
 from transformers.cache_utils import DynamicLayer
 
-from .model_minimind import FeedForward, MiniMindForCausalLM, RMSNorm, apply_rope, causal_attention, rope_tables
+from .model_minimind import FeedForward, MiniMindForCausalLM, RMSNorm, causal_attention, rope_tables
 from .moe import MOEFeedForward
 
 
+def pack_linear(*linears: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function x [..., in] -> x W^T + b [..., out]; several layers without bias that read the same input are one."""
+    weight, bias = linears[0].weight.detach(), linears[0].bias
+    if len(linears) > 1:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+    known = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
+        return lambda x: F.linear(x, weight, bias)
+    packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: product(x, packed, bias, "none", [], "")
+
+
 class PackedLinear(nn.Module):
-    """x [..., in] -> x W^T + b [..., out], several weights [out, in] with the same input as one."""
+    """The same as a module."""
 
-    def __init__(self, *linears: nn.Linear):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-        self.bias = linears[0].bias if len(linears) == 1 else None
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            weight.dtype == torch.float32
-            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        self.forward = pack_linear(linear)
 
 
 def pack_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
@@ -58,25 +62,32 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """As transformers': keeps [B, G, T, d] more, returns all [B, G, K, d]."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
+        B, G, T, d = key_states.shape
+        start = self.keys.shape[2] if self.is_initialized else 0
         # Keys that lie elsewhere were selected or reordered by a method of transformers.
-        if start == 0 or end > self.room.shape[3] or self.keys.data_ptr() != self.room.data_ptr():
-            B, G, _, d = key_states.shape
+        if start == 0 or start + T > self.room.shape[3] or self.keys.data_ptr() != self.room.data_ptr():
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.room = key_states.new_empty(2, B, G, end + self.ROOM, d)
+            self.room = key_states.new_empty(2, B, G, start + T + self.ROOM, d)
             if start:
                 self.room[0, :, :, :start], self.room[1, :, :, :start] = self.keys, self.values
-        self.keys, self.values = self.room[0, :, :, :end], self.room[1, :, :, :end]
-        self.keys[:, :, start:] = key_states
-        self.values[:, :, start:] = value_states
+        new_keys, new_values = self.room.narrow(3, start, T).unbind()
+        new_keys.copy_(key_states)
+        new_values.copy_(value_states)
+        self.keys, self.values = self.room.narrow(3, 0, start + T).unbind()
         return self.keys, self.values
 
 
-def scale_to_unit_rms(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm's forward without the bookkeeping of its backward."""
-    x32 = x.float()
-    return norm.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+def pack_norm(norm: RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function [..., D] -> [..., D]: x beside -x has mean 0 and the mean square of x, so its LayerNorm, which is one
+    kernel, is the RMSNorm of x, which is eight. Rounds once where the module rounds twice."""
+    D, eps = len(norm.weight), norm.eps
+    weight = torch.cat((norm.weight, norm.weight)).detach()
+    return lambda x: F.layer_norm(torch.cat((x, -x), dim=-1), (2 * D,), weight, None, eps)[..., :D].contiguous()
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_rope` in fewer calls, with the first half of `sin` negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -98,7 +109,7 @@ class PackedFeedForward:
     """SwiGLU in two products."""
 
     def __init__(self, module: FeedForward):
-        self.gate_up, self.down = PackedLinear(module.gate_proj, module.up_proj), PackedLinear(module.down_proj)
+        self.gate_up, self.down = pack_linear(module.gate_proj, module.up_proj), pack_linear(module.down_proj)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -133,17 +144,17 @@ class PackedBlock:
     def __init__(self, block: nn.Module):
         attention = block.self_attn
         self.layer, self.head_dim = attention.layer_idx, attention.head_dim
-        self.norms = block.input_layernorm, block.post_attention_layernorm
-        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = PackedLinear(attention.o_proj)
+        self.norms = pack_norm(block.input_layernorm), pack_norm(block.post_attention_layernorm)
+        self.qkv = pack_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = pack_linear(attention.o_proj)
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.mlp = PackedExperts(block.mlp) if block.use_moe else PackedFeedForward(block.mlp)
 
     def __call__(self, x, rope, cache: Cache, mask, last: torch.Tensor | None) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]; or [B, 1, D] at the places `last` int64 [B], when nobody reads the others."""
         B, T, D = x.shape
-        heads = self.qkv(scale_to_unit_rms(self.norms[0], x)).view(B, T, -1, self.head_dim).transpose(1, 2)
-        turned = apply_rope(heads[:, : -self.kv_heads], *rope)
+        heads = self.qkv(self.norms[0](x)).view(B, T, -1, self.head_dim).transpose(1, 2)
+        turned = turn(heads[:, : -self.kv_heads], *rope)
         q = turned[:, : -self.kv_heads]
         k, v = cache.update(turned[:, -self.kv_heads :], heads[:, -self.kv_heads :], self.layer)
         if last is not None:
@@ -152,7 +163,7 @@ class PackedBlock:
             mask = mask.expand(B, -1, -1, -1)[rows, :, last].unsqueeze(2)
         attended = cached_attention(q, k, v, mask)
         x = x + self.out(attended.transpose(1, 2).reshape(B, T, D))
-        return x + self.mlp(scale_to_unit_rms(self.norms[1], x))
+        return x + self.mlp(self.norms[1](x))
 
 
 class PackedDecoder:
@@ -161,8 +172,9 @@ class PackedDecoder:
     def __init__(self, model: MiniMindForCausalLM):
         self.model = model
         self.blocks = [PackedBlock(block) for block in model.model.layers]
-        self.head = PackedLinear(model.lm_head)
-        self.rope = rope_tables(self.model.config, torch.arange(0, device=model.device))
+        self.norm, self.head = pack_norm(model.model.norm), pack_linear(model.lm_head)
+        self.rope = (torch.empty(0, device=model.device),) * 2
+        self.reserve(1)
 
     def new_cache(self, length: int = 0) -> Cache:
         """An empty cache, which grows; `length` is for decoders whose does not."""
@@ -175,10 +187,12 @@ class PackedDecoder:
         return self.rope[0][positions].unsqueeze(1), self.rope[1][positions].unsqueeze(1)
 
     def reserve(self, count: int) -> None:
-        """Rotary tables for positions below `count`."""
+        """Rotary tables for positions below `count`, as `turn` wants them."""
         if count > len(self.rope[0]):
             positions = torch.arange(max(count, 2 * len(self.rope[0])), device=self.rope[0].device)
-            self.rope = rope_tables(self.model.config, positions)
+            cos, sin = rope_tables(self.model.config, positions)
+            first, second = sin.chunk(2, dim=-1)
+            self.rope = cos, torch.cat((-first, second), dim=-1)
 
     def __call__(
         self, x: torch.Tensor, cache: Cache, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None,
@@ -202,4 +216,4 @@ class PackedDecoder:
         for block in self.blocks[:-1]:
             x = block(x, rope, cache, mask, None)
         x = self.blocks[-1](x, rope, cache, causal if mask is None else mask, last)
-        return self.head(scale_to_unit_rms(self.model.model.norm, x)).squeeze(1)
+        return self.head(self.norm(x)).squeeze(1)

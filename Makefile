@@ -32,6 +32,6 @@ figures: .venv/dev
 	$(BIN)/pip install --quiet -r requirements.txt easy-vqa==1.0
 	touch $@
 
-.venv/dev: requirements.txt requirements-dev.txt .venv/bin/python
+.venv/dev: requirements.txt requirements-dev.txt requirements-video.txt .venv/bin/python
 	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@

@@ -1,0 +1,142 @@
+"""A video as pictures: frames evenly spaced in time, each with its time.
+
+Decoding is PyAV's (FFmpeg), an optional requirement: requirements-video.txt. The packets' times are read first, without
+decoding: they are exact where a file's header is wrong or silent (recordings of browsers, variable frame rates). Then only
+the frames asked for are decoded, each from the key frame before it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from PIL import Image
+
+from .errors import DataError, SampleError
+from .pictures import MAX_PIXELS
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp", ".wmv"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a video, RGB and upright, and the time at which it appears, in seconds from the first one."""
+
+    picture: Image.Image
+    seconds: float
+
+
+def read_frames(path: str | Path, count: int) -> list[Frame]:
+    """The frames on show in the middle of `count` equal parts of the video, in order.
+
+    One that is on show in the middle of several parts comes once: a video of fewer frames gives all it has.
+    Raises SampleError for a file without pictures or beyond decoding, DataError where PyAV is not installed.
+    """
+    if count < 1:
+        raise ValueError(f"{count} frames of a video")
+    try:
+        import av
+    except ImportError as error:
+        raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
+    try:
+        # What a playlist disguised as a video names stays closed: no protocol is allowed but the file given.
+        with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+            return _frames(container, _picture_stream(container, str(path)), count, str(path))
+    except SampleError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise SampleError(f"video {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def clock(seconds: float, tenths: bool = False) -> str:
+    """A time as people write it: 0:03, 12:40, 1:02:03, and with `tenths` 0:03.4; cut, not rounded."""
+    # Rates like 30000/1001 leave times a hair below the tenth that they mean.
+    whole, tenth = divmod(int(seconds * 10 + 1e-6), 10)
+    text = f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    return f"{text}.{tenth}" if tenths else text
+
+
+def labels(frames: list[Frame]) -> list[str]:
+    """The times of the frames as text, in tenths of a second where seconds would not tell them apart."""
+    seconds = [clock(frame.seconds) for frame in frames]
+    return seconds if len(set(seconds)) == len(frames) else [clock(frame.seconds, tenths=True) for frame in frames]
+
+
+def _picture_stream(container, name: str):
+    """The first video stream that is no cover art; raises SampleError."""
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            if stream.width * stream.height > MAX_PIXELS:
+                raise SampleError(f"video {name!r} has {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}")
+            stream.thread_type = "AUTO"
+            return stream
+    raise SampleError(f"video {name!r} has no pictures, only {[stream.type for stream in container.streams]}")
+
+
+def _frames(container, stream, count: int, name: str) -> list[Frame]:
+    """Chooses by the packets' times, in ticks of the stream's time base, and decodes what was chosen."""
+    packets = sorted((packet.pts, packet.duration or 0, packet.is_keyframe) for packet in container.demux(stream)
+                     if packet.size and packet.pts is not None and not packet.is_discard)  # fmt: skip
+    if not packets:
+        raise SampleError(f"video {name!r} has no frame with a time; a raw stream needs a container (mp4, mkv) around it")
+    ticks = [tick for tick, _, _ in packets]
+    last = packets[-1][1] or (ticks[-1] - ticks[0]) / max(len(ticks) - 1, 1)  # as long as the others, where no one says
+    length = max(ticks[-1] - ticks[0] + last, 1)
+    middles = [ticks[0] + length * (2 * part + 1) / (2 * count) for part in range(count)]
+    wanted = sorted({ticks[bisect_right(ticks, middle) - 1] for middle in middles})
+    keys = [tick for tick, _, is_key in packets if is_key]
+    frames = [Frame(_upright(frame, stream), float((frame.pts - ticks[0]) * stream.time_base))
+              for frame in _decode(container, stream, wanted, keys)]  # fmt: skip
+    if not frames:
+        raise SampleError(f"video {name!r} cannot be read: no frame of it decodes")
+    return frames
+
+
+def _decode(container, stream, wanted: list[int], keys: list[int]) -> Iterator:
+    """The first decodable frame at or after each wanted tick (ascending), none twice."""
+    frames, at = iter(()), None
+    for tick in wanted:
+        if at is not None and at >= tick:
+            continue  # what stood between could not be decoded
+        if at is None or bisect_right(keys, tick) > bisect_right(keys, at):
+            frames = _after_seek(container, stream, tick)
+        for frame in frames:
+            at = frame.pts
+            if at >= tick:
+                yield frame
+                break
+
+
+def _after_seek(container, stream, tick: int) -> Iterator:
+    """Frames from the key frame before `tick` on; from the beginning where the container finds no way there."""
+    frames = iter(())
+    for start in (tick, stream.start_time or 0):
+        container.seek(start, stream=stream)
+        frames = _decodable(container, stream)
+        first = next(frames, None)
+        if first is not None:
+            frames = chain([first], frames)
+            if first.pts <= tick:
+                break
+    return frames
+
+
+def _decodable(container, stream) -> Iterator:
+    """Frames in order of time; damaged packets are passed over."""
+    import av
+
+    for packet in container.demux(stream):
+        try:
+            yield from (frame for frame in packet.decode() if frame.pts is not None)
+        except av.FFmpegError:
+            continue
+
+
+def _upright(frame, stream) -> Image.Image:
+    """RGB with square pixels, turned as the file says."""
+    aspect = min(max(stream.sample_aspect_ratio or 1, 1 / 4), 4)  # beyond that a header is wrong
+    picture = frame.to_image(width=max(1, round(frame.width * aspect)), height=frame.height)
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture

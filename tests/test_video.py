@@ -1,0 +1,154 @@
+"""Frames of videos that the tests make: which, in what order, with what times, and files that are no video."""
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import video
+from dataset.errors import DataError, SampleError
+from dataset.video import Frame, clock, labels, read_frames
+
+SIZE = (96, 64)
+
+
+def make_video(path: Path, ticks: list[int], rate: int = 10, codec: str = "mpeg4", draw=None, **options) -> Path:
+    """Frame number k (its red says which: 255 * k / all) appears at tick k, `rate` ticks a second; B-frames, key frames
+    every 12."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options={"bf": "2", **options})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = *SIZE, "yuv420p", 12
+        stream.codec_context.time_base, stream.bit_rate = Fraction(1, rate), 4_000_000
+        for number, tick in enumerate(ticks):
+            colour = (255 * number // len(ticks), 0, 255 - 255 * number // len(ticks))
+            frame = av.VideoFrame.from_image(draw or Image.new("RGB", SIZE, colour))
+            frame.pts, frame.time_base = tick, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(frames: list[Frame], count: int) -> list[int]:
+    """Which frames these are, by their red."""
+    return [round(np.asarray(frame.picture)[..., 0].mean() * count / 255) for frame in frames]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("mkv", "mpeg4"), ("webm", "libvpx"), ("avi", "mpeg4"), ("ts", "mpeg2video")])
+def test_frames_stand_in_the_middle_of_equal_parts(tmp_path, suffix, codec):
+    frames = read_frames(make_video(tmp_path / f"v.{suffix}", list(range(80)), codec=codec), 8)
+    assert [frame.seconds for frame in frames] == pytest.approx([number / 10 for number in range(5, 80, 10)], abs=0.002)
+    assert numbers(frames, 80) == pytest.approx(list(range(5, 80, 10)), abs=2)
+    assert all(frame.picture.mode == "RGB" and frame.picture.size == SIZE for frame in frames)
+    assert labels(frames) == ["0:00", "0:01", "0:02", "0:03", "0:04", "0:05", "0:06", "0:07"]
+
+
+def test_seeking_finds_what_decoding_everything_finds(tmp_path):
+    path = make_video(tmp_path / "v.mp4", list(range(50)))
+    with av.open(str(path)) as container:
+        everything = [(frame.time, frame.to_image()) for frame in container.decode(video=0)]
+    for count in (1, 3, 7, 49, 50, 400):
+        frames = read_frames(path, count)
+        times = [frame.seconds for frame in frames]
+        chosen = [everything[int((part + 0.5) * 50 / count)] for part in range(count)] if count <= 50 else everything
+        assert times == [time for time, _ in chosen], count
+        assert all(frame.picture.tobytes() == picture.tobytes() for frame, (_, picture) in zip(frames, chosen, strict=True))
+
+
+def test_time_decides_where_the_rate_varies(tmp_path):
+    """40 frames within a second, then one that stays for nine."""
+    path = make_video(tmp_path / "v.mkv", [*range(0, 1000, 25), 1000, 9975], rate=1000)
+    frames = read_frames(path, 10)
+    assert [frame.seconds for frame in frames] == pytest.approx([0.475, 1.0], abs=0.03), "the long one comes once"
+    assert numbers(frames, 42) == pytest.approx([19, 40], abs=2)
+    assert len(read_frames(path, 20_000)) == 42, "parts of half a millisecond: all frames"
+
+
+def test_an_animation_is_a_video(tmp_path):
+    colours = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    colours[0].save(tmp_path / "v.gif", save_all=True, append_images=colours[1:], duration=[1000, 200, 5000])
+    frames = read_frames(tmp_path / "v.gif", 40)
+    assert [frame.picture.getpixel((5, 5)) for frame in frames] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    assert labels(frames) == ["0:00.0", "0:01.0", "0:01.2"]
+
+
+@pytest.mark.parametrize(("there", "asked"), [(1, 8), (1, 1), (3, 8), (5, 5)])
+def test_a_short_video_gives_all_it_has(tmp_path, there, asked):
+    frames = read_frames(make_video(tmp_path / "v.mp4", list(range(there))), asked)
+    assert [frame.seconds for frame in frames] == pytest.approx([number / 10 for number in range(there)])
+
+
+def test_a_turned_video_is_shown_upright(tmp_path):
+    """As a telephone films: the picture lies on its side, the header says to turn it to the right."""
+    lying = Image.new("RGB", SIZE, "blue")
+    lying.paste("red", (0, 0, SIZE[0] // 2, SIZE[1]))
+    data = bytearray(make_video(tmp_path / "v.mp4", [0, 1], draw=lying).read_bytes())
+    matrix = data.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2: nine fixed-point numbers
+    turn = [0, 1 << 16, 0, -1 << 16, 0, 0, SIZE[1] << 16, 0, 1 << 30]
+    data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
+    (tmp_path / "v.mp4").write_bytes(data)
+    picture = read_frames(tmp_path / "v.mp4", 1)[0].picture
+    assert picture.size == SIZE[::-1]
+    (top, _, top_blue), (bottom, _, bottom_blue) = picture.getpixel((32, 10)), picture.getpixel((32, 85))
+    assert top > 200 > top_blue and bottom < 50 < bottom_blue
+
+
+def test_square_pixels(tmp_path):
+    path = make_video(tmp_path / "v.mp4", [0, 1], aspect="3:1")  # of 96 x 64 pixels: each is twice as wide as high
+    with av.open(str(path)) as container:
+        wide = container.streams.video[0].sample_aspect_ratio
+    assert read_frames(path, 1)[0].picture.size == (96 * wide, 64)
+
+
+def test_a_damaged_video_gives_what_decodes(tmp_path):
+    data = make_video(tmp_path / "v.mkv", list(range(60)), codec="libx264").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 2 // 3])
+    frames = read_frames(tmp_path / "cut.mkv", 4)
+    assert frames and numbers(frames, 60) == pytest.approx([frame.seconds * 10 for frame in frames], abs=2)
+
+
+def audio(path: Path) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_files_that_are_no_video(tmp_path):
+    segment = make_video(tmp_path / "segment.ts", [0, 1], codec="mpeg2video")
+    contents = {"noise.mp4": np.random.default_rng(0).bytes(5000), "empty.mp4": b"", "text.mp4": b"hello " * 500,
+                "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{segment}\n#EXT-X-ENDLIST\n".encode(),
+                "list.mp4": f"ffconcat version 1.0\nfile {segment.name}\n".encode()}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SampleError, match=rf"{name}' cannot be read: .+"):
+            read_frames(tmp_path / name, 3)
+    with pytest.raises(SampleError, match="No such file"):
+        read_frames(tmp_path / "nowhere.mp4", 3)
+    with pytest.raises(SampleError, match="Is a directory"):
+        read_frames(tmp_path, 3)
+    audio(tmp_path / "sound.m4a")
+    with pytest.raises(SampleError, match=r"no pictures, only \['audio'\]"):
+        read_frames(tmp_path / "sound.m4a", 3)
+
+
+def test_a_giant_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "MAX_PIXELS", 96 * 64 - 1)
+    with pytest.raises(SampleError, match="96 x 64 pixels, more than 6,143"):
+        read_frames(make_video(tmp_path / "v.mp4", [0]), 1)
+
+
+def test_without_pyav_the_command_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(DataError, match=r"pip install -r requirements-video\.txt"):
+        read_frames(tmp_path / "v.mp4", 1)
+
+
+def test_times_as_text():
+    assert [clock(seconds) for seconds in (0, 3.99, 59.9, 60, 760, 3723)] == ["0:00", "0:03", "0:59", "1:00", "12:40", "1:02:03"]
+    assert [clock(seconds, tenths=True) for seconds in (0.3 - 1e-9, 59.99, 3599.95)] == ["0:00.3", "0:59.9", "59:59.9"]

@@ -72,6 +72,47 @@ def test_a_typed_mark_is_text(assistant):
     assert not chat.pixels and chat.turns[0].content.count(IMAGE_MARK) == 0
 
 
+def test_pictures_stand_where_the_question_says(assistant):
+    chat = Chat(assistant, GREEDY)
+    for label in ("", "0:03"):
+        chat.add_picture(picture("red"), label)
+    chat.ask("first <image> second <image>?")
+    assert chat.turns[0].content == f"first {IMAGE_MARK} second 0:03 {IMAGE_MARK}?" and len(chat.pixels) == 2
+    assert chat.undo() == "first <image> second <image>?" and len(chat.waiting) == 2
+    chat.ask("one <image> for two")
+    assert chat.turns[0].content.startswith(f"{IMAGE_MARK}\n0:03 {IMAGE_MARK}\none <") and len(chat.pixels) == 2
+    assert chat.turns[0].content.count(IMAGE_MARK) == 2, "the typed mark is text"
+    assert chat.undo() == "one <image> for two"
+    chat.remove_picture()
+    chat.add_picture(picture("blue"), "a <image> in a label")
+    chat.ask("What?")
+    assert chat.turns[0].content.count(IMAGE_MARK) == 2
+
+
+def test_labels_stay_with_their_pictures(assistant):
+    chat = Chat(assistant, GREEDY, max_length=1000)
+    for number in range(6):
+        chat.add_picture(picture("red"), f"0:0{number}")
+        chat.ask(f"number {number}")
+    assert 0 < len(chat.pixels) < 6 and chat.dropped
+    for number in range(5, 5 - len(chat.pixels), -1):
+        assert chat.undo() == f"number {number}" and chat.labels[len(chat.pixels)] == f"0:0{number}"
+    assert not chat.turns and not chat.pixels and len(chat.labels) == len(chat.waiting)
+
+
+def test_as_many_pictures_as_fit(assistant):
+    chat = Chat(assistant, Sampling(max_new_tokens=512, temperature=0.0))
+    for _ in range(chat.room() + 3):
+        chat.add_picture(picture("red"), "0:03")
+    with pytest.raises(UsageError, match=r"too long.* more than 1792; 11 pictures in it: 8 would fit"):
+        chat.ask("What?")
+    assert not chat.turns and len(chat.waiting) == 11, "they wait on"
+    while len(chat.waiting) > chat.room():
+        chat.remove_picture()
+    answer = chat.ask("word " * 100)
+    assert len(chat.pixels) == 8 and len(assistant.tokenizer(answer).input_ids) <= 2048 - 1600
+
+
 def test_streaming_never_shows_half_a_character(assistant):
     text = "一隻黑貓🙂 sits 在沙發上🙂"
     ids = assistant.tokenizer(text).input_ids

@@ -3,6 +3,7 @@
 Legend: B prompts of a batch, T tokens, P placeholders of a picture.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,8 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
     pixels: list[torch.Tensor] = field(default_factory=list)
     waiting: list[torch.Tensor] = field(default_factory=list)  # pictures for the next question
+    labels: list[str] = field(default_factory=list)  # what stands before each picture of `pixels`, then of `waiting`
+    questions: list[str] = field(default_factory=list)  # as they were asked, one for each exchange
     dropped: int = 0  # exchanges that the last question pushed out of the history
     _memory: Memory = field(init=False, repr=False)
     _next: int = field(init=False, repr=False)
@@ -132,13 +135,24 @@ class Chat:
         self._memory = Memory(self.assistant.chat_decoder.new_cache(self.max_length))
         self._forget()
 
-    def add_picture(self, picture: Image.Image) -> None:
-        """The next question is about this picture, too."""
+    def add_picture(self, picture: Image.Image, label: str = "") -> None:
+        """The next question is about this picture, too; `label` (a time, say) stands as text before it."""
         self.waiting.append(preprocess(picture))
+        self.labels.append(label.replace(IMAGE_MARK, TYPED_MARK))
+
+    def remove_picture(self) -> None:
+        """The picture that came last no longer waits."""
+        self.waiting.pop()
+        self.labels.pop()
+
+    def room(self) -> int:
+        """How many pictures with short labels a question of a hundred tokens can show."""
+        alone = len(self.assistant.renderer.render_prompt((Turn("user", ""),)))
+        return (self._limit(1) - alone - 100) // (self.assistant.model.config.image_tokens + 8)
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.turns, self.pixels, self.waiting, self.dropped = [], [], [], 0
+        self.turns, self.pixels, self.waiting, self.labels, self.questions, self.dropped = [], [], [], [], [], 0
         self._forget()
 
     def undo(self) -> str | None:
@@ -146,10 +160,9 @@ class Chat:
         if not self.turns:
             return None
         *self.turns, question, _ = self.turns
-        count = question.content.count(IMAGE_MARK)
-        kept = len(self.pixels) - count
+        kept = len(self.pixels) - question.content.count(IMAGE_MARK)
         self.pixels, self.waiting = self.pixels[:kept], self.pixels[kept:] + self.waiting
-        return question.content.removeprefix(f"{IMAGE_MARK}\n" * count).replace(TYPED_MARK, IMAGE_MARK)
+        return self.questions.pop()
 
     def ask(self, question: str) -> str:
         """The whole answer; see `stream`."""
@@ -158,15 +171,14 @@ class Chat:
     def stream(self, question: str) -> Iterator[str]:
         """The answer in pieces of whole characters, as it grows; question and answer become part of the history.
 
-        An <image> in the question is text; pictures come from `add_picture` and stand before it. When the history
-        grows too long for the model, its oldest exchanges are dropped whole, with their pictures (`dropped`).
+        Pictures come from `add_picture`. They stand before the question, or where it says <image> if it does so once for
+        each; otherwise an <image> in it is text. When the history grows too long for the model, its oldest exchanges
+        are dropped whole, with their pictures (`dropped`); the answer gets at least an eighth of `max_length`.
         Closing the iterator (contextlib.closing) ends the work at once; what was said until then, or until an exception,
         stays in the history. An answer without any text leaves the history as it was, and pictures waiting.
         Raises UsageError when the question alone is too long.
         """
-        marks = f"{IMAGE_MARK}\n" * len(self.waiting)
-        turn = Turn("user", marks + question.replace(IMAGE_MARK, TYPED_MARK))
-        turns, pixels, prompt, self.dropped = self._make_room([*self.turns, turn], [*self.pixels, *self.waiting])
+        turns, pixels, prompt, self.dropped = self._make_room([*self.turns, self._turn(question)], [*self.pixels, *self.waiting])
         said = []
         try:
             room = self.max_length - len(prompt)
@@ -181,15 +193,31 @@ class Chat:
         finally:
             if said:
                 self.turns, self.pixels, self.waiting = [*turns, Turn("assistant", "".join(said))], pixels, []
+                self.labels = self.labels[len(self.labels) - len(pixels) :]
+                self.questions = [*self.questions, question][self.dropped :]
             else:
                 self.dropped = 0
 
+    def _turn(self, question: str) -> Turn:
+        """The question with a mark for each waiting picture."""
+        marks = [f"{label} {IMAGE_MARK}".lstrip() for label in self.labels[len(self.pixels) :]]
+        first, *others = question.split(IMAGE_MARK)
+        if len(others) == len(marks):
+            return Turn("user", first + "".join(mark + text for mark, text in zip(marks, others, strict=True)))
+        return Turn("user", "".join(f"{mark}\n" for mark in marks) + question.replace(IMAGE_MARK, TYPED_MARK))
+
+    def _limit(self, turns: int) -> int:
+        """The longest prompt. As part of a history it leaves a whole answer room; a single question may leave less."""
+        return self.max_length - min(self.sampling.max_new_tokens, self.max_length // (8 if turns == 1 else 2))
+
     def _make_room(self, turns: list[Turn], pixels: list[torch.Tensor]) -> tuple[list[Turn], list[torch.Tensor], Rendered, int]:
         """The newest exchanges that fit, their pictures and rendering, and how many others were dropped."""
-        limit, dropped = max(self.max_length - self.sampling.max_new_tokens, self.max_length // 2), 0
-        while len(prompt := self.assistant.renderer.render_prompt(tuple(turns))) > limit:
+        dropped = 0
+        while (length := len(prompt := self.assistant.renderer.render_prompt(tuple(turns)))) > (limit := self._limit(len(turns))):
             if len(turns) == 1:
-                raise UsageError(f"the question is too long: with its pictures it passes {limit} tokens")
+                fit = len(pixels) - math.ceil((length - limit) / self.assistant.model.config.image_tokens)
+                shown = f"{len(pixels)} pictures in it: {fit} would fit" if fit > 0 else "shorten it"
+                raise UsageError(f"the question is too long: {length} tokens, more than {limit}; {shown}, or raise --max_seq_len")
             pixels = pixels[turns[0].content.count(IMAGE_MARK) :]
             turns, dropped = turns[2:], dropped + 1  # a question and its answer
         return turns, pixels, prompt, dropped

@@ -7,6 +7,7 @@ Legend of shapes: B rows, T tokens, K tokens in the cache, N pictures, P placeho
 V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +30,10 @@ Features = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]  # patch vectors 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: `temperature` 0 is greedy, `top_k` 0 keeps all, `seed` makes it repeatable."""
+    """How the next token is chosen: `temperature` 0 is greedy, `top_k` 0 keeps all, `seed` makes it repeatable.
+
+    Raises ValueError for a value out of its range.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.65
@@ -37,6 +41,18 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    def __post_init__(self):
+        for name, holds, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "is at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "is at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "lies in (0, 1]"),
+            ("top_k", self.top_k >= 0, "is at least 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "is above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "lies in [0, 2^63)"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} {rule}, not {getattr(self, name)}")
 
 
 class Chooser:

@@ -247,6 +247,7 @@ class Question:
     images: tuple[str, ...]
     answer: str
     kind: str
+    where: str = ""  # "file:line"
 
 
 def answer_in_batches(

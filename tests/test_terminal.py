@@ -1,0 +1,410 @@
+"""The chat in the terminal: what lines do, what survives Ctrl-C, what is completed, shown and saved."""
+
+import builtins
+import codecs
+import fcntl
+import io
+import os
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from PIL import Image
+
+from dataset.conversation import IMAGE_MARK
+from tests.conftest import DECODER, REPOSITORY, make_model, make_tower
+from tests.test_video import make_video
+from trainer import checkpoint, console, terminal
+from trainer.config import UsageError
+from trainer.console import Screen, complete_path, half_blocks, history_file, use_readline
+from trainer.inference import Assistant, Chat, Sampling
+from trainer.terminal import TerminalChat, changed, complete, typed_paths
+
+GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def assistant(tokenizer) -> Assistant:
+    return Assistant(make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    for name, colour in [("red.png", "red"), ("my blue.png", "blue")]:
+        Image.new("RGB", (40, 40), colour).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no picture")
+    make_video(folder / "v.mp4", list(range(80)))
+    return folder
+
+
+@pytest.fixture
+def talk(assistant, folder, monkeypatch):
+    """A chat in `folder`, and what it showed since it was last asked."""
+    monkeypatch.chdir(folder)
+    chat = TerminalChat(Chat(assistant, GREEDY), Screen(io.StringIO()))
+
+    def say(line: str) -> str:
+        before = len(chat.screen.file.getvalue())
+        assert chat.obey(line)
+        return chat.screen.file.getvalue()[before:]
+
+    say.chat = chat
+    return say
+
+
+def test_questions_and_pictures_are_those_of_a_chat(talk, assistant, folder):
+    assert talk("/image red.png") == "picture 1 for the next question: red.png\n"
+    assert "picture 2" in talk("/image my blue.png")
+    first, second = talk("What are these?"), talk("And?")
+    chat = Chat(assistant, GREEDY)
+    for name in ("red.png", "my blue.png"):
+        chat.add_picture(Image.open(folder / name))
+    assert (first, second) == (chat.ask("What are these?") + "\n", chat.ask("And?") + "\n")
+    assert talk.chat.chat.turns == chat.turns
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("/image", "/image needs a PATH"), ("/image nowhere.png", "cannot be read"), ("/image broken.png", "cannot be read"),
+     ("/image .", "cannot be read"), ("/video", "needs a PATH"), ("/video broken.png", "cannot be read"), ("/dance", "no such command: /dance"),
+     ("/undo", "nothing to take back"), ("/retry", "no question to ask again"), ("/save", "needs a FILE.md"),
+     ("/save x.md", "nothing to save yet"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
+     ("/image 'red.png", "cannot be read"), ("/image a\0b", "cannot be read")],
+)  # fmt: skip
+def test_mistakes_are_told_and_change_nothing(talk, line, message):
+    said = talk(line)
+    assert message in said and "Traceback" not in said
+    chat = talk.chat.chat
+    assert not chat.turns and not chat.waiting and not chat.labels and not talk.chat.queue and chat.sampling == GREEDY
+    assert not list(Path().glob("*.md"))
+
+
+def test_a_typed_path_of_a_picture_is_helped_on(talk, folder):
+    assert f"no such command: {folder}/red.png" in (said := talk(f"{folder}/red.png")) and "/image PATH" in said
+
+
+def test_undo_goes_back_step_by_step(talk):
+    talk("/image red.png")
+    answer = talk("What?")
+    talk("/video v.mp4")
+    assert len(talk.chat.chat.waiting) == 8
+    assert "taken back: v.mp4" in talk("/undo") and not talk.chat.chat.waiting
+    assert "with the next question: red.png" in talk("/undo") and len(talk.chat.chat.waiting) == 1
+    assert not talk.chat.chat.turns and not talk.chat.exchanges
+    assert talk("What?") == answer, "asked again with its picture"
+    assert talk("/undo") and talk("/undo") and "nothing" in talk("/undo") and not talk.chat.chat.waiting
+
+
+def test_retry_asks_again(talk):
+    talk("/image red.png")
+    talk("/params temperature=2.0 seed=none")
+    first = talk("What?")
+    assert any(talk("/retry") != first for _ in range(5))
+    assert [turn.role for turn in talk.chat.chat.turns] == ["user", "assistant"] and len(talk.chat.exchanges) == 1
+    assert talk.chat.exchanges[0].shown[0].path == "red.png"
+    talk("/params temperature=0")
+    assert "the answer is the same" in talk("/retry")
+    long = "word " * 3000
+    assert "too long" in talk(long) and "too long" in talk("/retry"), "the question that failed is the last one"
+
+
+class CtrlC(io.StringIO):
+    """Presses Ctrl-C when `after` pieces are shown."""
+
+    after = 10**9
+
+    def flush(self):
+        self.after -= 1
+        if self.after == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_ctrl_c_keeps_what_was_said(assistant, folder, after, monkeypatch):
+    monkeypatch.chdir(folder)
+    chat = TerminalChat(Chat(assistant, GREEDY), Screen(file := CtrlC()))
+    chat.obey("/image red.png")
+    file.after = after
+    assert chat.obey("What?") and file.getvalue().endswith("(stopped)\n")
+    said = chat.exchanges[0].answer
+    assert [turn.content for turn in chat.chat.turns] == [f"{IMAGE_MARK}\nWhat?", said]
+    assert chat.obey("And?") and len(chat.exchanges) == 2
+    fresh = Chat(assistant, GREEDY)
+    fresh.add_picture(Image.open(folder / "red.png"))
+    whole = fresh.ask("What?")
+    assert whole.startswith(said) and len(said) < len(whole)
+    fresh.turns[-1] = chat.chat.turns[1]
+    assert fresh.ask("And?") == chat.exchanges[1].answer, "the model read what was said, no more"
+
+
+def test_ctrl_c_before_the_first_word_keeps_the_question(talk, monkeypatch):
+    talk("/image red.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.chat.chat, "_read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "before the first word" in talk("What?")
+    assert not talk.chat.exchanges and len(talk.chat.chat.waiting) == len(talk.chat.queue) == 1
+    assert talk("/retry") and talk.chat.exchanges[0].question == "What?" and not talk.chat.queue
+
+
+def test_ctrl_c_ends_a_command(talk, monkeypatch):
+    monkeypatch.setattr(terminal, "load_picture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert "(stopped)" in talk("/image red.png") and not talk.chat.queue
+
+
+def test_an_answer_without_words_is_told(talk, monkeypatch):
+    monkeypatch.setattr(talk.chat.chat, "stream", lambda question: (piece for piece in ()))
+    assert "(no answer" in talk("What?") and not talk.chat.exchanges
+
+
+def test_what_the_model_forgets_is_told_and_still_saved(talk, tmp_path):
+    talk.chat.chat.max_length = 700
+    said = [(talk("/image red.png"), talk(f"What is {number}?"))[1] for number in range(5)]
+    assert "the model has forgotten" not in said[0] and "of the oldest exchanges no longer fit" in said[-1]
+    talk(f"/save {tmp_path}/all.md")
+    assert (tmp_path / "all.md").read_text().count("> What is") == 5
+    while "taken back" in talk("/undo"):
+        pass
+    assert not talk.chat.chat.turns and not talk.chat.chat.waiting and len(talk.chat.exchanges) > 0, "what is forgotten stays told"
+
+
+def test_frames_of_a_video_stand_with_their_times(talk):
+    said = talk("/video v.mp4")
+    assert "8 frames for the next question, at 0:00, 0:01, 0:02, 0:03, 0:04, 0:05, 0:06, 0:07: v.mp4" in said
+    reds = [int(picture[0].float().mean()) for picture in talk.chat.chat.waiting]
+    assert reds == sorted(reds) and reds[0] < 30 and reds[-1] > 220
+    talk("What happens?")
+    times = "".join(f"0:0{second} {IMAGE_MARK}\n" for second in range(8))
+    assert talk.chat.chat.turns[0].content == f"{times}What happens?"
+
+
+def test_as_many_frames_as_fit(talk):
+    talk.chat.video_frames = 20
+    room = talk.chat.chat.room()
+    talk("/image red.png")
+    said = talk("/video v.mp4")
+    assert f"{room - 1} frames for" in said and f"20 frames do not fit in 2048 tokens: at most {room - 1}; --max_seq_len 4096" in said
+    assert "no room for a video beside the" in talk("/video v.mp4") and len(talk.chat.chat.waiting) == room
+    assert "more than fit" in talk("/image red.png")
+    assert "too long" not in talk("What?") or "would fit" in talk("/retry")
+
+
+def test_parameters():
+    sampling = changed(Sampling(), "temperature=0.2 top_p=0.9, top_k=5 seed=7 max_new_tokens=9 repetition_penalty=1.1")
+    assert sampling == Sampling(9, 0.2, 0.9, 5, 1.1, 7)
+    assert changed(sampling, "seed=none").seed is None and changed(sampling, "") == sampling
+    for text in ("temperature", "temperature=", "temperature=warm", "temperature=-1", "temperature=nan", "temperature=inf", "top_p=0",
+                 "top_k=1.5", "top_k=-1", "max_new_tokens=0", "max_new_tokens=none", "seed=-1", "seed=x", "repetition_penalty=0", "colour=1",
+                 "top_k=4 top_p=7"):  # fmt: skip
+        with pytest.raises(UsageError, match=text.partition("=")[0].split()[-1] if " " not in text else "top_p"):
+            changed(sampling, text)
+
+
+def test_parameters_are_shown(talk):
+    assert "temperature=0.0" in talk("/params") and "seed=none" in talk("/params")
+    assert "top_k=3" in talk("/params top_k=3") and talk.chat.chat.sampling.top_k == 3
+
+
+def test_the_conversation_as_markdown(talk, tmp_path, folder):
+    talk("/image my blue.png")
+    answers = [talk("What\u2028is it?"), talk("/video v.mp4") and talk("And?")]
+    (tmp_path / "notes").mkdir()
+    assert "saved" in talk(f"/save {tmp_path}/notes/talk.md")
+    text = (tmp_path / "notes" / "talk.md").read_text(encoding="utf-8")
+    pieces = [answer.strip() for answer in answers]
+    times = ", ".join(f"0:0{second}" for second in range(8))
+    pattern = (r"# A conversation with MiniMind-V\n\n!\[my blue\.png\]\((.+)\)\n\n> What\n> is it\?\n\n" + re.escape(pieces[0])
+               + r"\n\n\[v\.mp4\]\((.+)\), frames at " + times + r"\n\n> And\?\n\n" + re.escape(pieces[1]) + "\n")  # fmt: skip
+    found = re.fullmatch(pattern, text)
+    assert found, text
+    assert all((tmp_path / "notes" / unquote(link)).samefile(folder / name) for link, name in zip(found.groups(), ("my blue.png", "v.mp4"), strict=True))
+
+
+def test_saving_replaces_nothing_unasked(talk, tmp_path, monkeypatch):
+    talk("hello")
+    target = tmp_path / "talk.md"
+    target.write_text("precious")
+    assert f"not saved: {target} exists" in talk(f"/save {target}"), "nobody there to ask"
+    monkeypatch.setattr(sys, "stdin", terminal_input := io.StringIO())
+    monkeypatch.setattr(terminal_input, "isatty", lambda: True, raising=False)
+    for reply in ("n", "", EOFError(), KeyboardInterrupt()):
+        def answer(_question, reply=reply):
+            if isinstance(reply, BaseException):
+                raise reply
+            return reply
+        monkeypatch.setattr(builtins, "input", answer)
+        talk(f"/save {target}")
+        assert target.read_text() == "precious" and os.listdir(tmp_path) == ["talk.md"]
+    monkeypatch.setattr(builtins, "input", lambda _question: "y")
+    assert "saved" in talk(f"/save {target}") and "> hello" in target.read_text()
+    assert "is a folder" in talk(f"/save {tmp_path}")
+    assert f"{target}/below.md cannot be written" in talk(f"/save {target}/below.md")
+
+
+def test_paths_as_people_type_them(talk, folder):
+    assert typed_paths("my blue.png") == ["my blue.png"]
+    for typed in ("'my blue.png'", '"my blue.png"', r"my\ blue.png"):
+        assert typed_paths(typed) == ["my blue.png"]
+    assert typed_paths("red.png 'my blue.png'") == ["red.png", "my blue.png"]
+    assert typed_paths("it's not there.png") == ["it's not there.png"]
+
+
+def test_completion(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    (folder / "pictures").mkdir(exist_ok=True)
+    (folder / ".hidden.png").touch()
+    (folder / "notes.md").touch()
+    assert complete("/i") == ["/image "] and complete("/re") == ["/retry ", "/reset "] and complete("/image") == ["/image "]
+    assert complete("what") == complete("") == complete("/undo x") == []
+    assert complete("/image ") == ["/image broken.png", "/image my blue.png", "/image pictures/", "/image red.png"]
+    assert complete("/image my b") == ["/image my blue.png"] and complete("/image .h") == ["/image .hidden.png"]
+    assert complete(f"/video {folder}/") == [f"/video {folder}/pictures/", f"/video {folder}/v.mp4"]
+    assert complete("/save no") == ["/save notes.md"] and complete("/image nowhere/") == []
+    assert complete("/params te") == ["/params temperature="] and complete("/params top_k=1 to") == ["/params top_k=1 top_p=", "/params top_k=1 top_k="]
+    monkeypatch.setenv("HOME", str(folder))
+    assert complete_path("~", {".png"}) == ["~/"] and "~/red.png" in complete_path("~/", {".png"})
+
+
+def test_history_lies_in_the_state_folder(monkeypatch):
+    assert history_file({"XDG_STATE_HOME": "/state"}) == Path("/state/minimind-v/history")
+    monkeypatch.setenv("HOME", "/home/me")
+    for environ in ({}, {"XDG_STATE_HOME": ""}, {"XDG_STATE_HOME": "not/absolute"}):
+        assert history_file(environ) == Path("/home/me/.local/state/minimind-v/history")
+
+
+@pytest.fixture
+def clean_readline():
+    readline = pytest.importorskip("readline")
+    readline.clear_history()
+    yield readline
+    readline.clear_history()
+
+
+def test_history_outlives_a_chat(clean_readline, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "HISTORY_LINES", 3)
+    path = tmp_path / "state" / "history"
+    remember = use_readline(path, complete)
+    for line in ("one", "two", "two", "三", "four"):
+        remember(line)
+    assert path.read_text().splitlines() == ["one", "two", "三", "four"] and path.stat().st_mode & 0o777 == 0o600
+    clean_readline.clear_history()
+    use_readline(path, complete)("five")
+    assert path.read_text().splitlines() == ["two", "三", "four", "five"], "the oldest went when the chat began"
+    assert clean_readline.get_history_item(clean_readline.get_current_history_length()) == "five"
+
+
+@pytest.mark.parametrize("path", [None, "file/history", "file"])
+def test_a_home_that_cannot_be_written(clean_readline, tmp_path, path):
+    (tmp_path / "file").write_bytes(b"")
+    if path == "file":  # a history that is a folder
+        (tmp_path / "file").unlink()
+        (tmp_path / "file").mkdir()
+    remember = use_readline(path and tmp_path / path, complete)
+    remember("kept for now")
+    assert clean_readline.get_history_item(1) == "kept for now"
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_only_where_it_is_wanted():
+    everything = {"TERM": "xterm", "COLORTERM": "truecolor"}
+    assert Screen(Tty(), everything).truecolour and Screen(Tty(), {"TERM": "xterm", "NO_COLOR": ""}).colour
+    for file, environ in [(io.StringIO(), everything), (Tty(), everything | {"NO_COLOR": "1"}), (Tty(), everything | {"TERM": "dumb"}), (Tty(), {})]:
+        screen = Screen(file, environ)
+        screen.say("hello")
+        screen.preview([torch.zeros(3, 224, 224, dtype=torch.uint8)])
+        assert file.getvalue() == "hello\n", environ
+    screen = Screen(file := Tty(), {"TERM": "xterm"})
+    screen.say("hello")
+    screen.preview([torch.zeros(3, 224, 224, dtype=torch.uint8)])
+    assert file.getvalue() == "\x1b[2mhello\x1b[0m\n", "colours, but not millions of them"
+
+
+def test_answers_do_not_steer_the_terminal():
+    screen = Screen(file := Tty(), {"TERM": "xterm"})
+    screen.write("a\x1b[2Jb\x07\x9b0m\r\n\tc 貓")
+    assert file.getvalue() == "a\ufffd[2Jb\ufffd\ufffd0m\ufffd\n\tc 貓"
+
+
+@pytest.mark.parametrize(("count", "columns", "side", "rows"), [(1, 80, 24, 1), (3, 80, 24, 1), (8, 100, 12, 2), (2, 5, 12, 2)])
+def test_previews_show_the_pictures(count, columns, side, rows):
+    pictures = [torch.cat([torch.full((3, 112, 224), 10 * number), torch.full((3, 112, 224), 250)], 1).byte() for number in range(count)]
+    lines = half_blocks(pictures, columns)
+    assert len(lines) == rows * side // 2 and all(line.count("▀") % side == 0 for line in lines)
+    codes = [re.findall(r"38;2;(\d+);\d+;\d+;48;2;(\d+);", line) for line in lines]
+    shown = codes[0][::side] + (codes[side // 2][::side] if rows == 2 else [])
+    assert shown == [(str(10 * number), str(10 * number)) for number in range(count)]
+    assert set(codes[side // 2 - 1]) == {("250", "250")}, "the last line of the first row is the lower half"
+
+
+class Person:
+    """A process on a terminal of its own, and what a person reads and types there."""
+
+    def __init__(self, command: list[str], cwd: Path, **environment):
+        self.screen, far = os.openpty()
+        self.process = subprocess.Popen(
+            command, cwd=cwd, stdin=far, stdout=far, stderr=far, start_new_session=True, env={**os.environ, **environment},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )  # fmt: skip
+        os.close(far)
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def reads(self, text: str, more: int = 0) -> str:
+        """Waits for the text and so many characters more; what came before it."""
+        deadline = time.monotonic() + 120
+        while text not in self.seen or len(self.seen) - self.seen.index(text) - len(text) < more:
+            assert select.select([self.screen], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            self.seen += self.decoder.decode(os.read(self.screen, 4096))
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def types(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+
+def test_a_person_at_the_terminal(assistant, folder, tower_folder, tokenizer, tmp_path):
+    weights = tmp_path / "sft_vlm_32.pth"
+    checkpoint.save_weights(weights, assistant.model, {"fingerprints": checkpoint.fingerprints(assistant.model, tokenizer)})
+    flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", tower_folder, "--device", "cpu", "--temperature", "0",
+             "--max_new_tokens", "20000", "--max_seq_len", "30000"]  # fmt: skip
+    person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color",
+                    XDG_STATE_HOME=str(tmp_path / "state"), COLORTERM="truecolor", NO_COLOR="")  # fmt: skip
+    person.reads("[1] chat:")
+    person.types("1\n")
+    person.reads("sft_vlm on cpu")
+    person.reads(">\x1b[0m ")
+    person.types("/im\tre\t\n")
+    person.reads("▀")
+    person.reads("picture 1 for the next question: red.png")
+    person.types("What is this?\n")
+    person.reads("What is this?\r\n", more=100)  # these weights speak for ever
+    person.types("\x03")
+    said = person.reads("(stopped)").partition("^C")[0]
+    person.types("/params max_new_tokens=5\n")
+    person.reads("seed=none")
+    person.reads(">\x1b[0m ")
+    person.types("/save talk.md\n")
+    person.reads("saved: talk.md")
+    person.types("/retry\n")  # the chat goes on
+    again = person.reads("\r\n\r\n").split("\r\n")[-1]
+    assert again and said.startswith(again)
+    person.types("half a line\x03")
+    person.reads("Ctrl-D or /exit leaves")
+    person.types("/exit\n")
+    assert person.process.wait(timeout=60) == 0
+    os.close(person.screen)
+    history = (tmp_path / "state" / "minimind-v" / "history").read_text().splitlines()
+    assert history == ["/image red.png", "What is this?", "/params max_new_tokens=5", "/save talk.md", "/retry", "/exit"]
+    _, link, question, answer = (folder / "talk.md").read_text(encoding="utf-8").strip().split("\n\n", 3)
+    assert (link, question) == ("![red.png](red.png)", "> What is this?")
+    assert answer == said.replace("\r\n", "\n").strip() and len(answer) >= 90, "the part that was seen"

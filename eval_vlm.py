@@ -19,12 +19,12 @@ from pathlib import Path
 
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
+from model.storage import StorageError
 from trainer.config import REPOSITORY, UsageError, weight_name
 from trainer.console import Screen
 from trainer.distributed import default_device
 from trainer.inference import Assistant, Chat, Sampling, load_assistant
 from trainer.scoring import ScoreJob, score
-from trainer.storage import StorageError
 from trainer.terminal import PICTURE_SUFFIXES, TerminalChat
 
 FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."
@@ -94,13 +94,14 @@ def describe_folder(assistant: Assistant, folder: Path, sampling: Sampling, scre
 
 def talk(assistant: Assistant, args: argparse.Namespace, screen: Screen) -> None:
     """Folder, video or chat, as the flags or the person say."""
-    on_terminal = sys.stdin.isatty()
-    mode = args.mode or ("chat" if args.video or choose_chat() else "folder") if on_terminal else args.mode or "folder"
+    mode = args.mode
+    if mode is None:
+        mode = "chat" if sys.stdin.isatty() and (args.video or choose_chat()) else "folder"
     if mode == "folder" and not args.video:
         return describe_folder(assistant, Path(args.image_dir), args.sampling, screen)
     chat = TerminalChat(Chat(assistant, args.sampling, args.max_seq_len), screen, args.video_frames)
     if args.video:
-        chat.video(args.video)
+        chat.queue_video(args.video)
     if mode == "folder":
         return chat.ask(VIDEO_QUESTION)
     return chat.run(f"{args.weight if args.load_from == 'model' else args.load_from} on {assistant.model.device}")

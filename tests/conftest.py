@@ -110,14 +110,14 @@ def data(tmp_path_factory) -> tuple[Path, Path]:
     return make_data(tmp_path_factory.mktemp("data"), 22)
 
 
-def run_script(*arguments, processes: int = 0, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+def run_script(*arguments, processes: int = 0, cwd: Path | None = None, text_in: str = "", **environment) -> subprocess.CompletedProcess:
     """A script of the project in a process of its own, as users run it; under torchrun when `processes` is given."""
     script = str(REPOSITORY / arguments[0])
     command = [sys.executable, script]
     if processes:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), script]
     return subprocess.run(
-        [*command, *map(str, arguments[1:])], cwd=cwd, text=True, capture_output=True, timeout=300, check=False,
+        [*command, *map(str, arguments[1:])], cwd=cwd, input=text_in, text=True, capture_output=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 

@@ -1,22 +1,24 @@
 """Bad input, tried: every case has one defined result in training, in scoring and in the chat, and never a traceback."""
 
-import argparse
 import io
 import json
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-import eval_vlm
 from dataset.errors import DataError, SampleError
 from dataset.pictures import open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, Example, VLMDataset
 from tests.conftest import make_model, make_tower, write_jsonl
+from trainer.console import Screen
 from trainer.inference import Assistant, Chat, Sampling
+from trainer.scoring import ScoreJob, score
+from trainer.terminal import TerminalChat
 
 
 def turns(question="<image>\nWhat?", answer="This."):
@@ -195,11 +197,10 @@ def check(folder, renderer, assistant, content: bytes, problem: str | None, tmp_
     dataset = VLMDataset(open_samples(path), open_images(folder / "pictures"), renderer, 1536)
     before, item, after = dataset.__getitems__([0, 1, 2])
     assert isinstance(before, Example) and isinstance(after, Example), "neighbours are untouched"
-    arguments = argparse.Namespace(score=str(path), image_dir=str(folder / "pictures"), predictions=str(tmp_path / "p.jsonl"),
-                                   save_dir=str(tmp_path), weight="w", batch_size=64, max_new_tokens=1)  # fmt: skip
+    job = ScoreJob(str(path), str(folder / "pictures"), tmp_path / "p.jsonl", max_new_tokens=1)
     if problem is None:
         assert isinstance(item, Example) and item.pictures is not None
-        eval_vlm.score(assistant, arguments)
+        score(assistant, job)
         assert len((tmp_path / "p.jsonl").read_text().splitlines()) >= 3
         return
     assert isinstance(item, BadSample)
@@ -208,7 +209,7 @@ def check(folder, renderer, assistant, content: bytes, problem: str | None, tmp_
     assert f"{path}:2" in str(caught.value)
     if "too long" not in problem and "fit" not in problem and "left" not in problem:  # length is training's limit
         with pytest.raises((SampleError, DataError), match=problem):
-            eval_vlm.score(assistant, arguments)
+            score(assistant, job)
 
 
 @pytest.mark.parametrize("name", [*LINES, *RAW_LINES])
@@ -223,7 +224,7 @@ def test_pictures(folder, renderer, assistant, tmp_path, capsys, name):
     check(folder, renderer, assistant, json.dumps(row(image=f"{name}.png")).encode(), problem, tmp_path)
     chat = Chat(assistant, Sampling(max_new_tokens=1, temperature=0.0))
     capsys.readouterr()
-    eval_vlm.show_picture(chat, str(folder / "pictures" / f"{name}.png"))
+    TerminalChat(chat, Screen(sys.stdout)).obey(f"/image {folder / 'pictures' / name}.png")
     said = capsys.readouterr().out
     assert len(chat.waiting) == (problem is None)
     if problem is not None:

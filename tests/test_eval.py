@@ -1,20 +1,17 @@
 """Evaluation: answers alone and in batches, chat with memory, scoring, and the script as a person uses it."""
 
 import json
-import os
-import pty
-import subprocess
-import sys
-import time
+import re
 
 import pytest
 from PIL import Image
 
 from dataset.conversation import IMAGE_MARK, Turn
-from eval_vlm import kind_of
+from eval_vlm import main
 from model.vision import preprocess
 from model.weights import fingerprints, save_weights
-from tests.conftest import DECODER, REPOSITORY, make_model, make_tower, run_script, write_jsonl
+from tests.conftest import DECODER, make_model, make_tower, run_script, write_jsonl
+from tests.test_video import make_video
 from trainer.config import UsageError
 from trainer.inference import Assistant, Chat, Sampling
 
@@ -124,10 +121,6 @@ def test_streaming_never_shows_half_a_character(assistant):
     assert "".join(assistant.pieces(broken)) == assistant.text(broken)
 
 
-def test_kinds_of_answers():
-    assert [kind_of(answer) for answer in ("yes", "No.", "12", "3.5", "a cat")] == ["yes/no", "yes/no", "number", "number", "other"]
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tower_folder, tokenizer):
     """Weights and a tower on disk, pictures, and the flags that name them."""
@@ -145,7 +138,23 @@ def files(tmp_path_factory, tower_folder, tokenizer):
     return folder, [str(flag) for flag in flags]
 
 
-def test_scoring_counts_exact_matches_by_kind(files, assistant):
+def test_without_a_terminal_the_folder_is_described(files):
+    folder, flags = files
+    done = run_script("eval_vlm.py", *flags, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert all(f"[{name}.png]" in done.stdout for name in ("red", "blue", "broken")) and "cannot be read" in done.stdout
+
+
+def test_a_transformers_folder_answers_like_native_weights(files, capsys):
+    folder, flags = files
+    said = []
+    for source in ([], ["--load_from", str(folder / "hf")]):
+        assert main([*flags, "--temperature", "0", *source]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "[red.png] " in said[0]
+
+
+def test_scoring_from_the_command_line(files, assistant, capsys):
     folder, flags = files
     right = assistant.generate([(Turn("user", f"{IMAGE_MARK}\nWhat?"),)], [preprocess(picture("red"))], Sampling(5, 0.0))[0]
     rows = [
@@ -154,20 +163,37 @@ def test_scoring_counts_exact_matches_by_kind(files, assistant):
         {"conversations": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "7"}]},
     ]  # fmt: skip
     test = write_jsonl(folder / "test.jsonl", rows)
-    done = run_script("eval_vlm.py", *flags, "--score", test, "--predictions", folder / "p.jsonl", "--batch_size", 3)
-    assert done.returncode == 0, done.stderr
-    assert "a: 0.5000 (1 of 2)" in done.stdout and "total: 0.2500 (1 of 4)" in done.stdout
-    lines = [json.loads(line) for line in (folder / "p.jsonl").read_text().splitlines()]
+    assert main([*flags, "--score", str(test), "--predictions", str(folder / "p.jsonl"), "--batch_size", "3",
+                 "--report", str(folder / "r.json"), "--metrics", "exact, chrf"]) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert re.search(r"kind +questions +exact +chrf\n", shown), shown
+    assert re.search(r"a +2  0\.5000 \[0\.0000, 1\.0000\]", shown) and re.search(r"total +4  0\.2500 \[", shown), shown
+    assert "bootstrap over 3 pictures or conversations, seed 0" in shown
+    lines = [json.loads(line) for line in (folder / "p.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["kind"] for line in lines] == ["a", "a", "yes/no", "number"]
     assert lines[0]["prediction"] == right and [line["correct"] for line in lines] == [True, False, False, False]
+    report = json.loads((folder / "r.json").read_text(encoding="utf-8"))
+    assert report["total"]["exact"]["value"] == 0.25 and report["kinds"]["number"]["exact"]["value"] == 0.0
+    assert report["total"]["questions"] == 4 and "nc:6" in report["signatures"]["chrf"]
 
 
-def test_without_a_terminal_the_folder_is_described(files):
+def test_a_video_is_described(files, capsys):
     folder, flags = files
-    for source in ([], ["--load_from", str(folder / "hf")]):
-        done = run_script("eval_vlm.py", *flags, *source, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        assert all(f"[{name}.png]" in done.stdout for name in ("red", "blue", "broken")) and "cannot be read" in done.stdout
+    video = make_video(folder / "v.mp4", [0, 1, 2])
+    assert main([*flags, "--temperature", "0", "--video", str(video), "--video_frames", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert f"2 frames for the next question, at 0:00.0, 0:00.2: {video}\n" in shown and shown.splitlines()[-1]
+
+
+def test_questions_from_a_pipe(files):
+    """A chat without a terminal: answers, and nothing to be typed over."""
+    folder, flags = files
+    script = f"/image {folder}/pictures/red.png\nWhat?\n/undo\n/undo\n/dance\n"
+    done = run_script("eval_vlm.py", *flags, "--mode", "chat", "--temperature", "0", text_in=script)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("picture 1") and lines[-1].startswith("no such command: /dance") and "\x1b" not in done.stdout
+    assert [line.partition(":")[0] for line in lines[-3:-1]] == ["taken back", "taken back"]
 
 
 @pytest.mark.parametrize(
@@ -175,46 +201,29 @@ def test_without_a_terminal_the_folder_is_described(files):
     [(["--weight", "other"], "no weights at"), (["--vision_model_path", "/nowhere"], "hf download openai"),
      (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "no config.json"),
      (["--score", "/nowhere.jsonl"], "no training data"), (["--image_dir", "/nowhere"], "no pictures there"),
-     (["--top_p", "3"], "--top_p lies in"), (["--tokenizer_path", "/nowhere"], "no tokenizer.json")],
+     (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
+     (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),
+     (["--tokenizer_path", "/nowhere"], "no tokenizer.json"), (["--video", "/nowhere.mp4"], "No such file"),
+     (["--video", __file__], "cannot be read")],
 )  # fmt: skip
-def test_mistakes_end_with_code_2_and_no_traceback(files, change, message):
-    done = run_script("eval_vlm.py", *files[1], *change)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_mistakes_end_with_code_2_and_no_traceback(files, capsys, change, message):
+    try:
+        code = main([*files[1], *change])
+    except SystemExit as error:  # argparse's
+        code = error.code
+    assert code == 2 and message in capsys.readouterr().err
 
 
-def test_another_encoder_is_refused(files, tmp_path):
+def test_a_disk_that_refuses_ends_with_code_1(files, capsys, tmp_path):
+    _, flags = files
+    (tmp_path / "file").touch()
+    test = write_jsonl(tmp_path / "test.jsonl", [
+        {"conversations": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "yes"}]},
+    ])  # fmt: skip
+    assert main([*flags, "--score", str(test), "--predictions", str(tmp_path / "file" / "p.jsonl")]) == 1
+    assert "error: " in (shown := capsys.readouterr().err) and "file" in shown
+
+
+def test_another_encoder_is_refused(files, tmp_path, capsys):
     make_tower(seed=9).save_pretrained(tmp_path)
-    done = run_script("eval_vlm.py", *files[1], "--vision_model_path", tmp_path)
-    assert done.returncode == 2 and "another vision encoder" in done.stderr
-
-
-def test_chat_on_a_terminal(files):
-    folder, flags = files
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / "eval_vlm.py"), *flags], stdin=terminal, stdout=terminal,
-                               stderr=terminal, close_fds=True, env={**os.environ, "TERM": "dumb"})  # fmt: skip
-    os.close(terminal)
-    seen = ""
-
-    def expect(text: str) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 90
-        while text not in seen:
-            assert time.monotonic() < deadline, seen
-            seen += os.read(controller, 4096).decode(errors="replace")
-        seen = seen[seen.index(text) + len(text) :]
-
-    def say(text: str) -> None:
-        os.write(controller, f"{text}\n".encode())
-
-    expect("[1] chat:")
-    say("1")
-    for line, reply in [("/help", "/reset"), ("/image", "needs a path"), ("/image /nowhere.png", "cannot be read"),
-                        (f"/image {folder}/pictures/red.png", "picture 1"), (f"/image {folder}/pictures/blue.png", "picture 2"),
-                        ("What is this?", "\n> "), ("/reset", "forgotten"), ("/dance", "no such command")]:  # fmt: skip
-        expect("\n> ") if line == "/help" else None
-        say(line)
-        expect(reply)
-    say("/exit")
-    assert process.wait(timeout=30) == 0
-    os.close(controller)
+    assert main([*files[1], "--vision_model_path", str(tmp_path)]) == 2 and "another vision encoder" in capsys.readouterr().err

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from dataset.conversation import IMAGE_MARK
+from model.weights import fingerprints, save_weights
 from tests.conftest import DECODER, REPOSITORY, make_model, make_tower
 from tests.test_video import make_video
-from trainer import checkpoint, console, terminal
+from trainer import console, terminal
 from trainer.config import UsageError
 from trainer.console import Screen, complete_path, half_blocks, history_file, use_readline
 from trainer.inference import Assistant, Chat, Sampling
@@ -77,7 +78,7 @@ def test_questions_and_pictures_are_those_of_a_chat(talk, assistant, folder):
      ("/image .", "cannot be read"), ("/video", "needs a PATH"), ("/video broken.png", "cannot be read"), ("/dance", "no such command: /dance"),
      ("/undo", "nothing to take back"), ("/retry", "no question to ask again"), ("/save", "needs a FILE.md"),
      ("/save x.md", "nothing to save yet"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
-     ("/image 'red.png", "cannot be read"), ("/image a\0b", "cannot be read")],
+     ("/image ~nobody/x.png", "home directory"), ("/image 'red.png", "cannot be read"), ("/image a\0b", "cannot be read")],
 )  # fmt: skip
 def test_mistakes_are_told_and_change_nothing(talk, line, message):
     said = talk(line)
@@ -111,7 +112,7 @@ def test_retry_asks_again(talk):
     assert [turn.role for turn in talk.chat.chat.turns] == ["user", "assistant"] and len(talk.chat.exchanges) == 1
     assert talk.chat.exchanges[0].shown[0].path == "red.png"
     talk("/params temperature=0")
-    assert "the answer is the same" in talk("/retry")
+    assert "the same answer each time" in talk("/retry")
     long = "word " * 3000
     assert "too long" in talk(long) and "too long" in talk("/retry"), "the question that failed is the last one"
 
@@ -374,7 +375,7 @@ class Person:
 
 def test_a_person_at_the_terminal(assistant, folder, tower_folder, tokenizer, tmp_path):
     weights = tmp_path / "sft_vlm_32.pth"
-    checkpoint.save_weights(weights, assistant.model, {"fingerprints": checkpoint.fingerprints(assistant.model, tokenizer)})
+    save_weights(weights, assistant.model, {"fingerprints": fingerprints(assistant.model, tokenizer)})
     flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", tower_folder, "--device", "cpu", "--temperature", "0",
              "--max_new_tokens", "20000", "--max_seq_len", "30000"]  # fmt: skip
     person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color",

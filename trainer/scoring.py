@@ -27,11 +27,11 @@ from dataset.conversation import IMAGE_MARK
 from dataset.errors import SampleError
 from dataset.pictures import open_images
 from dataset.sources import open_samples
+from model.storage import write_atomically
 from model.vision import preprocess
 
 from .config import UsageError
 from .inference import Assistant, Question, answer_in_batches
-from .storage import write_atomically
 
 RESAMPLES, LEVEL = 1000, 0.95
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # scripts without spaces between words
@@ -194,12 +194,12 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
                                 job.batch_size, job.max_new_tokens)  # fmt: skip
     answered = write_predictions(answers, len(questions), job.predictions)
     report = make_report(answered, metrics, job)
-    if job.report:
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(job.report, lambda file: file.write(text.encode()))
     print("\n".join(table(report, list(metrics))))
     print(f"[{LEVEL:.0%} intervals: bootstrap over {report['total']['groups']} pictures or conversations, seed {job.seed}]"
           f"  predictions: {job.predictions}")  # fmt: skip
+    if job.report:
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(job.report, lambda file: file.write(text.encode()))
     return report
 
 

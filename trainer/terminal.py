@@ -15,11 +15,11 @@ from urllib.parse import quote
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
 from dataset.video import VIDEO_SUFFIXES, labels, read_frames
+from model.storage import StorageError, write_atomically
 
 from .config import UsageError
 from .console import STYLES, Screen, complete_path, history_file, use_readline
 from .inference import Chat, Sampling
-from .storage import StorageError, write_atomically
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 COMMANDS = {
@@ -107,8 +107,8 @@ class TerminalChat:
                 self.screen.say(f"no such command: {command}; /help lists them{shown}", "error")
             elif line:
                 self.ask(line)
-        except (UsageError, SampleError, DataError, StorageError, OSError) as error:
-            self.screen.say(str(error), "error")
+        except (UsageError, SampleError, DataError, StorageError, OSError, RuntimeError) as error:
+            self.screen.say(str(error), "error")  # RuntimeError: memory ran out, or a ~name nobody has
         except KeyboardInterrupt:
             self.screen.say("\n(stopped)")
         return True
@@ -132,8 +132,8 @@ class TerminalChat:
             self.screen.say("(stopped)" if said else "(stopped before the first word; /retry asks again)")
         elif not said:
             self.screen.say("(no answer; /retry asks again)")
-        if dropped := self.chat.dropped:
-            self.screen.say(f"({dropped} of the oldest exchanges no longer fit: the model has forgotten them)")
+        if said and self.chat.dropped:
+            self.screen.say(f"({self.chat.dropped} of the oldest exchanges no longer fit: the model has forgotten them)")
 
     def image(self, argument: str) -> None:
         """Queues one or several pictures."""
@@ -146,8 +146,12 @@ class TerminalChat:
             self.screen.say(f"more than fit beside a question: about {room} do; /undo takes the last one back", "error")
 
     def video(self, argument: str) -> None:
-        """Queues frames of a video, as many as asked for or as fit."""
-        path = typed_paths(required("/video", argument))[0]
+        """Queues frames of one or several videos."""
+        for path in typed_paths(required("/video", argument)):
+            self.queue_video(path)
+
+    def queue_video(self, path: str) -> None:
+        """As many frames as asked for, or as fit. Raises UsageError when there is no room, and as `read_frames` does."""
         room = self.chat.room() - len(self.chat.waiting)
         if room < 1:
             raise UsageError(f"no room for a video beside the {len(self.chat.waiting)} pictures that wait:"
@@ -188,7 +192,7 @@ class TerminalChat:
         if question is None:
             raise UsageError("no question to ask again")
         if self.chat.sampling.temperature == 0 or self.chat.sampling.seed is not None:
-            self.screen.say("(greedy or with a seed, the answer is the same: /params temperature=0.8 seed=none)")
+            self.screen.say("(greedy, or with a seed: the same answer each time; /params temperature=0.8 seed=none changes that)")
         self.ask(question)
 
     def take_back(self) -> str | None:

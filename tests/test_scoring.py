@@ -1,0 +1,163 @@
+"""Marks against their definitions and the library's own figures; intervals; files that a stop leaves whole."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu.metrics import BLEU, CHRF
+
+from dataset.conversation import Turn
+from dataset.errors import SampleError
+from tests.conftest import make_model, write_jsonl
+from trainer import scoring
+from trainer.config import UsageError
+from trainer.inference import Assistant, Question
+from trainer.scoring import ScoreJob, common_subsequence, kind_of, make_metrics, make_report, read_questions, rouge_l
+
+WORDS = ["the", "a", "cat", "dog", "sits", "on", "mat", "red", "big"]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(count)]
+
+
+def answered(predictions: list[str], references: list[str], groups: list[str]) -> list[tuple[Question, str]]:
+    return [(Question((Turn("user", "?"),), (group,), reference, "other"), prediction)
+            for prediction, reference, group in zip(predictions, references, groups, strict=True)]  # fmt: skip
+
+
+JOB = ScoreJob("test.jsonl", "pictures", Path("p.jsonl"))
+
+
+def table_of(a: list, b: list) -> int:
+    """The textbook's table for the longest common subsequence."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=80), st.lists(st.sampled_from("abcd"), max_size=80))
+def test_common_subsequences_are_those_of_the_table(a, b):
+    assert common_subsequence(a, b) == table_of(a, b)
+
+
+def test_rouge_l():
+    assert rouge_l("A cat.", "a cat") == 1 and rouge_l("", "a cat") == rouge_l("dog", "a cat") == 0
+    assert rouge_l("the cat sits", "the big cat") == pytest.approx(2 * 2 / 6), "precision and recall 2 of 3"
+    assert rouge_l("一隻黑貓", "一隻白貓。") == pytest.approx(2 * 3 / 8), "a character is a word"
+    assert rouge_l("+", "+") == 1 and rouge_l("+", "-") == 0
+
+
+@pytest.mark.parametrize("chinese", [False, True])
+def test_bleu_and_chrf_are_those_of_sacrebleu(chinese):
+    predictions, references = sentences(60), sentences(60, seed=1)
+    if chinese:
+        predictions, references = ["一隻" + text for text in predictions], ["一隻貓" + text for text in references]
+    metrics = make_metrics("bleu,chrf", references)
+    total = make_report(answered(predictions, references, references), metrics, JOB)["total"]
+    bleu = BLEU(tokenize="zh" if chinese else "13a")
+    assert total["bleu"]["value"] == pytest.approx(bleu.corpus_score(predictions, [references]).score / 100, abs=1e-9)
+    marks = [CHRF().sentence_score(prediction, [reference]).score for prediction, reference in zip(predictions, references, strict=True)]
+    assert total["chrf"]["value"] == pytest.approx(np.mean(marks) / 100)
+    assert metrics["bleu"].signature == str(bleu.get_signature())
+    assert all(0 < total[name]["low"] < total[name]["value"] < total[name]["high"] < 1 for name in metrics)
+
+
+def test_intervals_of_independent_questions_are_binomial():
+    rng = np.random.default_rng(0)
+    right = rng.random(2000) < 0.3
+    rows = answered(["yes" if mark else "no" for mark in right], ["yes"] * 2000, [str(number) for number in range(2000)])
+    exact = make_report(rows, make_metrics("exact", []), JOB)["total"]["exact"]
+    half = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 2000)
+    assert exact["value"] == right.mean()
+    assert exact["high"] - exact["value"] == pytest.approx(half, rel=0.1) and exact["value"] - exact["low"] == pytest.approx(half, rel=0.1)
+
+
+def test_questions_about_one_picture_are_drawn_together():
+    """Asking each question eight times adds nothing, and narrows no interval."""
+    predictions, references = sentences(50), sentences(50, seed=1)
+    groups = [str(number) for number in range(50)]
+    metrics = make_metrics("exact,rouge_l", references)
+    once = make_report(answered(predictions, references, groups), metrics, JOB)["total"]
+    often = make_report(answered(predictions * 8, references * 8, groups * 8), metrics, JOB)["total"]
+    assert often["questions"] == 400 and often["groups"] == 50
+    for name in metrics:
+        assert often[name] == pytest.approx(once[name]), name
+
+
+def test_intervals_are_repeatable_by_seed():
+    rows, metrics = answered(sentences(40), sentences(40, seed=1), sentences(40)), make_metrics("rouge_l", [])
+    first, again, other = (make_report(rows, metrics, ScoreJob("", "", Path(), seed=seed)) for seed in (1, 1, 2))
+    assert first == again and first["total"]["rouge_l"]["low"] != other["total"]["rouge_l"]["low"]
+
+
+def test_metrics_that_are_not_there(monkeypatch):
+    for names in ("exact,blue", "", " , "):
+        with pytest.raises(UsageError, match="known are exact, rouge_l, chrf, bleu"):
+            make_metrics(names, [])
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(UsageError, match="--metrics chrf needs sacrebleu: pip install sacrebleu"):
+        make_metrics("exact,chrf", [])
+
+
+def test_kinds_of_answers():
+    assert [kind_of(answer) for answer in ("yes", "No.", "12", "3.5", "a cat")] == ["yes/no", "yes/no", "number", "number", "other"]
+
+
+def test_questions_of_a_conversation(tmp_path):
+    turns = [("assistant", "Welcome."), ("user", "<image>\nWhat?"), ("assistant", "A cat."), ("user", "<image> and <image>?"), ("assistant", "7")]
+    row = {"conversations": [{"role": role, "content": content} for role, content in turns], "image": "a.png, b.png, c.png"}
+    first, second = read_questions(str(write_jsonl(tmp_path / "test.jsonl", [row])))
+    assert first.images == ("a.png",) and first.answer == "A cat." and second.images == ("a.png", "b.png", "c.png")
+    assert second.kind == "number" and [turn.content for turn in second.turns][-2:] == ["A cat.", "<image> and <image>?"]
+    row["conversations"], row["image"] = row["conversations"][:1], ""
+    with pytest.raises(SampleError, match=r"test2\.jsonl:1: no answer stands after a user's turn"):
+        read_questions(str(write_jsonl(tmp_path / "test2.jsonl", [row])))
+
+
+@pytest.fixture(scope="module")
+def assistant(tokenizer) -> Assistant:
+    return Assistant(make_model(), tokenizer)
+
+
+def rows(count: int) -> list[dict]:
+    return [{"conversations": [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "yes"}]} for number in range(count)]
+
+
+def test_a_stop_loses_no_answer(assistant, tmp_path, monkeypatch, capsys):
+    job = ScoreJob(str(write_jsonl(tmp_path / "test.jsonl", rows(5))), str(tmp_path), tmp_path / "p.jsonl", batch_size=1, max_new_tokens=2)
+    (tmp_path / "p.jsonl").write_text("of an earlier run")
+    answers = scoring.answer_in_batches
+
+    def interrupted(*arguments):
+        for number, answer in enumerate(answers(*arguments)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "answer_in_batches", interrupted)
+        scoring.score(assistant, job)
+    assert (tmp_path / "p.jsonl").read_text() == "of an earlier run"
+    partial = (tmp_path / "p.jsonl.partial").read_text()
+    assert f"stopped after 3 of 5 questions; their answers: {tmp_path}/p.jsonl.partial" in capsys.readouterr().out
+    scoring.score(assistant, job)
+    assert (tmp_path / "p.jsonl").read_text().startswith(partial) and len(partial.splitlines()) == 3
+    assert [json.loads(line)["question"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == ["0?", "1?", "2?", "3?", "4?"]
+    assert not (tmp_path / "p.jsonl.partial").exists()
+
+
+def test_a_missing_picture_is_told_before_the_first_answer(assistant, tmp_path, monkeypatch):
+    lines = [*rows(3), {"conversations": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A cat."}], "image": "no.png"}]
+    monkeypatch.setattr(scoring, "answer_in_batches", lambda *_: pytest.fail("asked"))
+    with pytest.raises(SampleError, match=r"test\.jsonl:4: picture 'no\.png' is not in"):
+        scoring.score(assistant, ScoreJob(str(write_jsonl(tmp_path / "test.jsonl", lines)), str(tmp_path), tmp_path / "p.jsonl"))
+    assert not list(tmp_path.glob("p.jsonl*"))

@@ -80,7 +80,7 @@ def test_pictures_stand_where_the_question_says(assistant):
     assert chat.turns[0].content.startswith(f"{IMAGE_MARK}\n0:03 {IMAGE_MARK}\none <") and len(chat.pixels) == 2
     assert chat.turns[0].content.count(IMAGE_MARK) == 2, "the typed mark is text"
     assert chat.undo() == "one <image> for two"
-    chat.remove_picture()
+    chat.waiting.pop()
     chat.add_picture(picture("blue"), "a <image> in a label")
     chat.ask("What?")
     assert chat.turns[0].content.count(IMAGE_MARK) == 2
@@ -93,8 +93,12 @@ def test_labels_stay_with_their_pictures(assistant):
         chat.ask(f"number {number}")
     assert 0 < len(chat.pixels) < 6 and chat.dropped
     for number in range(5, 5 - len(chat.pixels), -1):
-        assert chat.undo() == f"number {number}" and chat.labels[len(chat.pixels)] == f"0:0{number}"
-    assert not chat.turns and not chat.pixels and len(chat.labels) == len(chat.waiting)
+        assert chat.turns[-2].content == f"0:0{number} {IMAGE_MARK}\nnumber {number}"
+        assert chat.undo() == f"number {number}"
+    assert not chat.turns and not chat.pixels
+    del chat.waiting[2:]
+    chat.ask("again")
+    assert re.fullmatch(rf"0:0\d {IMAGE_MARK}\n0:0\d {IMAGE_MARK}\nagain", chat.turns[0].content)
 
 
 def test_as_many_pictures_as_fit(assistant):
@@ -105,7 +109,7 @@ def test_as_many_pictures_as_fit(assistant):
         chat.ask("What?")
     assert not chat.turns and len(chat.waiting) == 11, "they wait on"
     while len(chat.waiting) > chat.room():
-        chat.remove_picture()
+        chat.waiting.pop()
     answer = chat.ask("word " * 100)
     assert len(chat.pixels) == 8 and len(assistant.tokenizer(answer).input_ids) <= 2048 - 1600
 

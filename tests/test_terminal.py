@@ -84,7 +84,7 @@ def test_mistakes_are_told_and_change_nothing(talk, line, message):
     said = talk(line)
     assert message in said and "Traceback" not in said
     chat = talk.chat.chat
-    assert not chat.turns and not chat.waiting and not chat.labels and not talk.chat.queue and chat.sampling == GREEDY
+    assert not chat.turns and not chat.waiting and not talk.chat.queue and chat.sampling == GREEDY
     assert not list(Path().glob("*.md"))
 
 

@@ -122,9 +122,8 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
     pixels: list[torch.Tensor] = field(default_factory=list)
     waiting: list[torch.Tensor] = field(default_factory=list)  # pictures for the next question
-    labels: list[str] = field(default_factory=list)  # what stands before each picture of `pixels`, then of `waiting`
-    questions: list[str] = field(default_factory=list)  # as they were asked, one for each exchange
     dropped: int = 0  # exchanges that the last question pushed out of the history
+    _labels: dict[int, tuple[torch.Tensor, str]] = field(default_factory=dict, repr=False)  # by id, with the picture to keep it
     _memory: Memory = field(init=False, repr=False)
     _next: int = field(init=False, repr=False)
     _numbers: dict[int, int] = field(init=False, repr=False)  # id of a picture -> its number, never used again
@@ -137,13 +136,9 @@ class Chat:
 
     def add_picture(self, picture: Image.Image, label: str = "") -> None:
         """The next question is about this picture, too; `label` (a time, say) stands as text before it."""
-        self.waiting.append(preprocess(picture))
-        self.labels.append(label.replace(IMAGE_MARK, TYPED_MARK))
-
-    def remove_picture(self) -> None:
-        """The picture that came last no longer waits."""
-        self.waiting.pop()
-        self.labels.pop()
+        self.waiting.append(pixels := preprocess(picture))
+        if label:
+            self._labels[id(pixels)] = pixels, label.replace(IMAGE_MARK, TYPED_MARK)
 
     def room(self) -> int:
         """How many pictures with short labels a question of a hundred tokens can show."""
@@ -152,7 +147,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.turns, self.pixels, self.waiting, self.labels, self.questions, self.dropped = [], [], [], [], [], 0
+        self.turns, self.pixels, self.waiting, self.dropped, self._labels = [], [], [], 0, {}
         self._forget()
 
     def undo(self) -> str | None:
@@ -161,8 +156,13 @@ class Chat:
             return None
         *self.turns, question, _ = self.turns
         kept = len(self.pixels) - question.content.count(IMAGE_MARK)
+        marks, text = self._marks(self.pixels[kept:]), question.content
         self.pixels, self.waiting = self.pixels[:kept], self.pixels[kept:] + self.waiting
-        return self.questions.pop()
+        if text.startswith(before := "".join(f"{mark}\n" for mark in marks)):
+            return text.removeprefix(before).replace(TYPED_MARK, IMAGE_MARK)
+        for mark in marks:
+            text = text.replace(mark, IMAGE_MARK, 1)
+        return text
 
     def ask(self, question: str) -> str:
         """The whole answer; see `stream`."""
@@ -193,18 +193,20 @@ class Chat:
         finally:
             if said:
                 self.turns, self.pixels, self.waiting = [*turns, Turn("assistant", "".join(said))], pixels, []
-                self.labels = self.labels[len(self.labels) - len(pixels) :]
-                self.questions = [*self.questions, question][self.dropped :]
             else:
                 self.dropped = 0
 
     def _turn(self, question: str) -> Turn:
         """The question with a mark for each waiting picture."""
-        marks = [f"{label} {IMAGE_MARK}".lstrip() for label in self.labels[len(self.pixels) :]]
+        marks = self._marks(self.waiting)
         first, *others = question.split(IMAGE_MARK)
         if len(others) == len(marks):
             return Turn("user", first + "".join(mark + text for mark, text in zip(marks, others, strict=True)))
         return Turn("user", "".join(f"{mark}\n" for mark in marks) + question.replace(IMAGE_MARK, TYPED_MARK))
+
+    def _marks(self, pixels: list[torch.Tensor]) -> list[str]:
+        """What stands in a turn for each picture: a mark, after its label if it has one."""
+        return [f"{self._labels[id(p)][1]} {IMAGE_MARK}" if id(p) in self._labels else IMAGE_MARK for p in pixels]
 
     def _limit(self, turns: int) -> int:
         """The longest prompt. As part of a history it leaves a whole answer room; a single question may leave less."""

@@ -177,8 +177,7 @@ class TerminalChat:
         """Takes back what came last: a queued picture or video, else an exchange, whose pictures are queued again."""
         if self.queue:
             shown = self.queue.pop()
-            for _ in range(shown.pictures):
-                self.chat.remove_picture()
+            del self.chat.waiting[len(self.chat.waiting) - shown.pictures :]
             self.screen.say(f"taken back: {shown.path}")
         elif self.take_back() is None:
             raise UsageError("nothing to take back")

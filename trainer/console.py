@@ -110,9 +110,7 @@ def use_readline(history: Path | None, complete: Callable[[str], list[str]]) -> 
             history.parent.mkdir(parents=True, exist_ok=True)
             history.touch(mode=0o600)
             readline.read_history_file(history)
-            if readline.get_current_history_length() > HISTORY_LINES:
-                readline.set_history_length(HISTORY_LINES)
-                readline.write_history_file(history)
+            readline.set_history_length(HISTORY_LINES)  # to which every line appended cuts the file
             writable = True
 
     def remember(line: str) -> None:

@@ -1,0 +1,141 @@
+"""Which models there are, and loading them in the background. A model stays while somebody chats with it."""
+
+import json
+import re
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .problems import explain
+
+LAYERS = {512: 8, 640: 8, 768: 16}  # of published weights, which come without a sidecar
+CLIP = Path(__file__).resolve().parent.parent.parent / "model" / "vision_model" / "clip-vit-base-patch16"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Weights that can be loaded: a native file with or without sidecar, or a transformers folder."""
+
+    path: Path
+    changed: int  # modification time in ns: weights that training has replaced are another model
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    use_moe: bool = False
+    vision_model_path: str | None = None  # as the sidecar has it
+    trained: str = ""  # what the sidecar tells of its training
+
+    @property
+    def label(self) -> str:
+        """A name for people: sft_vlm_512."""
+        return self.path.stem if self.path.suffix == ".pth" else self.path.name
+
+    @property
+    def size(self) -> str:
+        """Like 512x8 MoE."""
+        return f"{self.hidden_size}x{self.num_hidden_layers}{' MoE' if self.use_moe else ''}"
+
+
+def native_choice(path: Path) -> ModelChoice | None:
+    """The choice behind {weight}_{hidden}{_moe}.pth, or None when the name is another."""
+    match = re.fullmatch(r".+_(\d+)(_moe)?", path.stem)
+    if not match:
+        return None
+    hidden, sidecar = int(match[1]), read_json(path.with_suffix(".json"))
+    config, training, progress = (sidecar.get(key) or {} for key in ("config", "training", "progress"))
+    trained = f"{progress.get('update', 0):,} updates, {progress.get('seconds', 0) / 60:.0f} min" if progress else ""
+    return ModelChoice(
+        path, path.stat().st_mtime_ns, hidden, config.get("num_hidden_layers") or LAYERS.get(hidden, 8), bool(match[2]),
+        training.get("vision_model_path"), trained,
+    )  # fmt: skip
+
+
+def folder_choice(folder: Path) -> ModelChoice | None:
+    """The choice behind a transformers folder of this model type, or None for any other folder."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "minimind-v":
+        return None
+    return ModelChoice(folder, (folder / "config.json").stat().st_mtime_ns, config.get("hidden_size", 0),
+                       config.get("num_hidden_layers", 0), bool(config.get("use_moe")))  # fmt: skip
+
+
+def read_json(path: Path) -> dict:
+    """The object in a json file; empty when there is none that can be read: what it adds is optional."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@dataclass
+class Loading:
+    """A model on its way: `assistant` when it is there, `problem` when it cannot be."""
+
+    choice: ModelChoice
+    assistant: object | None = None
+    problem: str | None = None
+    stage: str = "libraries"  # then "weights"
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is still something to wait for."""
+        return self.assistant is None and self.problem is None
+
+
+class ModelShelf:
+    """Finds models and loads each once. The last one asked for stays; others stay while a visitor holds them."""
+
+    def __init__(self, save_dir: Path, weight: str, load_from: Path | None, vision_model_path: str | None,
+                 tokenizer_path: str, device: str | None):  # fmt: skip
+        self.save_dir, self.weight, self.load_from = save_dir, weight, load_from
+        self.vision_model_path, self.tokenizer_path, self.device = vision_model_path, tokenizer_path, device
+        self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
+        self._known: weakref.WeakValueDictionary[ModelChoice, Loading] = weakref.WeakValueDictionary()
+        self._last: Loading | None = None
+
+    def choices(self) -> list[ModelChoice]:
+        """What can be loaded, best first: --load_from, weights that --weight names, then newest first."""
+        found = [folder_choice(self.load_from)] if self.load_from else []
+        natives, folders = [], []
+        if self.save_dir.is_dir():
+            natives = [native_choice(path) for path in self.save_dir.glob("*.pth")]
+            folders = [folder_choice(path.parent) for path in self.save_dir.glob("*/config.json")]
+        others = [choice for choice in natives + folders if choice]
+        named = re.compile(re.escape(self.weight) + r"(_\d+)?(_moe)?")
+        others.sort(key=lambda choice: (not named.fullmatch(choice.label), -choice.changed))
+        return [choice for choice in found if choice] + others
+
+    def load(self, choice: ModelChoice) -> Loading:
+        """The model, ready or on its way; returns at once."""
+        with self._lock:
+            loading = self._known.get(choice)
+            if loading is None or loading.problem:
+                loading = self._known[choice] = Loading(choice)
+                threading.Thread(target=self._load, args=(loading,), name="loading", daemon=True).start()
+            self._last = loading
+            return loading
+
+    def _load(self, loading: Loading) -> None:
+        try:
+            with self._one_at_a_time:
+                from trainer.distributed import default_device
+                from trainer.inference import load_assistant
+
+                loading.stage, choice = "weights", loading.choice
+                native = choice.path.suffix == ".pth"
+                loading.assistant = load_assistant(
+                    "model" if native else str(choice.path), choice.path, self.device or default_device(),
+                    self._tower(choice), self.tokenizer_path, choice.hidden_size, choice.num_hidden_layers, choice.use_moe,
+                )  # fmt: skip
+        except Exception as error:  # the page lives on and tells what happened
+            loading.problem = explain(error)
+
+    def _tower(self, choice: ModelChoice) -> str:
+        """--vision_model_path, or the folder of the training when it is still there, or CLIP's usual place."""
+        if self.vision_model_path:
+            return self.vision_model_path
+        trained_with = choice.vision_model_path
+        return trained_with if trained_with and Path(trained_with).is_dir() else str(CLIP)

@@ -1,0 +1,92 @@
+"""Pictures that visitors bring: checked, decoded one at a time, and shown without their metadata."""
+
+import base64
+import functools
+import io
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from dataset.errors import SampleError
+from dataset.pictures import load_picture
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other decoder sees a visitor's bytes
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAX_MEGABYTES = 20  # of a file
+MAX_PIXELS = 64_000_000  # a camera's 50 megapixels pass; at three bytes each, one picture takes 200 MB while it is decoded
+MAX_PICTURES = 6  # with a question: 196 tokens each
+PREVIEW = 640  # pixels of the longer side of what the page shows
+
+_decoding = threading.Lock()  # eight visitors with 64 megapixels each would take 1.5 GB
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a visitor: the bytes of his file, and a preview (PNG bytes, upright, pixels and nothing else)."""
+
+    name: str
+    data: bytes
+    preview: bytes
+
+    @property
+    def thumbnail(self) -> str:
+        """The preview as a small square, a data: URL."""
+        with Image.open(io.BytesIO(self.preview)) as preview:
+            small = ImageOps.fit(preview, (72, 72))
+        file = io.BytesIO()
+        small.convert("RGB").save(file, "JPEG")
+        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    def decode(self) -> Image.Image:
+        """The picture as the model's preprocessing takes it; raises SampleError."""
+        return decode(self.data, self.name)
+
+    def shown(self) -> "Picture":
+        """What is kept of a picture that the model has: its name and preview."""
+        return replace(self, data=b"")
+
+
+def take(data: bytes, name: str) -> Picture:
+    """A checked picture; raises SampleError that says what is wrong with it and what to do."""
+    if len(data) > MAX_MEGABYTES * 2**20:
+        raise SampleError(f"picture {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}. Save it smaller.")
+    picture = decode(data, name)
+    picture.thumbnail((PREVIEW, PREVIEW))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode not in ("RGB", "RGBA", "L"):
+        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+    clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # leaves behind what is no pixel
+    file = io.BytesIO()
+    clean.save(file, "PNG")
+    return Picture(name, data, file.getvalue())
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The first frame, decoded; raises SampleError for other formats, broken files and too many pixels."""
+    try:
+        header = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise SampleError(f"picture {name!r}: {error}. Save it smaller.") from error
+    except Exception as error:  # decoders raise all kinds
+        raise SampleError(f"picture {name!r} cannot be read: it is broken, or none of {', '.join(FORMATS)}."
+                          " Open it in a viewer and save it anew.") from error  # fmt: skip
+    width, height = header.size
+    if width * height > MAX_PIXELS:
+        raise SampleError(f"picture {name!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}. Save it smaller.")
+    with _decoding:
+        return load_picture(io.BytesIO(data), name)
+
+
+@functools.cache
+def examples(folder: Path) -> tuple[Picture, ...]:
+    """The pictures of the owner's folder, by name; what is no picture is left out."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file():
+            try:
+                found.append(take(path.read_bytes(), path.name))
+            except (SampleError, OSError):
+                continue
+    return tuple(found)

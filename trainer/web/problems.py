@@ -1,0 +1,17 @@
+"""What a visitor is told when something fails: what happened and what to do."""
+
+import sys
+import traceback
+
+TOLD = {"UsageError", "SampleError", "DataError"}  # their messages say what is wrong, where, and what to do
+
+
+def explain(error: Exception) -> str:
+    """The message for a visitor. A fault of the program goes to the log with its traceback as well."""
+    name, text = type(error).__name__, str(error)
+    if name in TOLD:  # by name: importing trainer.config costs the first visitor a second
+        return text
+    traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+        return "not enough memory. Ask again with fewer pictures or fewer new tokens, or clear the conversation."
+    return f"{name}: {text}. The log of the page's server has the details; ask again, or clear the conversation."

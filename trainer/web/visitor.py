@@ -1,0 +1,148 @@
+"""One visitor's conversation: what he asked, what he was answered, the pictures he is about to show."""
+
+import io
+import time
+from dataclasses import dataclass, field
+
+from dataset.errors import SampleError
+
+from .engine import Engine, Job
+from .models import Loading
+from .pictures import MAX_PICTURES, Picture
+
+
+@dataclass
+class Exchange:
+    """A question with its pictures, and the answer as far as it has come."""
+
+    question: str
+    pictures: list[Picture]
+    pixels: list | None = None  # as the model takes them, uint8 [3, 224, 224] each, once they are decoded
+    model: str = ""
+    answer: str = ""
+    problem: str | None = None
+    stopped: bool = False
+    remembered: bool = False  # whether the model's history holds it
+    dropped: int = 0  # exchanges that this question pushed out of the history
+    first_seconds: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Visitor:
+    """A conversation of one session; used by its script runs, of which Streamlit has one at a time."""
+
+    engine: Engine
+    max_length: int
+    tray: list[Picture] = field(default_factory=list)  # shown with the next question
+    notices: list[str] = field(default_factory=list)  # what was wrong with pictures he brought
+    exchanges: list[Exchange] = field(default_factory=list)
+    job: Job | None = None
+    _chat: object | None = None  # trainer.inference.Chat
+    _last_turn: object | None = None  # of the chat's history, before the job
+    _waiting: bool = False  # the last exchange waits for the model to be loaded
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._waiting or self.job is not None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last question waits for the model."""
+        return self._waiting
+
+    def bring(self, picture: Picture) -> None:
+        """Puts a picture into the tray; raises SampleError when that is full."""
+        if len(self.tray) >= MAX_PICTURES:
+            raise SampleError(f"picture {picture.name!r} is left out: a question can show {MAX_PICTURES} pictures")
+        self.tray.append(picture)
+
+    def ask(self, question: str) -> None:
+        """A new question about the pictures of the tray; `begin` gets it answered."""
+        self.end()
+        self.exchanges.append(Exchange(question, self.tray))
+        self.tray, self._waiting = [], True
+
+    def again(self, question: str | None = None) -> None:
+        """The last exchange anew, with another question when one is given."""
+        self.end()
+        last = self.exchanges[-1]
+        if last.remembered:
+            self._chat.undo()
+        self.exchanges[-1] = Exchange(question or last.question, last.pictures, last.pixels)
+        self._waiting = True
+
+    def fail(self, problem: str) -> None:
+        """The last question cannot be answered."""
+        self._waiting, self.exchanges[-1].problem = False, problem
+
+    def begin(self, loading: Loading, sampling) -> None:
+        """Hands the last question to the engine; the model has to be there."""
+        self._waiting, exchange = False, self.exchanges[-1]
+        exchange.model = loading.choice.label
+        chat = self._chat_with(loading.assistant, sampling)
+        try:
+            if exchange.pixels is None:
+                chat.waiting.clear()
+                for picture in exchange.pictures:
+                    chat.add_picture(picture.decode())
+                exchange.pixels = chat.waiting
+                exchange.pictures = [picture.shown() for picture in exchange.pictures]
+        except SampleError as error:
+            return self.fail(str(error))
+        chat.waiting = list(exchange.pixels)  # the same tensors when it is asked again: they are encoded once
+        self._last_turn = chat.turns[-1] if chat.turns else None
+        self.job = self.engine.submit(lambda: chat.stream(exchange.question))
+
+    def _chat_with(self, assistant, sampling):
+        """The chat; when the model has been changed, a new one with the same history."""
+        from trainer.inference import Chat
+
+        old = self._chat
+        if old is None or old.assistant is not assistant:
+            self._chat = Chat(assistant, sampling, self.max_length)
+            if old is not None:
+                self._chat.turns, self._chat.pixels = old.turns, old.pixels
+        self._chat.sampling = sampling
+        return self._chat
+
+    def settle(self) -> None:
+        """Writes a finished job's result into its exchange."""
+        job, chat, exchange = self.job, self._chat, self.exchanges[-1]
+        self.job = None
+        exchange.answer, exchange.problem, exchange.stopped = job.text, job.problem, job.stopped
+        exchange.seconds = job.ended - job.submitted
+        exchange.first_seconds = job.first - job.submitted if job.first else None
+        exchange.remembered = bool(chat.turns) and chat.turns[-1] is not self._last_turn
+        exchange.dropped = chat.dropped if exchange.remembered else 0
+
+    def end(self) -> None:
+        """Stops what is on its way, at once, and keeps what was said."""
+        if self._waiting:
+            self._waiting, self.exchanges[-1].stopped = False, True
+        if self.job is not None:
+            self.job.stop()
+            while not self.job.wait(len(self.job.values), 1.0):
+                pass
+            self.settle()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.end()
+        self.tray, self.exchanges, self.notices, self._chat = [], [], [], None
+
+    def markdown(self, title: str, you: str, model: str) -> str:
+        """The conversation as a Markdown document; pictures by name, for their bytes stay the visitor's."""
+        file = io.StringIO()
+        file.write(f"# {title}\n\n{time.strftime('%Y-%m-%d %H:%M')}\n")
+        for exchange in self.exchanges:
+            names = "".join(f"[{escape(picture.name)}] " for picture in exchange.pictures)
+            said = escape(exchange.answer) or "—"
+            file.write(f"\n**{you}:** {names}{escape(exchange.question)}\n\n**{model} ({exchange.model}):** {said}\n")
+        return file.getvalue()
+
+
+def escape(text: str) -> str:
+    """Text as itself in Markdown: characters with a meaning there get a backslash."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~$" else c for c in text)

@@ -1,0 +1,40 @@
+"""The web page: chat with a trained model about pictures, and watch training runs.
+
+    python web_demo_vlm.py                                  # http://127.0.0.1:8501, the weights in out/
+    python web_demo_vlm.py --save_dir other/out --port 8600
+    streamlit run web_demo_vlm.py -- --save_dir other/out   # the same; Streamlit's own flags stand before the --
+
+Reads   weights (out/*.pth with their sidecars, transformers folders in out/), metrics files (out/*.metrics.jsonl),
+        example pictures (dataset/eval_images), the vision tower's folder
+Writes  nothing. All flags: --help.
+"""
+
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import streamlit as st
+
+from trainer.web.settings import parse_flags, start
+
+FLAGS = sys.argv[1:]
+
+
+@asynccontextmanager
+async def lifespan(_: st.App):
+    """Before the first visitor comes, the first model begins to load."""
+    start(parse_flags(FLAGS, __doc__))
+    yield
+
+
+app = st.App(Path(__file__).resolve().parent / "trainer" / "web" / "page.py", lifespan=lifespan)
+
+
+def main() -> None:
+    """Serves the page until Ctrl-C."""
+    settings = parse_flags(FLAGS, __doc__)
+    app.run(config={"server.address": settings.host, "server.port": settings.port})
+
+
+if __name__ == "__main__":
+    main()

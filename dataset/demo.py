@@ -210,6 +210,7 @@ def report(seconds: float, timings: dict[str, float]) -> None:
     print(f"weights: {OUT}/sft_vlm_256.pth, predictions: {OUT}/demo_predictions.jsonl, data: {FOLDER}")
     print("chat with it (inside make's environment: . .venv/bin/activate):")
     print(f"  python eval_vlm.py --weight sft_vlm {' '.join(DECODER)} --vision_model_path {TOWER} --mode chat")
+    print(f"or in a browser: python web_demo_vlm.py --image_dir {FOLDER / 'images' / 'test'}")
     print(f"demo: accuracy {right / len(rows):.3f} on {len(rows)} test questions, {seconds:.0f} s")
 
 

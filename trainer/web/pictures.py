@@ -17,6 +17,7 @@ SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_MEGABYTES = 20  # of a file
 MAX_PIXELS = 64_000_000  # a camera's 50 megapixels pass; at three bytes each, one picture takes 200 MB while it is decoded
 MAX_PICTURES = 6  # with a question: 196 tokens each
+MAX_EXAMPLES = 12
 PREVIEW = 640  # pixels of the longer side of what the page shows
 
 _decoding = threading.Lock()  # eight visitors with 64 megapixels each would take 1.5 GB
@@ -81,10 +82,10 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 @functools.cache
 def examples(folder: Path) -> tuple[Picture, ...]:
-    """The pictures of the owner's folder, by name; what is no picture is left out."""
+    """The first pictures of the owner's folder, by name; what is no picture is left out."""
     found = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file():
+        if len(found) < MAX_EXAMPLES and path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file():
             try:
                 found.append(take(path.read_bytes(), path.name))
             except (SampleError, OSError):

@@ -28,9 +28,7 @@ def pick_model(labels: Labels) -> Loading | None:
     choice, loading = choices[path], st.session_state.get("loading")
     if choice.trained:
         st.caption(choice.trained)
-    if loading is None or loading.choice.path != path:
-        loading = server().shelf.load(choice)
-    elif loading.choice != choice and not loading.pending and st.button(labels("newer"), help=labels("newer_help")):
+    if loading is None or loading.choice.path != path or (loading.choice != choice and not loading.pending and st.button(labels("newer"), help=labels("newer_help"))):
         loading = server().shelf.load(choice)
     st.session_state.loading = loading
     return loading

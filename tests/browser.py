@@ -1,0 +1,138 @@
+"""Headless Chromium on the real page: the server's process, a browser, and a visitor's hands and eyes."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+PATIENCE = 150_000  # ms for anything to appear on a busy machine
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serve(*flags, command: tuple[str, ...] = (), port: int | None = None, log: Path | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A page's server as a user starts it; gives its address once it is up, and its process."""
+    port = port or free_port()
+    words = command or (sys.executable, str(REPOSITORY / "web_demo_vlm.py"), "--port", str(port), *map(str, flags))
+    with open(log or os.devnull, "wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text() if log else "the server did not start"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def chromium(profile: Path):
+    """A browser with an empty profile; skips the test where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; .ci/run installs it")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, env={**os.environ, "HOME": str(profile)})
+        yield browser
+        browser.close()
+
+
+class Guest:
+    """One visitor in a browser context of his own; `strangers` are requests that left for another host."""
+
+    def __init__(self, browser, url: str, path: str = "", **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | options)
+        self.page, self.strangers, self.url = self.context.new_page(), [], url
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("request", lambda request: self._watch(request.url))
+        self.page.goto(url + path)
+
+    def _watch(self, address: str) -> None:
+        if not address.startswith((self.url, self.url.replace("http", "ws"), "data:", "blob:")):
+            self.strangers.append(address)
+
+    def __enter__(self) -> "Guest":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.context.close()
+
+    @property
+    def line(self):
+        """Where questions are typed."""
+        return self.page.get_by_test_id("stChatInputTextArea")
+
+    def button(self, name: str):
+        """A button by its label."""
+        return self.page.get_by_role("button", name=name, exact=False).first
+
+    def messages(self):
+        """The bubbles of the conversation, questions and answers in turn."""
+        return self.page.get_by_test_id("stChatMessage")
+
+    def answer(self, number: int = -1):
+        """The text of an answer; of the last one when no number is given."""
+        bubbles = self.page.get_by_label("Chat message from assistant")
+        return (bubbles.last if number < 0 else bubbles.nth(number)).get_by_test_id("stText")
+
+    def upload(self, *files) -> None:
+        """Drops files, each a path or (name, bytes), and waits until they lie in the tray."""
+        before = self.tray()
+        payload = [file if isinstance(file, (str, Path)) else {"name": file[0], "mimeType": "image/png", "buffer": file[1]} for file in files]
+        self.page.get_by_test_id("stFileUploaderDropzoneInput").first.set_input_files(payload)
+        self.until(lambda: self.tray() == before + len(files))
+
+    def tray(self) -> int:
+        """Pictures that wait for the next question."""
+        return self.page.locator(".st-key-tray [class*='st-key-remove_']").count()
+
+    def ask(self, question: str) -> None:
+        """Types a question and sends it."""
+        self.line.fill(question)
+        self.line.press("Enter")
+
+    def until_answered(self, count: int) -> str:
+        """Waits for the end of the `count`th answer and gives its text."""
+        self.until(lambda: self.page.get_by_label("Chat message from assistant").count() == count)
+        self.button("Regenerate").wait_for()
+        return self.answer(count - 1).inner_text()
+
+    def until(self, condition) -> None:
+        """Waits for something that Playwright has no word for."""
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not condition():
+            assert time.monotonic() < deadline, f"it never came true; the page reads\n{self.page.inner_text('body')}"
+            self.page.wait_for_timeout(100)
+
+    def greedy(self) -> None:
+        """Turns the temperature down to 0."""
+        slider = self.page.get_by_role("slider", name="Temperature")
+        slider.press("Home")
+        self.until(lambda: slider.get_attribute("aria-valuetext") == "0.00")

@@ -1,0 +1,487 @@
+"""The web page: its parts by themselves, and the whole of it in a browser, on a small model that was really trained."""
+
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataset.errors import SampleError
+from tests.browser import Guest, chromium, free_port, serve
+from tests.conftest import COLOURS, REPOSITORY, make_tower, run_script, training_flags, write_jsonl
+from trainer.web import engine as engine_module
+from trainer.web import pictures
+from trainer.web.engine import Engine
+from trainer.web.models import ModelShelf
+from trainer.web.runs import Run, RunFolder, differing, smooth, thin
+from trainer.web.texts import TEXTS, Labels, preferred
+from trainer.web.visitor import Visitor, escape
+
+ENDLESS = "one two three four " * 60  # cut off in training, so the model has never seen it end
+
+
+def picture_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, form, **options)
+    return file.getvalue()
+
+
+# The engine
+
+
+def finish(job) -> None:
+    deadline = time.monotonic() + 60
+    while not job.wait(len(job.values), 0.1):
+        assert time.monotonic() < deadline
+
+
+def test_everybody_gets_a_step_in_turn():
+    order, gate = [], threading.Event()
+
+    def steps(name, count):
+        gate.wait()
+        for number in range(count):
+            order.append(name)
+            yield str(number)
+
+    engine = Engine()
+    jobs = [engine.submit(lambda name=name, count=count: steps(name, count)) for name, count in [("a", 6), ("b", 2), ("c", 4)]]
+    assert engine.busy == 3
+    gate.set()
+    for job in jobs:
+        finish(job)
+    assert "".join(order) == "abcabcacacaa" and jobs[2].text == "0123" and engine.busy == 0
+
+
+def test_a_failure_ends_one_job_and_no_other(capsys):
+    def broken():
+        yield "so far"
+        raise MemoryError
+
+    def fine():
+        for number in range(3):
+            yield str(number)
+
+    engine = Engine()
+    jobs = [engine.submit(broken), engine.submit(fine)]
+    for job in jobs:
+        finish(job)
+    assert jobs[0].text == "so far" and "fewer pictures" in jobs[0].problem and "MemoryError" in capsys.readouterr().err
+    assert jobs[1].text == "012" and jobs[1].problem is None
+
+
+@pytest.mark.parametrize("how", ["stopped", "abandoned"])
+def test_a_job_that_is_stopped_or_that_nobody_watches_is_closed(how, monkeypatch):
+    closed = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                time.sleep(0.001)
+                yield "x"
+        finally:
+            closed.set()
+
+    if how == "abandoned":
+        monkeypatch.setattr(engine_module, "ABANDONED", 0.2)
+    job = Engine().submit(endless)
+    job.wait(0, 60)
+    if how == "stopped":
+        job.stop()
+    assert closed.wait(60)
+    finish(job)
+    assert job.stopped and job.text
+
+
+# Pictures
+
+
+def test_pictures_lose_everything_but_their_pixels():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8825] = 6, "a secret place", {1: "N", 2: (22.0, 18.0, 0.0)}  # turned; where it was taken
+    left_red = Image.new("RGB", (60, 40), "blue")
+    left_red.paste("red", (0, 0, 30, 40))
+    file = io.BytesIO()
+    left_red.save(file, "JPEG", exif=exif, comment=b"a secret comment", quality=95)
+    taken = pictures.take(file.getvalue(), "../../etc/passwd")
+    preview = Image.open(io.BytesIO(taken.preview))
+    assert b"secret" in file.getvalue() and b"secret" not in taken.preview and not preview.info and not preview.getexif()
+    assert preview.size == (40, 60) and preview.getpixel((20, 5))[0] > 200, "upright: what was left is on top"
+    assert taken.decode().size == (60, 40) and taken.shown().data == b""
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"no picture", "cannot be read"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG"),
+     (picture_bytes("red")[:60], "cannot be read"), (picture_bytes("red", (8001, 8000)), "8001 x 8000 pixels"),
+     (picture_bytes("red", (20_000, 20_000)), "Save it smaller"), (b"x" * (pictures.MAX_MEGABYTES * 2**20 + 1), "MB, more than")],
+    ids=["text", "postscript", "cut off", "64 megapixels", "400 megapixels", "too long"],
+)  # fmt: skip
+def test_bad_pictures_are_refused_with_a_remedy(data, message):
+    with pytest.raises(SampleError, match=message):
+        pictures.take(data, "p.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_every_mode_can_be_shown(mode):
+    file = io.BytesIO()
+    Image.new("L", (30, 20), 90).convert("I" if mode == "I;16" else mode).save(file, "TIFF")
+    taken = pictures.take(file.getvalue(), "p.tif")
+    assert Image.open(io.BytesIO(taken.preview)).size == (30, 20) and taken.thumbnail.startswith("data:image/jpeg;base64,")
+
+
+# Models and runs
+
+
+def test_models_are_found_named_ones_first(tmp_path):
+    for name in ("sft_vlm_512", "pretrain_vlm_512", "sft_vlm_768_moe", "notes"):
+        (tmp_path / f"{name}.pth").write_bytes(b"")
+    (tmp_path / "pretrain_vlm_512.json").write_text(json.dumps({"config": {"num_hidden_layers": 3}, "training": {"vision_model_path": "/eye"}}))
+    for name, kind in (("mine", "minimind-v"), ("other", "llama")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2}))
+    shelf = ModelShelf(tmp_path, "sft_vlm", None, None, "model", "cpu")
+    sizes = {choice.label: choice.size for choice in shelf.choices()}
+    assert sizes == {"sft_vlm_512": "512x8", "sft_vlm_768_moe": "768x16 MoE", "pretrain_vlm_512": "512x3", "mine": "64x2"}
+    assert set(list(sizes)[:2]) == {"sft_vlm_512", "sft_vlm_768_moe"}
+    loading = shelf.load(shelf.choices()[0])
+    while loading.pending:
+        time.sleep(0.05)
+    assert "no vision encoder" in loading.problem or "no readable" in loading.problem
+    assert shelf.load(loading.choice) is not loading, "a failed one is tried again"
+
+
+def test_a_run_is_read_on_from_where_it_was_read(tmp_path):
+    path = tmp_path / "sft_vlm_32.metrics.jsonl"
+    path.write_text('{"update": 1, "loss": 4.0, "seconds": 1}\nnonsense\n{"update": 2, "lo')
+    run = Run(path, "r").refresh()
+    assert run.curve("loss", "update") == ([1.0], [4.0]) and run.bad == 1
+    with open(path, "a") as file:
+        file.write('ss": 3.0, "seconds": 2}\n{"update": 2, "eval_loss": 3.5, "samples": [{"answer": "red"}]}\n')
+    run.refresh()
+    assert run.curve("loss", "seconds") == ([1.0, 2.0], [4.0, 3.0]) and run.curve("eval_loss", "update") == ([2.0], [3.5])
+    assert run.samples == [{"update": 2, "samples": [{"answer": "red"}]}] and run.last("loss") == 3.0 and run.is_live
+    (tmp_path / "new").write_text('{"update": 1, "loss": 9.0}\n')
+    (tmp_path / "new").replace(path)  # as a resumed run does
+    assert run.refresh().curve("loss", "update") == ([1.0], [9.0])
+    path.unlink()
+    assert run.refresh().curve("loss", "update") == ([], []) and RunFolder(tmp_path).runs() == {}
+
+
+def test_smoothing_and_thinning():
+    assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0] * 3), "unbiased from the start"
+    assert smooth([1.0, 3.0], 0.5) == pytest.approx([1.0, 3.5 / 1.5]) and smooth([1.0, 5.0], 0.0) == [1.0, 5.0]
+    points = list(range(10_001))
+    thinned = thin(points, 1000)
+    assert len(thinned) <= 1000 and thinned[-1] == 10_000 and thin(points[:7], 1000) == points[:7]
+
+
+def test_arguments_that_differ():
+    assert differing({"a": {"x": "1", "y": "2"}, "b": {"x": "1", "y": "3", "z": "0"}}) == ["y", "z"]
+
+
+def test_labels_are_whole_in_both_languages():
+    source = "".join(path.read_text() for path in (REPOSITORY / "trainer" / "web").glob("*.py"))
+    places = re.compile(r"{(\w+)")
+    for key, (english, chinese) in TEXTS.items():
+        assert f'"{key}"' in source and set(places.findall(english)) == set(places.findall(chinese)), key
+    assert set(re.findall(r'labels\("(\w+)"', source)) <= set(TEXTS)
+    assert Labels("zh")("stop") == "停止" and preferred("zh-TW") == "zh" and preferred("de") == preferred(None) == "en"
+
+
+def test_text_stays_itself_in_markdown():
+    assert escape("a *b* <c> [d](e)") == r"a \*b\* \<c\> \[d\](e)"
+
+
+# A small model, trained by the real script; one visitor's conversation with it
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with pictures/, tower/ and out/: weights, sidecar and metrics of a model that knows six colours."""
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "pictures").mkdir()
+    rows = [{"conversations": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": ENDLESS}]}]
+    for colour in COLOURS:
+        Image.new("RGB", (64, 64), colour).save(folder / "pictures" / f"{colour}.png")
+        turns = [("<image>\nWhat colour?", colour), ("Are you sure?", f"yes, {colour}")]
+        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        rows.append({"conversations": messages, "image": f"{colour}.png"})
+    make_tower().save_pretrained(folder / "tower")
+    data = write_jsonl(folder / "data.jsonl", rows * 160), folder / "pictures"
+    done = run_script("train_sft_vlm.py", *training_flags(
+        data, folder / "tower", folder, learning_rate=4e-3, batch_size=8, num_workers=0, max_seq_len=280, log_interval=10,
+    ))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loading(trained):
+    shelf = ModelShelf(trained / "out", "sft_vlm", None, None, str(REPOSITORY / "model"), "cpu")
+    loading = shelf.load(shelf.choices()[0])
+    while loading.pending:
+        time.sleep(0.05)
+    assert loading.problem is None
+    return loading
+
+
+def converse(visitor: Visitor, loading, question: str | None = None) -> str:
+    """The answer to a new question, or to the last one anew."""
+    from trainer.inference import Sampling
+
+    if question:
+        visitor.ask(question)
+    visitor.begin(loading, Sampling(max_new_tokens=40, temperature=0.0))
+    if visitor.job:
+        finish(visitor.job)
+        visitor.settle()
+    return visitor.exchanges[-1].answer
+
+
+def show(visitor: Visitor, *colours: str) -> None:
+    for colour in colours:
+        visitor.bring(pictures.take(picture_bytes(colour), f"{colour}.png"))
+
+
+def test_a_visitor_asks_repeats_edits_and_changes_the_model(loading, trained):
+    visitor = Visitor(Engine(), 2048)
+    show(visitor, "blue")
+    assert converse(visitor, loading, "What colour?") == "blue" and converse(visitor, loading, "Are you sure?") == "yes, blue"
+    visitor.again()
+    assert converse(visitor, loading) == "yes, blue" and len(visitor.exchanges) == 2
+    visitor.again("What colour?")
+    edited = converse(visitor, loading)
+    assert [exchange.question for exchange in visitor.exchanges] == ["What colour?", "What colour?"] and edited
+    fresh = Visitor(Engine(), 2048)
+    show(fresh, "blue")
+    converse(fresh, loading, "What colour?")
+    assert converse(fresh, loading, "What colour?") == edited, "an edited question is answered as if the first had never been asked"
+    shelf = ModelShelf(trained / "out", "sft_vlm", None, None, str(REPOSITORY / "model"), "cpu")
+    other = shelf.load(loading.choice)
+    while other.pending:
+        time.sleep(0.05)
+    assert converse(visitor, other, "Are you sure?") == converse(fresh, loading, "Are you sure?"), "another model has the same history"
+    text = visitor.markdown("T", "You", "Model")
+    assert text.count("**You:**") == 3 and "[blue.png] What colour?" in text and "**Model (sft\\_vlm_32):**" not in text
+    visitor.clear()
+    show(visitor, "red")
+    assert converse(visitor, loading, "What colour?") == "red"
+
+
+def test_failures_are_told_and_leave_the_conversation_usable(loading):
+    visitor = Visitor(Engine(), 512)
+    show(visitor, "red")
+    assert converse(visitor, loading, "word " * 600) == "" and "too long" in visitor.exchanges[0].problem
+    visitor.again("What colour?")
+    assert converse(visitor, loading) == "red", "the pictures of the failed question are asked about again"
+    show(visitor, *COLOURS[: pictures.MAX_PICTURES])
+    with pytest.raises(SampleError, match="left out"):
+        show(visitor, "red")
+
+
+def test_a_question_that_never_began_leaves_nothing_behind(loading):
+    visitor = Visitor(Engine(), 2048)
+    show(visitor, "red")
+    converse(visitor, loading, "What colour?")
+    visitor.again()
+    visitor.end()  # stopped while the model was loading
+    assert visitor.exchanges[-1].stopped and not visitor.busy
+    show(visitor, "green")
+    assert converse(visitor, loading, "What colour?") == "green" and len(visitor._chat.pixels) == 1
+
+
+# The page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page_of(trained, tmp_path_factory, browser):
+    """The address of a page that serves the small model."""
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serve("--save_dir", trained / "out", "--image_dir", trained / "pictures", "--device", "cpu", log=log) as (url, _):
+        yield url
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_chat(page_of, browser, tmp_path):
+    """From the first visit, while the model is still loading, to the conversation as a file."""
+    with Guest(browser, page_of) as guest:
+        guest.button("red.png").click()
+        guest.until(lambda: guest.tray() == 1)
+        guest.greedy()
+        guest.ask("What colour?")
+        assert guest.until_answered(1) == "red"
+        guest.ask("Are you sure?")
+        assert guest.until_answered(2) == "yes, red"
+        guest.button("Pictures").click()
+        guest.upload(("b.png", picture_bytes("blue")))
+        guest.page.keyboard.press("Escape")
+        guest.ask("What colour?")
+        assert guest.until_answered(3) == "blue"
+        guest.button("Edit").click()
+        guest.page.get_by_role("textbox", name="Edit").fill("What colour? ")
+        guest.page.get_by_role("button", name="Ask", exact=True).click()
+        guest.until(lambda: guest.page.get_by_label("Chat message from user").count() == 3)
+        assert guest.until_answered(3) == "blue"
+        with guest.page.expect_download() as download:
+            guest.button("Download").click()
+        download.value.save_as(tmp_path / "c.md")
+        text = (tmp_path / "c.md").read_text()
+        assert text.count("**You:**") == 3 and "[red.png] What colour?" in text and "yes, red" in text
+        guest.button("Clear").click()
+        guest.until(lambda: guest.messages().count() == 0)
+        assert not guest.strangers, "the page works offline"
+
+
+def test_tokens_arrive_one_after_another_and_stop_stops(page_of, browser):
+    with Guest(browser, page_of) as guest:
+        guest.line.wait_for()
+        guest.page.get_by_role("slider", name="Longest answer").press("End")
+        guest.page.evaluate("""() => { window.seen = []; new MutationObserver(() => {
+            const texts = document.querySelectorAll('[data-testid=stChatMessage] [data-testid=stText]');
+            const text = texts.length > 1 ? texts[texts.length - 1].innerText : '';
+            if (text && text !== window.seen.at(-1)) window.seen.push(text);
+        }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""")
+        guest.ask("Count.")
+        guest.until(lambda: guest.page.evaluate("window.seen.length") >= 4)
+        guest.button("Stop").click()
+        guest.page.get_by_text("Stopped.").wait_for()
+        seen = guest.page.evaluate("window.seen")
+        assert len(seen) >= 4 and all(later.startswith(earlier.rstrip()) for earlier, later in itertools.pairwise(seen))
+        kept = guest.answer().inner_text()
+        guest.page.wait_for_timeout(500)
+        assert guest.answer().inner_text() == kept and kept.startswith("one two")
+        guest.ask("Count.")
+        guest.until(lambda: guest.page.get_by_label("Chat message from user").count() == 2)
+        guest.button("Stop").click()
+        guest.until(lambda: guest.page.get_by_text("Stopped.").count() == 2)
+
+
+def test_visitors_have_conversations_of_their_own(page_of, browser):
+    with Guest(browser, page_of) as first, Guest(browser, page_of) as second:
+        for guest, colour in ((first, "green"), (second, "yellow")):
+            guest.line.wait_for()
+            guest.greedy()
+            guest.upload((f"{colour}.png", picture_bytes(colour)))
+        first.ask("What colour?")
+        second.ask("What colour?")
+        assert first.until_answered(1) == "green" and second.until_answered(1) == "yellow"
+        first.ask("Are you sure?")
+        second.ask("Are you sure?")
+        assert second.until_answered(2) == "yes, yellow" and first.until_answered(2) == "yes, green"
+        first.page.reload()
+        first.line.wait_for()
+        first.until(lambda: first.messages().count() == 0)
+        second.ask("Are you sure?")
+        assert second.until_answered(3)
+
+
+def test_bad_and_huge_pictures(page_of, browser):
+    with Guest(browser, page_of) as guest:
+        guest.line.wait_for()
+        guest.greedy()
+        drop = guest.page.get_by_test_id("stFileUploaderDropzoneInput").first
+        for name, data, message in [("broken.png", b"no picture", "cannot be read"),
+                                    ("huge.png", picture_bytes("red", (8001, 8000)), "8001 x 8000 pixels")]:  # fmt: skip
+            drop.set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+            guest.page.get_by_text(message).wait_for()
+        guest.upload(("fifty.jpg", picture_bytes("white", (8660, 5780), "JPEG")))
+        guest.ask("What colour?")
+        assert guest.until_answered(1) == "white", "50 megapixels are taken, and the page lives on"
+        guest.page.get_by_test_id("stChatInput").locator("input[type=file]").set_input_files(
+            {"name": "broken.jpg", "mimeType": "image/jpeg", "buffer": b"no picture"}
+        )
+        guest.ask("What is it?")
+        guest.page.get_by_text("'broken.jpg' cannot be read").wait_for()
+        guest.until(lambda: guest.line.input_value() == "What is it?")
+        assert guest.messages().count() == 2, "the question waits in its line for a better picture"
+
+
+def test_training_page(page_of, browser, trained):
+    """Two runs over each other, one of them still going on."""
+    metrics = trained / "out" / "sft_vlm_32.metrics.jsonl"
+    other = trained / "out" / "other_32.metrics.jsonl"
+    shutil.copyfile(metrics, other)
+    sidecar = json.loads(metrics.with_name("sft_vlm_32.json").read_text())
+    sidecar["training"]["learning_rate"] = 0.123
+    metrics.with_name("other_32.json").write_text(json.dumps(sidecar))
+    try:
+        with Guest(browser, page_of, "/training") as guest:
+            for title in ("Training loss", "Learning rate", "Tokens per second", "Peak memory"):
+                guest.page.get_by_text(title).first.wait_for()
+            guest.until(lambda: guest.page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").count() >= 4)
+            guest.until(lambda: "0.123" in guest.page.get_by_test_id("stDataFrame").nth(1).inner_text())
+            assert "--epochs" not in guest.page.get_by_test_id("stDataFrame").nth(1).inner_text()
+            line = json.loads(metrics.read_text().splitlines()[-1])
+            line |= {"update": 77_777, "eval_loss": 0.5, "aux_loss": 0.25, "samples": [{"question": "What colour?", "answer": "mauve"}]}
+            with open(other, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            guest.until(lambda: "77,777" in guest.page.get_by_test_id("stDataFrame").first.inner_text())
+            guest.page.get_by_text("MoE auxiliary loss").wait_for()
+            guest.until(lambda: "mauve" in guest.page.get_by_test_id("stDataFrame").nth(2).inner_text())
+            guest.page.get_by_role("radio", name="time").click()
+            guest.until(lambda: guest.page.get_by_text("minutes").count() > 0)
+            assert not guest.strangers
+    finally:
+        for path in trained.glob("out/other_32*"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_fits_the_screen(page_of, browser, width, scheme):
+    with Guest(browser, page_of, viewport={"width": width, "height": 844}, color_scheme=scheme, locale="zh-TW") as guest:
+        guest.page.get_by_text("給模型看一張圖片").wait_for()
+        guest.button("red.png").click()
+        guest.until(lambda: guest.tray() == 1)
+        guest.ask("What colour?")
+        guest.button("重新產生").wait_for()
+        for path in ("", "/training"):
+            if path:
+                guest.page.goto(page_of + path)
+                guest.page.get_by_text("訓練損失").first.wait_for()
+            wide = guest.page.evaluate("""() => [...document.querySelectorAll('[data-testid=stMain] *, [data-testid=stBottom] *')].filter(e => {
+                const box = e.getBoundingClientRect();
+                return box.width && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('[data-testid=stDataFrame]') && !e.closest('[role=tooltip]')
+            }).map(e => e.outerHTML.slice(0, 200))""")
+            assert not wide, f"out of sight at {width} pixels: {wide[:3]}"
+
+
+# Starting it
+
+
+def test_both_commands_open_the_page_on_this_machine_alone(trained):
+    port = free_port()
+    flags = ["--save_dir", str(trained / "out"), "--device", "cpu"]
+    streamlit = (sys.executable, "-m", "streamlit", "run", str(REPOSITORY / "web_demo_vlm.py"), "--server.port", str(port), "--", *flags)
+    for command in ((), streamlit):
+        with serve(*flags, command=command, port=port):
+            listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+            assert [address for address in listening if address.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+            port = free_port() if not command else port
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--save_dir", "/nowhere"], "no such folder"), (["--port", "99999"], "from 1 to 65535"), (["--max_seq_len", "9"], "no room")],
+)
+def test_bad_flags_end_with_code_2(flags, message):
+    done = run_script("web_demo_vlm.py", *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-m", "streamlit", "run", str(REPOSITORY / "web_demo_vlm.py"), "--", *flags],
+                          text=True, capture_output=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

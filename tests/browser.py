@@ -102,12 +102,21 @@ class Guest:
         bubbles = self.page.get_by_label("Chat message from assistant")
         return (bubbles.last if number < 0 else bubbles.nth(number)).get_by_test_id("stText")
 
-    def upload(self, *files) -> None:
-        """Drops files, each a path or (name, bytes), and waits until they lie in the tray."""
-        before = self.tray()
-        payload = [file if isinstance(file, (str, Path)) else {"name": file[0], "mimeType": "image/png", "buffer": file[1]} for file in files]
-        self.page.get_by_test_id("stFileUploaderDropzoneInput").first.set_input_files(payload)
-        self.until(lambda: self.tray() == before + len(files))
+    def drop(self, name: str, data: bytes, place=None) -> None:
+        """Drops a file where files are dropped: in the middle of an empty page, else in the popover `place`."""
+        target = (place or self.page.get_by_test_id("stMain")).get_by_test_id("stFileUploaderDropzoneInput")
+        target.set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+
+    def upload(self, name: str, data: bytes) -> None:
+        """Adds a picture to the next question and waits until it lies in the tray."""
+        before, place = self.tray(), None
+        if self.messages().count():
+            self.button("Pictures").click()
+            place = self.page.get_by_test_id("stPopoverBody")
+        self.drop(name, data, place)
+        self.until(lambda: self.tray() == before + 1)
+        if place:
+            self.page.keyboard.press("Escape")
 
     def tray(self) -> int:
         """Pictures that wait for the next question."""

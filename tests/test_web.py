@@ -327,9 +327,7 @@ def test_chat(page_of, browser, tmp_path):
         assert guest.until_answered(1) == "red"
         guest.ask("Are you sure?")
         assert guest.until_answered(2) == "yes, red"
-        guest.button("Pictures").click()
-        guest.upload(("b.png", picture_bytes("blue")))
-        guest.page.keyboard.press("Escape")
+        guest.upload("b.png", picture_bytes("blue"))
         guest.ask("What colour?")
         assert guest.until_answered(3) == "blue"
         guest.button("Edit").click()
@@ -376,7 +374,7 @@ def test_visitors_have_conversations_of_their_own(page_of, browser):
         for guest, colour in ((first, "green"), (second, "yellow")):
             guest.line.wait_for()
             guest.greedy()
-            guest.upload((f"{colour}.png", picture_bytes(colour)))
+            guest.upload(f"{colour}.png", picture_bytes(colour))
         first.ask("What colour?")
         second.ask("What colour?")
         assert first.until_answered(1) == "green" and second.until_answered(1) == "yellow"
@@ -394,12 +392,11 @@ def test_bad_and_huge_pictures(page_of, browser):
     with Guest(browser, page_of) as guest:
         guest.line.wait_for()
         guest.greedy()
-        drop = guest.page.get_by_test_id("stFileUploaderDropzoneInput").first
         for name, data, message in [("broken.png", b"no picture", "cannot be read"),
                                     ("huge.png", picture_bytes("red", (8001, 8000)), "8001 x 8000 pixels")]:  # fmt: skip
-            drop.set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+            guest.drop(name, data)
             guest.page.get_by_text(message).wait_for()
-        guest.upload(("fifty.jpg", picture_bytes("white", (8660, 5780), "JPEG")))
+        guest.upload("fifty.jpg", picture_bytes("white", (8660, 5780), "JPEG"))
         guest.ask("What colour?")
         assert guest.until_answered(1) == "white", "50 megapixels are taken, and the page lives on"
         guest.page.get_by_test_id("stChatInput").locator("input[type=file]").set_input_files(

@@ -15,7 +15,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "temperature": ("Temperature", "溫度"),
     "temperature_help": ("0 always takes the likeliest token; higher is more varied.", "0 總是取最可能的 token；越高越多變。"),
     "top_p": ("Top-p", "Top-p"),
-    "top_p_help": ("Chooses among the likeliest tokens that together have this probability.", "只在機率總和達到此值的最可能詞元中挑選。"),
+    "top_p_help": ("Chooses among the likeliest tokens that together have this probability.", "只在機率總和達到此值的最可能 token 中挑選。"),
     "top_k": ("Top-k", "Top-k"),
     "top_k_help": ("Chooses among this many of the likeliest tokens; 0: no limit.", "只在最可能的這麼多個 token 中挑選；0 表示不限。"),
     "repetition_penalty": ("Repetition penalty", "重複懲罰"),

@@ -8,7 +8,7 @@ import pyarrow as pa
 from .runs import Run, smooth, thin
 
 AXES = {"update": 1.0, "seconds": 1 / 60, "epoch": 1.0}  # from the files' units to those shown (minutes)
-HEIGHT = 280
+HEIGHT = 320
 
 
 def points(runs: Sequence[Run], names: Sequence[str], axis: str, weight: float) -> list[dict]:
@@ -27,10 +27,11 @@ def chart(rows: list[dict], runs: Sequence[Run], x_title: str, kinds: dict[str, 
     """A chart of such rows: a colour for each run, dashes for each figure but the first of `kinds` (name: label)."""
     table = pa.Table.from_pylist([{**row, "kind": kinds[row["kind"]]} for row in rows])
     scale = alt.Scale(type="log" if log else "linear", zero=False, nice=False)
+    form = "~s" if max(abs(row["y"]) for row in rows) >= 1000 else "~g"
     color = alt.Color("run:N", scale=alt.Scale(domain=[run.name for run in runs]),
                       legend=alt.Legend(title=None, orient="bottom", labelLimit=220, columns=2))  # fmt: skip
     base = alt.Chart(table).encode(x=alt.X("x:Q", title=x_title), color=color)
-    y = alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format="~g"))
+    y = alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format=form))
     tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "), alt.Tooltip("x:Q", title=x_title, format=",~g"),
                alt.Tooltip("raw:Q", title="y", format=".4~g")]  # fmt: skip
     dash = {}

@@ -6,11 +6,10 @@ import streamlit as st
 from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from dataset.errors import SampleError
-
 from . import pictures
+from .looked import show_looked
 from .models import Loading
-from .pictures import Picture
+from .pictures import Picture, PictureError
 from .settings import server
 from .sidebar import pick_model, pick_sampling
 from .texts import Labels
@@ -121,6 +120,8 @@ def show_exchange(visitor: Visitor, exchange: Exchange, number: int, growing: bo
             st.caption(labels("stopped"))
         elif exchange.first_seconds is not None:
             st.caption(labels("timing", model=exchange.model, first=exchange.first_seconds, seconds=exchange.seconds))
+        if exchange.history and exchange.answered_by() is not None:
+            show_looked(visitor, exchange, number, labels)
         if number == len(visitor.exchanges) - 1 and not visitor.busy:
             with st.container(horizontal=True):
                 repeat_buttons(visitor, exchange, number, labels)
@@ -248,7 +249,7 @@ def add(visitor: Visitor, picture: Picture) -> bool:
     """Puts a picture into the tray, or a notice why not; whether it is there."""
     try:
         visitor.bring(picture)
-    except SampleError as error:
+    except PictureError as error:
         visitor.notices.append(str(error))
         return False
     return True
@@ -260,7 +261,7 @@ def bring(visitor: Visitor, files: list) -> bool:
     for file in files:
         try:
             added = add(visitor, pictures.take(file.getvalue(), file.name))
-        except SampleError as error:
+        except PictureError as error:
             visitor.notices.append(str(error))
             added = False
         bad = bad or not added

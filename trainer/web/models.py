@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .problems import explain
 
-LAYERS = {512: 8, 640: 8, 768: 16}  # of published weights, which come without a sidecar
 CLIP = Path(__file__).resolve().parent.parent.parent / "model" / "vision_model" / "clip-vit-base-patch16"
 
 
@@ -20,9 +19,7 @@ class ModelChoice:
 
     path: Path
     changed: int  # modification time in ns: weights that training has replaced are another model
-    hidden_size: int = 0
-    num_hidden_layers: int = 0
-    use_moe: bool = False
+    size: str = ""  # like 512x8 MoE, as far as it is known before loading
     vision_model_path: str | None = None  # as the sidecar has it
     trained: str = ""  # what the sidecar tells of its training
 
@@ -31,24 +28,17 @@ class ModelChoice:
         """A name for people: sft_vlm_512."""
         return self.path.stem if self.path.suffix == ".pth" else self.path.name
 
-    @property
-    def size(self) -> str:
-        """Like 512x8 MoE."""
-        return f"{self.hidden_size}x{self.num_hidden_layers}{' MoE' if self.use_moe else ''}"
-
 
 def native_choice(path: Path) -> ModelChoice | None:
     """The choice behind {weight}_{hidden}{_moe}.pth, or None when the name is another."""
     match = re.fullmatch(r".+_(\d+)(_moe)?", path.stem)
     if not match:
         return None
-    hidden, sidecar = int(match[1]), read_json(path.with_suffix(".json"))
+    sidecar = read_json(path.with_suffix(".json"))
     config, training, progress = (sidecar.get(key) or {} for key in ("config", "training", "progress"))
     trained = f"{progress.get('update', 0):,} updates, {progress.get('seconds', 0) / 60:.0f} min" if progress else ""
-    return ModelChoice(
-        path, path.stat().st_mtime_ns, hidden, config.get("num_hidden_layers") or LAYERS.get(hidden, 8), bool(match[2]),
-        training.get("vision_model_path"), trained,
-    )  # fmt: skip
+    return ModelChoice(path, path.stat().st_mtime_ns, size_of({"hidden_size": match[1], "use_moe": match[2]} | config),
+                       training.get("vision_model_path"), trained)  # fmt: skip
 
 
 def folder_choice(folder: Path) -> ModelChoice | None:
@@ -56,8 +46,13 @@ def folder_choice(folder: Path) -> ModelChoice | None:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "minimind-v":
         return None
-    return ModelChoice(folder, (folder / "config.json").stat().st_mtime_ns, config.get("hidden_size", 0),
-                       config.get("num_hidden_layers", 0), bool(config.get("use_moe")))  # fmt: skip
+    return ModelChoice(folder, (folder / "config.json").stat().st_mtime_ns, size_of(config))
+
+
+def size_of(config: dict) -> str:
+    """Like 512x8 MoE; without what the configuration does not tell."""
+    layers = f"x{config['num_hidden_layers']}" if "num_hidden_layers" in config else " wide"
+    return f"{config.get('hidden_size', '?')}{layers}{' MoE' if config.get('use_moe') else ''}"
 
 
 def read_json(path: Path) -> dict:
@@ -128,7 +123,7 @@ class ModelShelf:
                 native = choice.path.suffix == ".pth"
                 loading.assistant = load_assistant(
                     "model" if native else str(choice.path), choice.path, self.device or default_device(),
-                    self._tower(choice), self.tokenizer_path, choice.hidden_size, choice.num_hidden_layers, choice.use_moe,
+                    self._tower(choice), self.tokenizer_path,
                 )  # fmt: skip
         except Exception as error:  # the page lives on and tells what happened
             loading.problem = explain(error)

@@ -4,13 +4,11 @@ import base64
 import functools
 import io
 import threading
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
-
-from dataset.errors import SampleError
-from dataset.pictures import load_picture
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other decoder sees a visitor's bytes
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -21,6 +19,10 @@ MAX_EXAMPLES = 12
 PREVIEW = 640  # pixels of the longer side of what the page shows
 
 _decoding = threading.Lock()  # eight visitors with 64 megapixels each would take 1.5 GB
+
+
+class PictureError(Exception):
+    """A picture that cannot be taken; the message says what is wrong with it and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Picture:
         return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def decode(self) -> Image.Image:
-        """The picture as the model's preprocessing takes it; raises SampleError."""
+        """The picture as the model's preprocessing takes it; raises PictureError."""
         return decode(self.data, self.name)
 
     def shown(self) -> "Picture":
@@ -50,9 +52,9 @@ class Picture:
 
 
 def take(data: bytes, name: str) -> Picture:
-    """A checked picture; raises SampleError that says what is wrong with it and what to do."""
+    """A checked picture; raises PictureError that says what is wrong with it and what to do."""
     if len(data) > MAX_MEGABYTES * 2**20:
-        raise SampleError(f"picture {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}. Save it smaller.")
+        raise PictureError(f"picture {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}. Save it smaller.")
     picture = decode(data, name)
     picture.thumbnail((PREVIEW, PREVIEW))
     picture = ImageOps.exif_transpose(picture)
@@ -65,19 +67,23 @@ def take(data: bytes, name: str) -> Picture:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """The first frame, decoded; raises SampleError for other formats, broken files and too many pixels."""
+    """The first frame, decoded; raises PictureError for other formats, broken files and too many pixels."""
     try:
-        header = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # our own limit stands below
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise PictureError(f"picture {name!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}. Save it smaller.")
+        with _decoding:
+            picture.load()
+    except (PictureError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
-        raise SampleError(f"picture {name!r}: {error}. Save it smaller.") from error
+        raise PictureError(f"picture {name!r} has too many pixels: {error}. Save it smaller.") from error
     except Exception as error:  # decoders raise all kinds
-        raise SampleError(f"picture {name!r} cannot be read: it is broken, or none of {', '.join(FORMATS)}."
-                          " Open it in a viewer and save it anew.") from error  # fmt: skip
-    width, height = header.size
-    if width * height > MAX_PIXELS:
-        raise SampleError(f"picture {name!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}. Save it smaller.")
-    with _decoding:
-        return load_picture(io.BytesIO(data), name)
+        raise PictureError(f"picture {name!r} cannot be read: it is broken, or none of {', '.join(FORMATS)}."
+                           " Open it in a viewer and save it anew.") from error  # fmt: skip
+    return picture
 
 
 @functools.cache
@@ -88,6 +94,6 @@ def examples(folder: Path) -> tuple[Picture, ...]:
         if len(found) < MAX_EXAMPLES and path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file():
             try:
                 found.append(take(path.read_bytes(), path.name))
-            except (SampleError, OSError):
+            except (PictureError, OSError):
                 continue
     return tuple(found)

@@ -3,13 +3,13 @@
 import sys
 import traceback
 
-TOLD = {"UsageError", "SampleError", "DataError"}  # their messages say what is wrong, where, and what to do
+TOLD = {"UsageError", "SampleError", "PictureError"}  # their messages say what is wrong, where, and what to do
 
 
 def explain(error: Exception) -> str:
     """The message for a visitor. A fault of the program goes to the log with its traceback as well."""
     name, text = type(error).__name__, str(error)
-    if name in TOLD:  # by name: importing trainer.config costs the first visitor a second
+    if name in TOLD:  # by name: importing their classes would import torch, and the first visitor would wait for it
         return text
     traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():

@@ -58,6 +58,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "you": ("You", "你"),
     "assistant": ("Model", "模型"),
     "look": ("Where did it look?", "它看了哪裡？"),
+    "look_help": ("Attention from each token of the answer to the 14 x 14 patches of the picture, mean of all layers and heads.", "回答中每個 token 對圖片 14 x 14 個圖塊的注意力，所有層與頭的平均。"),
+    "look_wait": ("Looking …", "查看中……"),
+    "look_token": ("Token of the answer", "回答中的 token"),
+    "look_all": ("all", "全部"),
+    "look_share": ("{share:.0%} of its attention fell on the pictures, the rest on the text.", "注意力有 {share:.0%} 落在圖片上，其餘在文字上。"),
     # Training
     "no_runs": ("No runs in {folder} yet. A training run writes its figures there from its first log line on.", "{folder} 中還沒有訓練紀錄。訓練從第一行紀錄起就會把數據寫在那裡。"),
     "runs": ("Runs", "訓練紀錄"),
@@ -91,6 +96,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "argument": ("Argument", "參數"),
     "samples": ("Sample answers during training", "訓練期間的範例回答"),
     "samples_none": ("The chosen runs have logged no sample answers.", "所選訓練沒有記錄範例回答。"),
+    "sample_image": ("Picture", "圖片"),
+    "sample_question": ("Question", "問題"),
+    "sample_answer": ("Answer", "回答"),
+    "sample_reference": ("Reference", "參考答案"),
     "bad_lines": ("{run}: {count} lines of its metrics file cannot be read and are left out.", "{run}：紀錄檔中有 {count} 行無法讀取，已略過。"),
 }
 

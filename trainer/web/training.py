@@ -13,6 +13,8 @@ from .texts import Labels
 REFRESH = "2s"
 SHOWN_AT_FIRST = 4
 CHARTS = (("loss", "eval_loss"), ("aux_loss",), ("learning_rate",), ("tokens_per_second",), ("peak_memory_mb",))
+SAMPLE = ("image", "question", "answer", "reference")  # of a sample answer, what is shown
+SAMPLES_KEPT = 50  # validations of a run
 AXIS_LABELS = {"update": "axis_update", "seconds": "axis_time", "epoch": "axis_epoch"}
 
 
@@ -126,8 +128,8 @@ def show_arguments(arguments: dict[str, dict[str, str]], labels: Labels) -> None
 def show_samples(runs: list[Run], labels: Labels) -> None:
     """What the model answered to the same questions as training went on, the newest first."""
     st.subheader(labels("samples"))
-    rows = [{labels("run"): run.name, labels("update"): entry["update"], **{key: str(value) for key, value in sample.items()}}
-            for run in runs for entry in reversed(run.samples) for sample in entry["samples"] if isinstance(sample, dict)]  # fmt: skip
+    rows = [{labels("update"): entry["update"], labels("run"): run.name, **{labels(f"sample_{key}"): str(sample.get(key, "")) for key in SAMPLE}}
+            for run in runs for entry in reversed(run.samples[-SAMPLES_KEPT:]) for sample in entry["samples"] if isinstance(sample, dict)]  # fmt: skip
     if not rows:
         st.caption(labels("samples_none"))
         return

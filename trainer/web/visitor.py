@@ -2,13 +2,13 @@
 
 import io
 import time
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-
-from dataset.errors import SampleError
 
 from .engine import Engine, Job
 from .models import Loading
-from .pictures import MAX_PICTURES, Picture
+from .pictures import MAX_PICTURES, Picture, PictureError
 
 
 @dataclass
@@ -24,6 +24,9 @@ class Exchange:
     stopped: bool = False
     remembered: bool = False  # whether the model's history holds it
     dropped: int = 0  # exchanges that this question pushed out of the history
+    history: tuple[tuple, list] | None = None  # turns and pictures up to the answer, when there are pictures
+    answered_by: Callable[[], object | None] = lambda: None  # the assistant, as long as it is in memory
+    seen: object | None = None  # trainer.attention_view.AnswerAttention, once somebody wanted to know
     first_seconds: float | None = None
     seconds: float = 0.0
 
@@ -53,9 +56,9 @@ class Visitor:
         return self._waiting
 
     def bring(self, picture: Picture) -> None:
-        """Puts a picture into the tray; raises SampleError when that is full."""
+        """Puts a picture into the tray; raises PictureError when that is full."""
         if len(self.tray) >= MAX_PICTURES:
-            raise SampleError(f"picture {picture.name!r} is left out: a question can show {MAX_PICTURES} pictures")
+            raise PictureError(f"picture {picture.name!r} is left out: a question can show {MAX_PICTURES} pictures")
         self.tray.append(picture)
 
     def ask(self, question: str) -> None:
@@ -89,7 +92,7 @@ class Visitor:
                     chat.add_picture(picture.decode())
                 exchange.pixels = chat.waiting
                 exchange.pictures = [picture.shown() for picture in exchange.pictures]
-        except SampleError as error:
+        except PictureError as error:
             return self.fail(str(error))
         chat.waiting = list(exchange.pixels)  # the same tensors when it is asked again: they are encoded once
         self._last_turn = chat.turns[-1] if chat.turns else None
@@ -115,7 +118,25 @@ class Visitor:
         exchange.seconds = job.ended - job.submitted
         exchange.first_seconds = job.first - job.submitted if job.first else None
         exchange.remembered = bool(chat.turns) and chat.turns[-1] is not self._last_turn
-        exchange.dropped = chat.dropped if exchange.remembered else 0
+        if exchange.remembered:
+            exchange.dropped = chat.dropped
+            exchange.history = (tuple(chat.turns), list(chat.pixels)) if chat.pixels else None
+            exchange.answered_by = weakref.ref(chat.assistant)
+
+    def look(self, exchange: Exchange) -> str | None:
+        """Finds out where an answer looked, in turn with everybody's answers; what went wrong, or None."""
+        assistant = exchange.answered_by()
+
+        def steps() -> Iterator:
+            from trainer.attention_view import look
+
+            yield look(assistant, *exchange.history)
+
+        job = self.engine.submit(steps)
+        while not job.wait(len(job.values), 1.0):
+            pass
+        exchange.seen = job.values[0] if job.values else None
+        return job.problem
 
     def end(self) -> None:
         """Stops what is on its way, at once, and keeps what was said."""

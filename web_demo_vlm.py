@@ -17,13 +17,13 @@ import streamlit as st
 
 from trainer.web.settings import parse_flags, start
 
-FLAGS = sys.argv[1:]
+settings = parse_flags(sys.argv[1:], __doc__)  # here, so that a bad flag ends `streamlit run` with code 2 as well
 
 
 @asynccontextmanager
 async def lifespan(_: st.App):
     """Before the first visitor comes, the first model begins to load."""
-    start(parse_flags(FLAGS, __doc__))
+    start(settings)
     yield
 
 
@@ -32,8 +32,7 @@ app = st.App(Path(__file__).resolve().parent / "trainer" / "web" / "page.py", li
 
 def main() -> None:
     """Serves the page until Ctrl-C."""
-    settings = parse_flags(FLAGS, __doc__)
-    app.run(config={"server.address": settings.host, "server.port": settings.port})
+    app.run(config={"server.address": settings.host} | ({"server.port": settings.port} if settings.port else {}))
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ class Guest:
 
     def until_answered(self, count: int) -> str:
         """Waits for the end of the `count`th answer and gives its text."""
-        self.until(lambda: self.page.get_by_label("Chat message from assistant").count() == count)
-        self.button("Regenerate").wait_for()
+        bubble = self.page.get_by_label("Chat message from assistant").nth(count - 1)
+        bubble.get_by_role("button", name="Regenerate").wait_for()
         return self.answer(count - 1).inner_text()
 
     def until(self, condition) -> None:

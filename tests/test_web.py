@@ -24,7 +24,7 @@ from trainer.web.runs import Run, RunFolder, differing, smooth, thin
 from trainer.web.texts import TEXTS, Labels, preferred
 from trainer.web.visitor import Visitor, escape
 
-ENDLESS = "one two three four " * 60  # cut off in training, so the model has never seen it end
+ENDLESS = "one two three four " * 120  # cut off in training, so the model has never seen it end
 
 
 def picture_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PNG", **options) -> bytes:
@@ -205,21 +205,26 @@ def test_text_stays_itself_in_markdown():
 # A small model, trained by the real script; one visitor's conversation with it
 
 
+def conversation(turns: list[tuple[str, str]], image: str | None = None) -> dict:
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return {"conversations": messages, **({"image": image} if image else {})}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with pictures/, tower/ and out/: weights, sidecar and metrics of a model that knows six colours."""
     folder = tmp_path_factory.mktemp("web")
     (folder / "pictures").mkdir()
-    rows = [{"conversations": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": ENDLESS}]}]
+    rows = [conversation([("Count.", ENDLESS)])] * 2
     for colour in COLOURS:
         Image.new("RGB", (64, 64), colour).save(folder / "pictures" / f"{colour}.png")
-        turns = [("<image>\nWhat colour?", colour), ("Are you sure?", f"yes, {colour}")]
-        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
-        rows.append({"conversations": messages, "image": f"{colour}.png"})
+        for other in COLOURS:  # a second picture, so that the newest counts
+            turns = [("<image>\nWhat colour?", colour), ("Are you sure?", f"yes, {colour}"), ("<image>\nWhat colour?", other)]
+            rows.append(conversation(turns, f"{colour}.png, {other}.png"))
     make_tower().save_pretrained(folder / "tower")
-    data = write_jsonl(folder / "data.jsonl", rows * 160), folder / "pictures"
+    data = write_jsonl(folder / "data.jsonl", rows * 30), folder / "pictures"
     done = run_script("train_sft_vlm.py", *training_flags(
-        data, folder / "tower", folder, learning_rate=4e-3, batch_size=8, num_workers=0, max_seq_len=280, log_interval=10,
+        data, folder / "tower", folder, learning_rate=4e-3, batch_size=8, num_workers=0, max_seq_len=480, log_interval=10,
     ))  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
@@ -329,12 +334,12 @@ def test_chat(page_of, browser, tmp_path):
         guest.ask("Are you sure?")
         assert guest.until_answered(2) == "yes, red"
         guest.upload("b.png", picture_bytes("blue"))
-        guest.ask("What colour?")
-        assert guest.until_answered(3) == "blue"
+        guest.ask("What shape?")
+        guest.until_answered(3)
         guest.button("Edit").click()
-        guest.page.get_by_role("textbox", name="Edit").fill("What colour? ")
+        guest.page.get_by_role("textbox", name="Edit").fill("What colour?")
         guest.page.get_by_role("button", name="Ask", exact=True).click()
-        guest.until(lambda: guest.page.get_by_label("Chat message from user").count() == 3)
+        guest.page.get_by_label("Chat message from user").nth(2).get_by_text("What colour?").wait_for()
         assert guest.until_answered(3) == "blue"
         guest.page.get_by_text("Where did it look?").last.click()
         guest.page.get_by_text("of its attention fell on the pictures").wait_for()
@@ -360,6 +365,9 @@ def test_tokens_arrive_one_after_another_and_stop_stops(page_of, browser):
         }).observe(document.body, {subtree: true, childList: true, characterData: true}) }""")
         guest.ask("Count.")
         guest.until(lambda: guest.page.evaluate("window.seen.length") >= 4)
+        before = guest.answer().inner_text()
+        guest.page.get_by_role("slider", name="Top-p").press("Home")
+        guest.until(lambda: len(guest.answer().inner_text()) > len(before))  # a click elsewhere does not end the answer
         guest.button("Stop").click()
         guest.page.get_by_text("Stopped.").wait_for()
         seen = guest.page.evaluate("window.seen")
@@ -425,15 +433,15 @@ def test_training_page(page_of, browser, trained):
             for title in ("Training loss", "Learning rate", "Tokens per second", "Peak memory"):
                 guest.page.get_by_text(title).first.wait_for()
             guest.until(lambda: guest.page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").count() >= 4)
-            guest.until(lambda: "0.123" in guest.page.get_by_test_id("stDataFrame").nth(1).inner_text())
-            assert "--epochs" not in guest.page.get_by_test_id("stDataFrame").nth(1).inner_text()
+            guest.until(lambda: "0.123" in guest.page.get_by_test_id("stDataFrame").nth(1).text_content())
+            assert "--epochs" not in guest.page.get_by_test_id("stDataFrame").nth(1).text_content()
             line = json.loads(metrics.read_text().splitlines()[-1])
             line |= {"update": 77_777, "eval_loss": 0.5, "aux_loss": 0.25, "samples": [{"question": "What colour?", "answer": "mauve"}]}
             with open(other, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            guest.until(lambda: "77,777" in guest.page.get_by_test_id("stDataFrame").first.inner_text())
+            guest.until(lambda: "77,777" in guest.page.get_by_test_id("stDataFrame").first.text_content())
             guest.page.get_by_text("MoE auxiliary loss").wait_for()
-            guest.until(lambda: "mauve" in guest.page.get_by_test_id("stDataFrame").nth(2).inner_text())
+            guest.until(lambda: "mauve" in guest.page.get_by_test_id("stDataFrame").nth(2).text_content())
             guest.page.get_by_role("radio", name="time").click()
             guest.until(lambda: guest.page.get_by_text("minutes").count() > 0)
             assert not guest.strangers
@@ -469,11 +477,11 @@ def test_both_commands_open_the_page_on_this_machine_alone(trained):
     port = free_port()
     flags = ["--save_dir", str(trained / "out"), "--device", "cpu"]
     streamlit = (sys.executable, "-m", "streamlit", "run", str(REPOSITORY / "web_demo_vlm.py"), "--server.port", str(port), "--", *flags)
-    for command in ((), streamlit):
+    for command in (streamlit, ()):
         with serve(*flags, command=command, port=port):
             listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
             assert [address for address in listening if address.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
-            port = free_port() if not command else port
+        port = free_port()
 
 
 @pytest.mark.parametrize(

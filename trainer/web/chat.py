@@ -5,6 +5,7 @@ import time
 import streamlit as st
 from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
+from streamlit.runtime.uploaded_file_manager import DeletedFile
 
 from . import pictures
 from .looked import show_looked
@@ -13,7 +14,7 @@ from .pictures import Picture, PictureError
 from .settings import server
 from .sidebar import pick_model, pick_sampling
 from .texts import Labels
-from .visitor import Exchange, Visitor
+from .visitor import Exchange, Visitor, escape
 
 THUMBNAIL = 180  # CSS pixels
 STYLE = """<style>
@@ -105,27 +106,39 @@ def show_exchange(visitor: Visitor, exchange: Exchange, number: int, growing: bo
                     st.image(picture.preview, width=THUMBNAIL, alt=picture.name)
         st.text(exchange.question)
     with st.chat_message("assistant"):
-        if exchange.dropped:
-            st.caption(labels("dropped", count=exchange.dropped))
-        place = st.empty()
+        place, below = st.empty(), st.empty()
         if growing:
             return place
+        with below.container():
+            show_ending(visitor, exchange, number, labels)
         if exchange.answer:
             place.text(exchange.answer)
         elif not exchange.problem and not exchange.stopped:
             place.caption(labels("silent"))
-        if exchange.problem:
-            st.error(exchange.problem)
-        if exchange.stopped:
-            st.caption(labels("stopped"))
-        elif exchange.first_seconds is not None:
-            st.caption(labels("timing", model=exchange.model, first=exchange.first_seconds, seconds=exchange.seconds))
-        if exchange.history and exchange.answered_by() is not None:
-            show_looked(visitor, exchange, number, labels)
-        if number == len(visitor.exchanges) - 1 and not visitor.busy:
-            with st.container(horizontal=True):
-                repeat_buttons(visitor, exchange, number, labels)
     return place
+
+
+def show_ending(visitor: Visitor, exchange: Exchange, number: int, labels: Labels) -> None:
+    """What stands under an answer: how it ended, where it looked, and buttons under the last one."""
+    if exchange.problem:
+        show_problem(exchange.problem)
+    if exchange.stopped:
+        st.caption(labels("stopped"))
+    elif exchange.first_seconds is not None:
+        st.caption(labels("timing", model=exchange.model, first=exchange.first_seconds, seconds=exchange.seconds))
+    if exchange.dropped:
+        st.caption(labels("dropped", count=exchange.dropped))
+    if exchange.history and exchange.answered_by() is not None:
+        show_looked(visitor, exchange, number, labels)
+    buttons = st.empty()  # emptied while the next answer grows: what a run has not come to yet would stay in sight
+    if number == len(visitor.exchanges) - 1:
+        with buttons.container(horizontal=True):
+            repeat_buttons(visitor, exchange, number, labels)
+
+
+def show_problem(text: str) -> None:
+    """A message as it is, line by line: file names and commands in it are no Markdown."""
+    st.error(escape(text).replace("\n", "  \n"))
 
 
 def repeat_buttons(visitor: Visitor, exchange: Exchange, number: int, labels: Labels) -> None:
@@ -173,7 +186,7 @@ def bottom(visitor: Visitor, labels: Labels) -> None:
     """What stays in sight: notices, the pictures of the next question, and where to type it."""
     with st.bottom:
         for notice in visitor.notices:
-            st.error(notice)
+            show_problem(notice)
         visitor.notices = []
         if visitor.busy:
             st.button(labels("stop"), icon=":material/stop_circle:", on_click=visitor.end, type="primary", key="stop")
@@ -191,7 +204,7 @@ def tray(visitor: Visitor, labels: Labels) -> None:
     if visitor.tray:
         with st.container(horizontal=True, key="tray"):
             for number, picture in enumerate(visitor.tray):
-                st.button(f"![{picture.name}]({picture.thumbnail}) ✕", help=labels("remove", name=picture.name),
+                st.button(f"![{escape(picture.name)}]({picture.thumbnail}) ✕", help=labels("remove", name=picture.name),
                           key=f"remove_{number}", on_click=visitor.tray.pop, args=(number,))  # fmt: skip
 
 
@@ -226,7 +239,7 @@ def picture_sources(visitor: Visitor, labels: Labels) -> None:
         st.caption(labels("examples"))
         with st.container(horizontal=True, key="examples"):
             for picture in found:
-                st.button(f"![{picture.name}]({picture.thumbnail})", key=f"example_{picture.name}", on_click=add,
+                st.button(f"![{escape(picture.name)}]({picture.thumbnail})", key=f"example_{picture.name}", on_click=add,
                           args=(visitor, picture))  # fmt: skip
     camera(visitor, labels)
 
@@ -259,6 +272,8 @@ def bring(visitor: Visitor, files: list) -> bool:
     """Uploaded files into the tray; whether some could not be taken. Streamlit's own copies are let go."""
     bad = False
     for file in files:
+        if isinstance(file, DeletedFile):
+            continue  # taken at an earlier run
         try:
             added = add(visitor, pictures.take(file.getvalue(), file.name))
         except PictureError as error:

@@ -20,7 +20,7 @@ def show_looked(visitor: Visitor, exchange: Exchange, number: int, labels: Label
         with st.spinner(labels("look_wait")):
             problem = visitor.look(exchange)
         if problem:
-            st.error(problem)
+            st.error(escape(problem))
             return
     tokens, maps = exchange.seen.tokens, exchange.seen.maps
     options = [-1, *range(len(tokens))]  # -1: the mean of all

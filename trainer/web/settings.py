@@ -26,14 +26,14 @@ class Settings:
     max_seq_len: int
     image_dir: Path
     host: str
-    port: int
+    port: int | None
 
 
 def parse_flags(argv: list[str], description: str) -> Settings:
     """Flags as settings; ends the process with code 2 for bad ones."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every network (default: this machine)")
-    parser.add_argument("--port", type=int, default=8501, help="(default: 8501, or the next free one)")
+    parser.add_argument("--port", type=int, help="(default: 8501, or the next free one)")
     parser.add_argument("--save_dir", default=str(REPOSITORY / "out"), help="folder of weights and metrics files")
     parser.add_argument("--weight", default="sft_vlm", help="prefix of the weights to begin with (default: sft_vlm)")
     parser.add_argument("--load_from", help="a transformers folder to begin with; those in --save_dir are found anyway")
@@ -44,7 +44,7 @@ def parse_flags(argv: list[str], description: str) -> Settings:
     parser.add_argument("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
     parser.add_argument("--image_dir", default=str(REPOSITORY / "dataset" / "eval_images"), help="folder of example pictures")
     args = parser.parse_args(argv)
-    if not 0 < args.port < 65536:
+    if args.port is not None and not 0 < args.port < 65536:
         parser.error(f"--port {args.port}: a number from 1 to 65535")
     if args.max_seq_len < 512:
         parser.error(f"--max_seq_len {args.max_seq_len}: below 512 there is no room for a picture and an answer")

@@ -44,6 +44,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     command = add("attention", "where a model looked for each token of its answers")
     command.add_argument("images", nargs="*", type=Path, default=sorted(PICTURES.glob("easy_vqa_*.png")), help="pictures to ask about (default: easy-VQA's in dataset/eval_images)")
     command.add_argument("--question", default="Describe the image.", help="default: %(default)s")
+    command.add_argument("--layer", type=int, help="one block, from 0 (default: the mean of all)")
+    command.add_argument("--head", type=int, help="one query head, from 0 (default: the mean of all)")
     command.add_argument("--load_from", default="model", help="'model' for native weights, or a transformers folder")
     command.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of the weights (default: %(default)s)")
     command.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
@@ -74,7 +76,7 @@ def draw(args: argparse.Namespace) -> None:
 
         file = args.save_dir / f"{weight_name(args.weight, args.hidden_size, bool(args.use_moe))}.pth"
         assistant = load_assistant(args.load_from, file, "cpu", args.vision_model_path, str(REPOSITORY / "model"))
-        draw_attention(args.out, assistant, args.images, args.question)
+        draw_attention(args.out, assistant, args.images, args.question, args.layer, args.head)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,17 +16,20 @@ TOKENS = 5  # shown of an answer
 WORDS = 210  # units for question and answer at the left of a row
 
 
-def draw_attention(path: Path, assistant: Assistant, files: list[Path], question: str) -> None:
-    """Asks about each picture, greedily, and draws the attention of the answer's first tokens, mean of heads and layers.
+def draw_attention(
+    path: Path, assistant: Assistant, files: list[Path], question: str, layer: int | None = None, head: int | None = None
+) -> None:
+    """Asks about each picture, greedily, and draws the attention of the answer's first tokens: of a layer and a head, or
+    the mean of all.
 
-    Raises SampleError for a file that is no picture.
+    Raises SampleError for a file that is no picture, UsageError for a layer or head that is not there.
     """
     rows = []
     for file in files:
         pixels = preprocess(load_picture(file, str(file)))
         asked = (Turn("user", f"{IMAGE_MARK}\n{question}"),)
         answer = assistant.generate([asked], [pixels], Sampling(max_new_tokens=64, temperature=0.0))[0]
-        seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels])
+        seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels], layer, head)
         rows.append((picture_of(pixels), answer, seen))
     columns = 1 + min(TOKENS, max(len(seen.tokens) for _, _, seen in rows))
     side = min(170, (980 - WORDS) / columns - 10)

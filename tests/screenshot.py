@@ -19,18 +19,31 @@ WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WORDS = {"en-GB": ("Regenerate", "Where did it look?", "Training loss"), "zh-TW": ("重新產生", "它看了哪裡？", "訓練損失")}
 
 
-def chat(guest: Guest, locale: str, questions: int) -> None:
-    """A conversation about an example, with the map of its last answer."""
+def chat(guest: Guest, locale: str) -> None:
+    """A question about an example, its answer, and the map of that."""
     regenerate, look, _ = WORDS[locale]
     guest.button("easy_vqa_33.png").click()
     guest.until(lambda: guest.tray() == 1)
-    for number, question in enumerate(["Describe the image.", "what color is the shape?"][:questions], 1):
-        guest.ask(question)
-        guest.until(lambda number=number: guest.page.get_by_label("Chat message from assistant").count() == number)
-        guest.button(regenerate).wait_for()
-    guest.page.get_by_text(look).last.click()
+    guest.ask("Describe the image.")
+    guest.button(regenerate).wait_for()
+    guest.page.get_by_text(look).click()
     guest.page.get_by_role("img", name=look).wait_for()
     guest.page.wait_for_timeout(1500)
+
+
+def readme(guest: Guest, path: Path) -> None:
+    """The chat with the map of the answer's last token."""
+    guest.line.wait_for()
+    guest.greedy()
+    chat(guest, "en-GB")
+    guest.page.get_by_role("slider", name="Token of the answer").press("End")
+    guest.page.locator(".stMarkdownColoredBackground").wait_for()  # marks that token; its map follows
+    guest.page.get_by_text("of its attention").wait_for()
+    guest.until(lambda: guest.page.get_by_role("img", name=WORDS["en-GB"][1]).evaluate("image => image.complete && image.naturalWidth > 0"))
+    guest.page.mouse.move(0, 0)
+    guest.page.wait_for_timeout(1500)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    guest.page.screenshot(path=path)
 
 
 def everything(browser, url: str, folder: Path) -> None:
@@ -44,7 +57,7 @@ def everything(browser, url: str, folder: Path) -> None:
                 guest.button("easy_vqa_33.png").wait_for()
                 guest.page.wait_for_timeout(1500)
                 guest.page.screenshot(path=folder / f"{name}_first.png")
-                chat(guest, locale, 1)
+                chat(guest, locale)
                 guest.page.screenshot(path=folder / f"{name}_chat.png")
                 guest.page.goto(f"{url}/training")
                 guest.page.get_by_text(WORDS[locale][2]).first.wait_for()
@@ -67,11 +80,8 @@ def main() -> int:
         if args.all:
             everything(browser, url, args.all)
         else:
-            with Guest(browser, url, viewport={"width": 1100, "height": 980}) as guest:
-                guest.line.wait_for()
-                guest.greedy()
-                chat(guest, "en-GB", 2)
-                guest.page.screenshot(path=args.out)
+            with Guest(browser, url, viewport={"width": 1200, "height": 1180}, device_scale_factor=1.5) as guest:
+                readme(guest, args.out)
     return 0
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import TextIO
 
-FINISH_SECONDS = 30.0  # for the last points, once training has ended
+ORPHAN_SECONDS = 300.0  # for the last points, once training has ended; a trainer that still lives ends this earlier
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def end_with_training() -> None:
     poll = select.poll()
     poll.register(0, 0)  # POLLHUP is always reported, and what waits unread does not hide it
     poll.poll()
-    time.sleep(FINISH_SECONDS)
+    time.sleep(ORPHAN_SECONDS)
     os._exit(1)
 
 

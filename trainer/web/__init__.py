@@ -4,10 +4,12 @@
 |---|---|
 | settings.py | flags of the page, and what all visitors share |
 | models.py | which weights there are; loading them in the background |
+| problems.py | what a visitor is told when something fails |
 | engine.py | one thread that answers all visitors, a piece for each in turn |
 | pictures.py | what may be uploaded, without its metadata; examples |
 | visitor.py | one visitor's conversation |
-| page.py, chat.py, sidebar.py, looked.py | the chat page |
+| page.py | what Streamlit runs |
+| chat.py, sidebar.py, tray.py, looked.py | the chat page: conversation, choices, pictures, attention |
 | runs.py, charts.py, training.py | the training page |
 | texts.py | its labels, in English and Traditional Chinese |
 """

@@ -3,24 +3,17 @@
 import time
 
 import streamlit as st
-from streamlit.runtime import get_instance
-from streamlit.runtime.scriptrunner import get_script_run_ctx
-from streamlit.runtime.uploaded_file_manager import DeletedFile
 
 from . import pictures
 from .looked import show_looked
 from .models import Loading
-from .pictures import Picture, PictureError
 from .settings import server
 from .sidebar import pick_model, pick_sampling
 from .texts import Labels
+from .tray import STYLE, bring, picture_sources, show_tray
 from .visitor import Exchange, Visitor, escape
 
 THUMBNAIL = 180  # CSS pixels
-STYLE = """<style>
-.st-key-examples button, .st-key-tray button {padding: 0.25rem; height: auto}
-.st-key-examples img, .st-key-tray img {height: 4.5rem !important; max-height: none !important; border-radius: 0.25rem}
-</style>"""  # pictures on buttons, which Streamlit would make as small as text
 FRAME = 0.04  # seconds between two changes of a growing answer
 
 
@@ -35,7 +28,7 @@ def show(labels: Labels) -> None:
     if loading is None:
         return no_models(labels)
     if loading.pending and not visitor.waiting:
-        watch_loading(loading, labels)
+        watch_loading(labels)
     elif loading.problem:
         loading_failed(loading, labels)
     for number, exchange in enumerate(visitor.exchanges):
@@ -64,7 +57,7 @@ def toolbar(visitor: Visitor, labels: Labels) -> None:
         text = visitor.markdown(labels("conversation"), labels("you"), labels("assistant"))
         st.download_button(labels("download"), text, "conversation.md", "text/markdown", icon=":material/download:",
                            on_click="ignore", disabled=visitor.busy)  # fmt: skip
-        st.button(labels("clear"), icon=":material/delete:", on_click=visitor.clear)
+        st.button(labels("clear"), icon=":material/delete:", on_click=visitor.once("clear", visitor.clear))
 
 
 def no_models(labels: Labels) -> None:
@@ -80,16 +73,19 @@ def loading_message(loading: Loading, labels: Labels) -> str:
 
 
 @st.fragment(run_every=0.5)
-def watch_loading(loading: Loading, labels: Labels) -> None:
-    """The progress of loading, until it is over."""
-    if not loading.pending:
-        st.rerun()
-    st.info(f"{loading_message(loading, labels)} {labels('ask_meanwhile')}", icon=":material/hourglass_top:")
+def watch_loading(labels: Labels) -> None:
+    """The progress of loading, and how it ended when it failed. It never runs the whole page anew, amid a visitor's clicks."""
+    loading = st.session_state.loading
+    if loading.pending:
+        st.info(f"{loading_message(loading, labels)} {labels('ask_meanwhile')}", icon=":material/hourglass_top:")
+    elif loading.problem:
+        loading_failed(loading, labels)
 
 
 def loading_failed(loading: Loading, labels: Labels) -> None:
     """Why there is no model, and another try."""
-    st.error(f"**{labels('loading_failed', model=loading.choice.label)}**\n\n```\n{loading.problem}\n```")
+    st.error(f"**{escape(labels('loading_failed', model=loading.choice.label))}**")
+    st.code(loading.problem, None, wrap_lines=True)
 
     def again() -> None:
         st.session_state.loading = server().shelf.load(loading.choice)
@@ -143,7 +139,8 @@ def show_problem(text: str) -> None:
 
 def repeat_buttons(visitor: Visitor, exchange: Exchange, number: int, labels: Labels) -> None:
     """The last question anew, as it was or edited."""
-    st.button(labels("regenerate"), icon=":material/refresh:", on_click=visitor.again, key=f"again_{number}")
+    st.button(labels("regenerate"), icon=":material/refresh:", key=f"again_{number}",
+              on_click=visitor.once(f"again_{number}", visitor.again))  # fmt: skip
     with st.popover(labels("edit"), icon=":material/edit:"):
         key = f"edited_{number}_{exchange.question}"
         st.text_area(labels("edit"), exchange.question, key=key, label_visibility="collapsed")
@@ -152,7 +149,7 @@ def repeat_buttons(visitor: Visitor, exchange: Exchange, number: int, labels: La
             if st.session_state[key].strip():
                 visitor.again(st.session_state[key].strip())
 
-        st.button(labels("ask_edited"), type="primary", on_click=ask, key=f"ask_{number}")
+        st.button(labels("ask_edited"), type="primary", key=f"ask_{number}", on_click=visitor.once(f"ask_{number}", ask))
 
 
 def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labels) -> None:
@@ -187,31 +184,22 @@ def bottom(visitor: Visitor, labels: Labels) -> None:
     with st.bottom:
         for notice in visitor.notices:
             show_problem(notice)
-        visitor.notices = []
         if visitor.busy:
-            st.button(labels("stop"), icon=":material/stop_circle:", on_click=visitor.end, type="primary", key="stop")
+            st.button(labels("stop"), icon=":material/stop_circle:", type="primary", key="stop",
+                      on_click=visitor.once("stop", visitor.end))  # fmt: skip
         elif visitor.exchanges:
             with st.popover(labels("pictures"), icon=":material/add_photo_alternate:"):
                 picture_sources(visitor, labels)
-        tray(visitor, labels)
+        show_tray(visitor, labels)
         st.chat_input(labels("question"), key="question", accept_file="multiple", file_type=list(pictures.SUFFIXES),
                       max_chars=4000, max_upload_size=pictures.MAX_MEGABYTES,
-                      on_submit=lambda: submit(visitor, labels))  # fmt: skip
-
-
-def tray(visitor: Visitor, labels: Labels) -> None:
-    """The pictures that the next question shows, each with a button that takes it out."""
-    if visitor.tray:
-        with st.container(horizontal=True, key="tray"):
-            for number, picture in enumerate(visitor.tray):
-                st.button(f"![{escape(picture.name)}]({picture.thumbnail}) ✕", help=labels("remove", name=picture.name),
-                          key=f"remove_{number}", on_click=visitor.tray.pop, args=(number,))  # fmt: skip
+                      on_submit=visitor.once("question", lambda: submit(visitor, labels)))  # fmt: skip
 
 
 def submit(visitor: Visitor, labels: Labels) -> None:
     """Takes what was typed and dropped into the input line."""
     value = st.session_state.question
-    bad = bring(visitor, value.files)
+    bad = bring(visitor, value.files, labels)
     text = value.text.strip()
     if bad:
         st.session_state.question = text  # back into the line: the question waits for better pictures
@@ -219,66 +207,3 @@ def submit(visitor: Visitor, labels: Labels) -> None:
         visitor.ask(text)
     elif value.files:
         visitor.notices.append(labels("only_pictures"))
-
-
-def picture_sources(visitor: Visitor, labels: Labels) -> None:
-    """A place to drop files, the examples, the camera."""
-    state = st.session_state
-    key = f"upload_{state.setdefault('uploads', 0)}"
-
-    def uploaded() -> None:
-        bring(visitor, state[key])
-        state.uploads += 1  # a new, empty place for the next ones
-
-    st.file_uploader(
-        labels("upload"), list(pictures.SUFFIXES), True, key=key, on_change=uploaded, max_upload_size=pictures.MAX_MEGABYTES,
-        help=labels("upload_help", count=pictures.MAX_PICTURES, megabytes=pictures.MAX_MEGABYTES,
-                    megapixels=pictures.MAX_PIXELS // 10**6),
-    )  # fmt: skip
-    if found := pictures.examples(server().settings.image_dir):
-        st.caption(labels("examples"))
-        with st.container(horizontal=True, key="examples"):
-            for picture in found:
-                st.button(f"![{escape(picture.name)}]({picture.thumbnail})", key=f"example_{picture.name}", on_click=add,
-                          args=(visitor, picture))  # fmt: skip
-    camera(visitor, labels)
-
-
-def camera(visitor: Visitor, labels: Labels) -> None:
-    """The camera, asked for only when it is wanted: browsers ask for permission as soon as it is there."""
-    state = st.session_state
-    if not st.toggle(labels("camera"), key="camera"):
-        return
-    key = f"shot_{state.setdefault('shots', 0)}"
-
-    def taken() -> None:
-        bring(visitor, [state[key]] if state[key] else [])
-        state.shots += 1
-
-    st.camera_input(labels("camera"), key=key, on_change=taken, label_visibility="collapsed")
-
-
-def add(visitor: Visitor, picture: Picture) -> bool:
-    """Puts a picture into the tray, or a notice why not; whether it is there."""
-    try:
-        visitor.bring(picture)
-    except PictureError as error:
-        visitor.notices.append(str(error))
-        return False
-    return True
-
-
-def bring(visitor: Visitor, files: list) -> bool:
-    """Uploaded files into the tray; whether some could not be taken. Streamlit's own copies are let go."""
-    bad = False
-    for file in files:
-        if isinstance(file, DeletedFile):
-            continue  # taken at an earlier run
-        try:
-            added = add(visitor, pictures.take(file.getvalue(), file.name))
-        except PictureError as error:
-            visitor.notices.append(str(error))
-            added = False
-        bad = bad or not added
-        get_instance().uploaded_file_mgr.remove_file(get_script_run_ctx().session_id, file.file_id)
-    return bad

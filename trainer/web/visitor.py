@@ -41,6 +41,8 @@ class Visitor:
     notices: list[str] = field(default_factory=list)  # what was wrong with pictures he brought
     exchanges: list[Exchange] = field(default_factory=list)
     job: Job | None = None
+    taken: set[str] = field(default_factory=set)  # ids of uploaded files that have been read
+    _acts: dict[str, int] = field(default_factory=dict)  # how often each widget has acted
     _chat: object | None = None  # trainer.inference.Chat
     _last_turn: object | None = None  # of the chat's history, before the job
     _waiting: bool = False  # the last exchange waits for the model to be loaded
@@ -54,6 +56,18 @@ class Visitor:
     def waiting(self) -> bool:
         """Whether the last question waits for the model."""
         return self._waiting
+
+    def once(self, key: str, action: Callable) -> Callable:
+        """A callback for a widget that acts once for each time it was put on the page: Streamlit may call one again when
+        another run cuts in, and people click twice. Notices about earlier acts go."""
+        count = self._acts.get(key, 0)
+
+        def callback(*args) -> None:
+            if self._acts.get(key, 0) == count:
+                self._acts[key], self.notices = count + 1, []
+                action(*args)
+
+        return callback
 
     def bring(self, picture: Picture) -> None:
         """Puts a picture into the tray; raises PictureError when that is full."""

@@ -105,6 +105,7 @@ class Guest:
     def drop(self, name: str, data: bytes, place=None) -> None:
         """Drops a file where files are dropped: in the middle of an empty page, else in the popover `place`."""
         target = (place or self.page.get_by_test_id("stMain")).get_by_test_id("stFileUploaderDropzoneInput")
+        self.until(lambda: target.count() == 1)  # the place of the drop before has gone
         target.set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
 
     def upload(self, name: str, data: bytes) -> None:

@@ -26,7 +26,7 @@ def points(runs: Sequence[Run], names: Sequence[str], axis: str, weight: float) 
 def chart(rows: list[dict], runs: Sequence[Run], x_title: str, kinds: dict[str, str], weight: float, log: bool) -> alt.LayerChart:
     """A chart of such rows: a colour for each run, dashes for each figure but the first of `kinds` (name: label)."""
     table = pa.Table.from_pylist([{**row, "kind": kinds[row["kind"]]} for row in rows])
-    scale = alt.Scale(type="log" if log else "linear", zero=False, nice=False)
+    scale = alt.Scale(type="log" if log else "linear", zero=False)
     form = "~s" if max(abs(row["y"]) for row in rows) >= 1000 else "~g"
     color = alt.Color("run:N", scale=alt.Scale(domain=[run.name for run in runs]),
                       legend=alt.Legend(title=None, orient="bottom", labelLimit=220, columns=2))  # fmt: skip

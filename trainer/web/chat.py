@@ -38,6 +38,7 @@ def show(labels: Labels) -> None:
         st.markdown(f"#### {labels('welcome')}")
         picture_sources(visitor, labels)
     bottom(visitor, labels)
+    server().shelf.page_shown()
     if visitor.busy:
         follow(visitor, loading, values, place, labels)
 

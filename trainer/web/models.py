@@ -81,15 +81,20 @@ class Loading:
 
 
 class ModelShelf:
-    """Finds models and loads each once. The last one asked for stays; others stay while a visitor holds them."""
+    """Finds models and loads each once. The last one asked for stays; others stay while a visitor holds them.
+
+    Nothing is loaded within the first `head_start` seconds, unless `page_shown` comes earlier: importing torch keeps the
+    interpreter busy, and the first visitor's page is slower by half when it has to share it.
+    """
 
     def __init__(self, save_dir: Path, weight: str, load_from: Path | None, vision_model_path: str | None,
-                 tokenizer_path: str, device: str | None):  # fmt: skip
+                 tokenizer_path: str, device: str | None, head_start: float = 0.0):  # fmt: skip
         self.save_dir, self.weight, self.load_from = save_dir, weight, load_from
         self.vision_model_path, self.tokenizer_path, self.device = vision_model_path, tokenizer_path, device
         self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
         self._known: weakref.WeakValueDictionary[ModelChoice, Loading] = weakref.WeakValueDictionary()
         self._last: Loading | None = None
+        self._begin_at = time.monotonic() + head_start
 
     def choices(self) -> list[ModelChoice]:
         """What can be loaded, best first: --load_from, weights that --weight names, then newest first."""
@@ -102,6 +107,10 @@ class ModelShelf:
         named = re.compile(re.escape(self.weight) + r"(_\d+)?(_moe)?")
         others.sort(key=lambda choice: (not named.fullmatch(choice.label), -choice.changed))
         return [choice for choice in found if choice] + others
+
+    def page_shown(self) -> None:
+        """A visitor's first page is on its way to him; his browser gets a moment for it."""
+        self._begin_at = min(self._begin_at, time.monotonic() + 0.5)
 
     def load(self, choice: ModelChoice) -> Loading:
         """The model, ready or on its way; returns at once."""
@@ -116,6 +125,8 @@ class ModelShelf:
     def _load(self, loading: Loading) -> None:
         try:
             with self._one_at_a_time:
+                while time.monotonic() < self._begin_at:
+                    time.sleep(0.05)
                 from trainer.distributed import default_device
                 from trainer.inference import load_assistant
 

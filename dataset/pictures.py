@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
+
+from model.vision import preprocess
 
 from .errors import DataError, SampleError
 from .index import DataFile, open_index
@@ -38,6 +41,14 @@ class ImageSource:
         if isinstance(ref, bytes):
             return load_picture(io.BytesIO(ref), f"of {len(ref)} bytes", where)
         return load_picture(self.open(ref, where), ref, where)
+
+    def pixels(self, ref: Ref, where: str = "") -> torch.Tensor:
+        """What the model sees of the picture, uint8 [3, 224, 224]; raises SampleError."""
+        picture = self.load(ref, where)
+        try:
+            return preprocess(picture)
+        except Exception as error:  # as decoders do: all kinds
+            raise SampleError(f"picture {ref if isinstance(ref, str) else 'of the row'!r} cannot be converted: {error}", where) from error
 
     def read(self, name: str, where: str = "") -> bytes:
         """The bytes of the picture's file; raises SampleError."""

@@ -26,7 +26,9 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
+
+from model.errors import UsageError
+from model.processing import load_tokenizer
 
 from .conversation import Renderer
 from .errors import DataError, SampleError
@@ -96,7 +98,7 @@ class Checker:
                 whole = self.renderer.render(sample)
                 used = self.renderer.render(sample, self.max_length)
                 for ref in sample.images:
-                    self.images.load(ref, sample.where)
+                    self.images.pixels(ref, sample.where)
             except SampleError as error:
                 report.note(kind_of(error), 1, [str(error)])
                 continue
@@ -135,6 +137,16 @@ def histogram(lengths: np.ndarray) -> str:
     counts, edges = np.histogram(lengths, bins=min(20, len(np.unique(lengths))))
     return "\n".join(f"{low:7.0f} - {high:6.0f} {'#' * round(WIDTH * count / counts.max())} {count}"
                      for count, low, high in zip(counts, edges, edges[1:], strict=False))  # fmt: skip
+
+
+def check_plot(path: str | None) -> None:
+    """Raises DataError when `plot` could not draw into that file: before the work rather than after it."""
+    if not path:
+        return
+    if find_spec("matplotlib") is None:
+        raise DataError("--plot needs matplotlib: pip install matplotlib")
+    if Path(path).suffix not in (".png", ".pdf", ".svg", ".jpg") or not Path(path).absolute().parent.is_dir():
+        raise DataError(f"--plot {path}: give a .png, .pdf, .svg or .jpg in a folder that exists")
 
 
 def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
@@ -203,12 +215,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--plot", help="file for a picture of the lengths")
     args = parser.parse_args(argv)
-    args.processes, begin = max(1, args.processes), time.monotonic()
+    if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:
+        parser.error("--max_seq_len, --batch_size, --processes and --tokens_per_second are greater than 0")
+    begin = time.monotonic()
     try:
-        if args.plot and find_spec("matplotlib") is None:
-            raise DataError("--plot needs matplotlib: pip install matplotlib")
+        check_plot(args.plot)
         samples, images = open_samples(args.data), open_images(args.images_path)
-        renderer, total = Renderer(AutoTokenizer.from_pretrained(args.tokenizer_path)), Report()
+        renderer, total = Renderer(load_tokenizer(args.tokenizer_path)), Report()
         with tqdm(total=len(samples), unit="sample", disable=not sys.stderr.isatty()) as bar:
             for report in check_all(Checker(samples, images, renderer, args.max_seq_len), args.processes):
                 total.add(report)
@@ -217,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         tell_times(total, args, samples, time.monotonic() - begin)
         if args.plot:
             plot(np.frombuffer(total.lengths, np.uint32), args.max_seq_len, args.plot)
-    except (DataError, OSError, BrokenProcessPool) as error:
+    except (DataError, UsageError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

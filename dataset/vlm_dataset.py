@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset
 
 from model.model_minimind import find_loss_positions
-from model.vision import preprocess
 
 from .conversation import IGNORE_INDEX, Renderer
 from .errors import SampleError
@@ -77,6 +76,8 @@ class VLMDataset(Dataset):
             sample = self.samples[index]
             rendered = self.renderer.render(sample, self.max_length)
             slots = self.cache.slots_of(index) if self.cache else [-1] * len(sample.images)
+            if len(slots) != len(sample.images):
+                raise SampleError("other pictures than at the start: the file has changed; start again", sample.where)
             for ref, slot in zip(sample.images, slots, strict=True):
                 if ref not in pictures:
                     pictures[ref] = self._picture(ref, slot, sample.where)
@@ -90,11 +91,7 @@ class VLMDataset(Dataset):
         features = self.cache.read(slot, signature) if self.cache else None
         if features is not None:
             return Picture(features=features, slot=slot, signature=signature)
-        picture = self.images.load(ref, where)
-        try:
-            return Picture(pixels=preprocess(picture), slot=slot, signature=signature)
-        except (OSError, ValueError, MemoryError) as error:
-            raise SampleError(f"picture {ref if isinstance(ref, str) else 'of the row'!r} cannot be converted: {error}", where) from error
+        return Picture(pixels=self.images.pixels(ref, where), slot=slot, signature=signature)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,10 @@ def tower_fingerprint(tower: CLIPVisionModel) -> str:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Any PIL picture as RGB, upright, transparency on white; the first frame of an animation, 16 bits scaled to 8."""
     picture.seek(0)
-    picture = ImageOps.exif_transpose(picture)
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged EXIF block raises all kinds, and tells nothing of how the picture is turned
+        picture.load()
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         picture = picture.convert("I").point(lambda value: value / 257).convert("L")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:

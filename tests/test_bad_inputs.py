@@ -14,8 +14,10 @@ from dataset.errors import DataError, SampleError
 from dataset.pictures import open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, Example, VLMDataset
+from model.errors import UsageError
 from tests.conftest import make_model, make_tower, write_jsonl
 from trainer.console import Screen
+from trainer.distributed import usable_device
 from trainer.inference import Assistant, Chat, Sampling
 from trainer.scoring import ScoreJob, score
 from trainer.terminal import TerminalChat
@@ -231,6 +233,12 @@ def test_pictures(folder, renderer, assistant, tmp_path, capsys, name):
         with pytest.raises(SampleError, match=problem):
             raise SampleError(said)
     chat.ask("What?")
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:77", "meta"])
+def test_devices_that_are_none(name):
+    with pytest.raises(UsageError, match=f"--device {name}"):
+        usable_device(name)
 
 
 def test_files_that_are_no_data(tmp_path):

@@ -67,6 +67,15 @@ def test_exif_rotation_and_animation(tmp_path):
     assert preprocess(FolderImages(tmp_path).load("moving.gif"))[:, 0, 0].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize("block", [b"XXXXgarbage", b"MM\0*\0\0"])
+def test_a_damaged_exif_block_does_no_harm(tmp_path, block):
+    picture = gradient(40, 30)
+    picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "b.png", exif=block)
+    whole, damaged = (FolderImages(tmp_path).pixels(name) for name in ("a.png", "b.png"))
+    assert torch.equal(whole, damaged)
+
+
 def test_pictures_that_cannot_be_had(tmp_path, monkeypatch):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """Data at scale: indices, zips, parquet, mixtures, and orders that need no memory."""
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -33,9 +34,10 @@ from dataset.errors import DataError, SampleError
 from dataset.jsonl import JsonlSamples
 from dataset.order import BlockOrder, EpochOrder, Permutation
 from dataset.parquet import ParquetSamples
-from dataset.pictures import ZipImages, open_images
+from dataset.pictures import ZipImages, load_picture, open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
+from model.vision import preprocess
 from tests.conftest import REPOSITORY, make_data, write_jsonl
 from tests.test_never_lose_work import read_until, start_on_disk
 from tests.test_training import assert_same, train, weights
@@ -597,6 +599,43 @@ def test_pictures_are_made_smaller_only_when_asked(tmp_path):
     assert convert.main([str(path), "--images_path", str(tmp_path / "p"), "--out", str(tmp_path / "s"), "--resize", "100"]) == 0
     (ref,) = open_samples(tmp_path / "s")[0].images
     assert open_images(tmp_path / "none").load(ref).size == (150, 100)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_a_smaller_picture_shows_what_the_larger_one_did(tmp_path, mode):
+    large = Image.new("RGBA", (300, 200), (255, 0, 0, 0))  # seen on white
+    if mode == "I;16":
+        large = Image.fromarray(np.full((200, 300), 40_000, np.uint16))
+    file = io.BytesIO()
+    (large if mode == "I;16" else large.convert(mode)).save(file, "PNG")
+    large, small = (preprocess(load_picture(io.BytesIO(blob), mode)).int() for blob in (file.getvalue(), convert.resized(file.getvalue(), 100)))
+    assert (large - small).abs().max() <= 2
+
+
+def test_a_folder_takes_one_conversion(data, tmp_path, capsys):
+    arguments = [str(data[0]), "--images_path", str(data[1]), "--out", str(tmp_path / "out")]
+    with convert.claimed(tmp_path / "out"):
+        assert convert.main(arguments) == 2
+    assert "another conversion" in capsys.readouterr().err
+    (tmp_path / "out" / "00000.tmp").touch()
+    assert convert.main(arguments) == 2 and "half done" in capsys.readouterr().err
+    for flag in (["--resize", "-5"], ["--shard_rows", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            convert.main([*arguments, *flag])
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--batch_size", "0"], "greater than 0"), (["--tokens_per_second", "-1"], "greater than 0")])
+def test_flags_of_validation_are_looked_at_first(data, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        validate.main([str(data[0]), "--images_path", str(data[1]), *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--plot", "x.xyz"], ".png"), (["--tokenizer_path", "nowhere"], "no tokenizer.json")])
+def test_files_of_validation_are_looked_at_first(data, capsys, flags, message):
+    assert validate.main([str(data[0]), "--images_path", str(data[1]), *flags]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and not told.out
 
 
 def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):

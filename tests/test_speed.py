@@ -316,6 +316,22 @@ def test_cache_gives_back_what_it_got_and_only_for_the_same_file(data, tmp_path)
     assert again.read(5, 9) is None and again.read(2, 7) is not None
 
 
+@pytest.mark.parametrize("name", ["features.bin", "filled.bin", "starts.npy", "slots.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "junk"])
+def test_a_damaged_cache_is_made_anew(data, tmp_path, name, damage):
+    cache, path = open_small(tmp_path / "c", data), tmp_path / "c" / name
+    expected = [cache.slots_of(index) for index in range(22)]
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "junk": b"[]"}[damage])
+    again = open_small(tmp_path / "c", data)
+    assert [again.slots_of(index) for index in range(22)] == expected
+    again.write([0], [1], torch.ones(1, 4, 8).bfloat16())
+    again.flush()
+    assert torch.equal(again.read(0, 1), torch.ones(4, 8).bfloat16())
+
+
 def test_cache_starts_anew_when_anything_in_its_key_changes(data, tmp_path):
     cache = open_small(tmp_path / "c", data)
     cache.write([0], [1], torch.ones(1, 4, 8).bfloat16())

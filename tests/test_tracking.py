@@ -66,6 +66,20 @@ def offline_runs(folder) -> list[list[Record]]:
 # --- the metrics file -------------------------------------------------------------------------------------------------
 
 
+def test_a_full_disk_is_told_once_and_asked_again(tmp_path, capsys):
+    metrics = MetricsFile(tmp_path / "m.jsonl", 0)
+    good = metrics._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        metrics._file = full
+        metrics.log({"update": 1})
+        metrics.log({"update": 2})
+    assert capsys.readouterr().err.count("training goes on") == 1
+    metrics._file = good
+    metrics.log({"update": 3})
+    metrics.close()
+    assert (tmp_path / "m.jsonl").read_text() == '{"update": 3}\n'
+
+
 def test_a_resumed_metrics_file_goes_on_where_the_state_left_off(tmp_path):
     path = tmp_path / "m.jsonl"
     first = MetricsFile(path, 0)

@@ -18,6 +18,7 @@ from model import MiniMindVLM, VLMConfig, storage
 from model.weights import load_weights, save_weights
 from tests.conftest import (
     REPOSITORY,
+    children,
     make_data,
     make_model,
     make_tower,
@@ -312,6 +313,18 @@ def test_scripts_run_from_any_folder(data, tower_folder, tmp_path):
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_loader_process_is_one_line(data, tower_folder, tmp_path):
+    flags = training_flags(data, tower_folder, tmp_path, epochs=500)
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *flags], stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while "update 3/" not in process.stderr.readline():
+        assert process.poll() is None
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "Traceback" not in rest
+    assert "error: a loader process died" in rest and "--from_resume 1" in rest
 
 
 def test_weights_load_strictly(tmp_path):

@@ -87,6 +87,8 @@ class TrainConfig:
         for name in ("num_workers", "seed", "eval_interval"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
+        if self.seed >= 2**63 or self.batch_size * self.accumulation_steps > 2**31:
+            raise UsageError("--seed is below 2^63, an update takes at most 2^31 samples")
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise UsageError(f"--eval_data_path {self.eval_data_path}: a share lies between 0 and 1; a file of that name is ./{self.eval_data_path}")
         if self.eval_data_path is None and (self.eval_interval or self.eval_images_path):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from model.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -107,11 +109,22 @@ def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float = 600)
     return name
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name; raises UsageError when this machine or this torch has none."""
+    try:
+        device = torch.device(name)
+        if device.type != "cpu":
+            torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}. Without the flag the best there is is taken") from error
+    return device
+
+
 def start(device_name: str) -> Ranks:
     """Joins the process group that torchrun's environment describes, if there is one."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = torch.device(device_name)
+    device = usable_device(device_name)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # data may come in thousands of files
     if device.type == "cpu":

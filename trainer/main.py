@@ -17,9 +17,9 @@ from .loop import Trainer
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
-    config = parse_config(description, defaults, argv)
-    ranks = distributed.start(config.device or distributed.default_device())
+    config, ranks = parse_config(description, defaults, argv), None
     try:
+        ranks = distributed.start(config.device or distributed.default_device())
         locks = claim_outputs(config, ranks)
         config = resume_after_restart(config, ranks)
         code = Trainer(build(config, ranks)).train()
@@ -27,12 +27,21 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
         del locks
         return code
     except UsageError as error:
-        if ranks.is_first_here:  # another machine may lack what the first has
+        if ranks is None or ranks.is_first_here:  # another machine may lack what the first has
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, FloatingPointError, StorageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"error: a loader process died, for want of memory perhaps: {' '.join(str(error).split())}. Go on from"
+              f" {config.resume_file} with --from_resume 1, with fewer --num_workers if it comes again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before the first update or after the last: training itself answers signals
+        print("stopped; what was saved before is whole", file=sys.stderr)
+        return 130
 
 
 def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[OutputLock]:

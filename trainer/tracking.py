@@ -40,11 +40,21 @@ class MetricsFile:
                 except (ValueError, KeyError, TypeError):
                     continue  # a line torn by a sudden end
         write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed in close)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed in close)
+        self._torn = self._warned = False
 
     def log(self, values: dict[str, Any]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        """Appends one line. A disk that refuses is reported once, and asked again for the next line."""
+        line = ("\n" * self._torn + json.dumps(values, ensure_ascii=False) + "\n").encode()
+        problem = None
+        try:
+            self._torn = self._file.write(line) < len(line)
+            problem = "the disk is full" if self._torn else None
+        except OSError as error:
+            problem = error.strerror
+        if problem and not self._warned:
+            self._warned = True
+            print(f"warning: {self._file.name} misses lines ({problem}); training goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Closes the file."""

@@ -55,9 +55,24 @@ def rows_of_jsonl(source: JsonlSamples, images: ImageSource, skip_bad: list[str]
             note(error, skip_bad)
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Arrow's errors with the name of the file that they are about, as DataError."""
+    try:
+        yield
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def count_rows(path: Path) -> int:
+    """Samples of a parquet file; raises DataError."""
+    with named(path):
+        return parquet.read_metadata(path).num_rows
+
+
 def rows_of_parquet(path: Path, skip_bad: list[str] | None) -> Iterator[Row]:
-    """All samples of a parquet file; a picture without a name is called by its content."""
-    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # row groups are not held as a whole
+    """All samples of a parquet file; a picture without a name is called by its content. Raises DataError for a damaged file."""
+    with named(path), parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # row groups are not held as a whole
         check_columns(path, file.schema_arrow)
         cells = (batch.slice(number, 1) for batch in file.iter_batches(batch_size=256) for number in range(len(batch)))
         for number, record in enumerate(cells, start=1):
@@ -251,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         paths, images = files_of(args.data), open_images(args.images_path)
         to_parquet = paths[0].suffix.lower() != ".parquet"
         sources = [open_file(path) for path in paths] if to_parquet else paths
-        total = sum(len(source) if to_parquet else parquet.read_metadata(source).num_rows for source in sources)
+        total = sum(len(source) if to_parquet else count_rows(source) for source in sources)
         with claimed(out), tqdm(total=total, unit="sample", disable=not sys.stderr.isatty()) as bar:
             writer = ParquetShards(out, args.shard_rows, args.group_rows) if to_parquet else JsonlFolder(out)
             for source in sources:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from model.vision import preprocess
 
@@ -237,6 +237,8 @@ def load_picture(file: Path | BinaryIO, name: str, where: str = "") -> Image.Ima
         picture.load()
     except SampleError:
         raise
+    except UnidentifiedImageError as error:  # its own words are an address in memory
+        raise SampleError(f"picture {name!r} cannot be read: it is of no known kind of picture", where) from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
         raise SampleError(f"picture {name!r} cannot be read: {type(error).__name__}: {error}", where) from error
     return picture

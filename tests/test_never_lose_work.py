@@ -32,6 +32,7 @@ from tests.conftest import (
     training_flags,
 )
 from tests.storm import Storm
+from tests.test_speed import make_trainer
 from tests.test_training import NAME, assert_same, train, weights
 from trainer import checkpoint
 from trainer.config import UsageError
@@ -149,6 +150,23 @@ def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch
     assert json.loads(path.with_suffix(".json").read_text())["progress"] == 1
     assert read_sidecar(path)["progress"] == 2
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".commit"))]
+
+
+def test_data_that_let_a_run_down_cost_none_of_it(tower_folder, tmp_path):
+    data = make_data(tmp_path, 22)
+    train(data, tower_folder, tmp_path / "whole")
+    order = list(make_trainer(data, tower_folder, tmp_path / "order").run.sampler.updates(0))
+    at, sample = next((at, number) for at, ((*numbers,),) in enumerate(order) if at > 3 for number in numbers
+                      if (data[1] / f"{number}_0.png").exists())  # fmt: skip
+    picture = data[1] / f"{sample}_0.png"
+    content = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    flags = training_flags(data, tower_folder, tmp_path / "part", on_bad_sample="raise")
+    done = run_script("train_sft_vlm.py", *flags)
+    assert done.returncode == 1 and f"The {at} updates before are saved" in done.stderr and "Traceback" not in done.stderr
+    picture.write_bytes(content)
+    train(data, tower_folder, tmp_path / "part", from_resume=1)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
 # --- one writer at a time ---------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_a_bad_sample_is_skipped_named_and_counted(data, tower_folder, tmp_path)
     assert done.returncode == 1 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
     assert "few.jsonl:5: 'conversations' is missing" in done.stderr
     done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "b", on_bad_sample="raise"))
-    assert done.returncode == 1 and done.stderr.count("bad sample skipped") == 1
+    assert done.returncode == 1 and done.stderr.count("bad sample: ") == 1
     plain = write_jsonl(tmp_path / "plain.jsonl", ['{"conversations": 3}', *(
         [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 130)])  # fmt: skip
     done = train((plain, data[1]), tower_folder, tmp_path / "c", batch_size=16)

@@ -19,6 +19,10 @@ class TrainingFailed(Exception):
     """A run that cannot go on; the last good state is on disk. The scripts end with exit code 1."""
 
 
+class BadData(TrainingFailed):
+    """Too many samples that cannot be used. What was trained before is worth saving."""
+
+
 class BadSampleGuard:
     """Says once what is wrong with a sample, and ends the run when there are too many of them."""
 
@@ -30,14 +34,14 @@ class BadSampleGuard:
         for sample in bad[:1] if self.stops_at_first else bad:
             if sample.index not in self.reported:
                 self.reported.add(sample.index)
-                self.ranks.warn(f"bad sample skipped: {sample.reason}")
+                self.ranks.warn(f"bad sample{'' if self.stops_at_first else ' skipped'}: {sample.reason}")
 
     def judge(self, state: TrainState, new: int, epoch_done: bool) -> None:
-        """Raises TrainingFailed; `new` bad samples of all ranks are counted in `state` already."""
+        """Raises BadData; `new` bad samples of all ranks are counted in `state` already."""
         if new and self.stops_at_first:
-            raise TrainingFailed("stopped at the first bad sample (--on_bad_sample raise)")
+            raise BadData("stopped at the first bad sample (--on_bad_sample raise)")
         if state.bad > MOST_BAD * state.read and (state.bad > BAD_GRACE or epoch_done):
-            raise TrainingFailed(
+            raise BadData(
                 f"{state.bad} of {state.read} samples read were bad, more than {MOST_BAD:.0%}: something is"
                 f" wrong with the data as a whole (the first are named above)"
             )

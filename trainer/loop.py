@@ -24,7 +24,7 @@ from model.weights import half_weights, journal_of, weight_files
 
 from .build import Run, build_loader, worker_count
 from .checkpoint import Saver
-from .guards import BadSampleGuard, FiniteGuard
+from .guards import BadData, BadSampleGuard, FiniteGuard, TrainingFailed
 from .objective import Objective
 from .progress import cosine
 from .resume import begin, gather_rng_states, restore, snapshot
@@ -69,11 +69,14 @@ class Trainer:
         with StopRequest() as stop:
             if self.saver.newest_is_torn:
                 self.save()
-            self.validate_if_due(stop)  # a stop may have cut the last one short
-            for learning_rate in self.updates(stop):
-                self.log_if_due(learning_rate)
-                self.validate_if_due(stop)
-                self.save_if_due()
+            try:
+                self.validate_if_due(stop)  # a stop may have cut the last one short
+                for learning_rate in self.updates(stop):
+                    self.log_if_due(learning_rate)
+                    self.validate_if_due(stop)
+                    self.save_if_due()
+            except BadData as error:
+                raise TrainingFailed(f"{error}. {self.save_before_the_end()}") from error
             if self.stopped_by:
                 return self.stop_early(self.stopped_by)
         self.save_if_due(last=True)
@@ -271,6 +274,15 @@ class Trainer:
             self.best.wait()
         finally:
             self.tracker.close()
+
+    def save_before_the_end(self) -> str:
+        """Saves what was trained when the data let a run down, and says so. A resume counts bad samples anew."""
+        if self.state.update == self.began_update:
+            return "Nothing was trained since the start; mend the data and start again"
+        self.state.read = self.state.bad = 0
+        self.save_if_due(last=True)
+        self.finish()
+        return f"The {self.state.update} updates before are saved: mend the data and go on with --from_resume 1"
 
     def stop_early(self, signum: int) -> int:
         """Saves what is done and says how to go on."""

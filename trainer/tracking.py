@@ -167,7 +167,7 @@ class Tracker:
             self._bar.set_postfix_str(text)
         else:
             clock = f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}"
-            print(f"epoch {values['epoch']} update {values['update']}/{self._total} {text} left {clock}",
+            print(f"epoch {values['epoch']:.3f} update {values['update']}/{self._total} {text} left {clock}",
                   file=sys.stderr, flush=True)  # fmt: skip
 
     def log_validation(self, values: dict[str, Any]) -> None:

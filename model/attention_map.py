@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .model_minimind import Attention, apply_rope, rope_tables
+from .layers import apply_rope, rope_tables
+from .model_minimind import Attention
 from .model_vlm import MiniMindVLM
 
 

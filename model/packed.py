@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Cache, CLIPVisionModel
 from transformers.cache_utils import DynamicLayer
 
-from .model_minimind import FeedForward, MiniMindForCausalLM, RMSNorm, causal_attention, rope_tables
+from .layers import RMSNorm, causal_attention, rope_tables
+from .model_minimind import FeedForward, MiniMindForCausalLM
 from .moe import MOEFeedForward
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from dataset.conversation import IMAGE_MARK, Turn
 from model import MiniMindVLM
 from model.attention_map import attention_to_pictures
-from model.model_minimind import apply_rope
+from model.layers import apply_rope
 from model.vision import preprocess
 from tests.conftest import make_model, make_tower
 from trainer.attention_view import look, overlay, picture_of, split_text

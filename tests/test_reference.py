@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model import MiniMindConfig, MiniMindVLM, VLMConfig
-from model.model_minimind import rope_frequencies, rope_tables
+from model.layers import rope_frequencies, rope_tables
 from model.moe import MoEGate
 from model.vision import encode_images
 from tests.conftest import FIXTURES

@@ -18,14 +18,8 @@ from dataset.jsonl import JsonlSamples
 from dataset.pictures import FolderImages
 from dataset.synthetic import write_data
 from dataset.vlm_dataset import VLMDataset, collate
-from model.model_minimind import (
-    FeedForward,
-    GatedSiLU,
-    MiniMindConfig,
-    RMSNorm,
-    causal_attention,
-    find_loss_positions,
-)
+from model.layers import GatedSiLU, RMSNorm, causal_attention
+from model.model_minimind import FeedForward, MiniMindConfig, find_loss_positions
 from model.moe import MOEFeedForward
 from model.vision import CLIP_MEAN, CLIP_STD, normalize
 from tests.conftest import REPOSITORY, make_data, make_model, make_tower, read_metrics, training_flags, write_jsonl

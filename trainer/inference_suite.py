@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from dataset.conversation import IMAGE_MARK, Renderer, Turn
 from model import MiniMindVLM, VLMConfig
 from model.generation import Memory, Sampling, generate_batch, generate_stream
-from model.model_minimind import rope_tables
+from model.layers import rope_tables
 from model.vision import preprocess
 
 from .build import bf16_is_fast, load_tokenizer

@@ -15,7 +15,8 @@ from dataset.conversation import Renderer
 from dataset.pictures import ImageSource
 from dataset.sources import SampleSource
 from model import MiniMindVLM
-from model.model_minimind import IGNORE_INDEX, rope_tables
+from model.layers import rope_tables
+from model.model_minimind import IGNORE_INDEX
 from model.moe import MOEFeedForward
 
 

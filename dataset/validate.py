@@ -25,6 +25,7 @@ from operator import iadd
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from model.errors import UsageError
@@ -128,7 +129,8 @@ def check_all(checker: Checker, processes: int) -> Iterator[Report]:
     if processes == 1:
         yield from map(_check, spans)
         return
-    with ProcessPoolExecutor(processes, get_context("fork")) as pool:  # the processes share the checker's memory
+    # Forked, the processes share the checker's memory; torch's threads do not live on in them, and one is waited for in vain.
+    with ProcessPoolExecutor(processes, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         yield from pool.map(_check, spans)
 
 

@@ -9,7 +9,7 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The long proofs that nothing is lost: hundreds of kills, then changes of the number of processes.
 KILLS ?= 500

@@ -59,22 +59,24 @@ class GrowingLayer(DynamicLayer):
     for every token. `keys` and `values` are views of what is filled."""
 
     ROOM = 256  # tokens
-    room: torch.Tensor | None = None  # [2, B, G, capacity, d]: keys, values
+    room: tuple[torch.Tensor, torch.Tensor] | None = None  # [B, G, capacity, d] each: keys, values
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As transformers': keeps [B, G, T, d] more, returns all [B, G, K, d]."""
         B, G, T, d = key_states.shape
         start = self.keys.shape[2] if self.is_initialized else 0
         # Keys that lie elsewhere were selected or reordered by a method of transformers.
-        if start == 0 or start + T > self.room.shape[3] or self.keys.data_ptr() != self.room.data_ptr():
+        if start == 0 or start + T > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.room = key_states.new_empty(2, B, G, start + T + self.ROOM, d)
+            self.room = key_states.new_empty(2, B, G, start + T + self.ROOM, d).unbind()
             if start:
-                self.room[0, :, :, :start], self.room[1, :, :, :start] = self.keys, self.values
-        new_keys, new_values = self.room.narrow(3, start, T).unbind()
-        new_keys.copy_(key_states)
-        new_values.copy_(value_states)
-        self.keys, self.values = self.room.narrow(3, 0, start + T).unbind()
+                self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
+        keys, values = self.room
+        keys.narrow(2, start, T).copy_(key_states)
+        values.narrow(2, start, T).copy_(value_states)
+        self.keys, self.values = keys.narrow(2, 0, start + T), values.narrow(2, 0, start + T)
         return self.keys, self.values
 
 
@@ -126,14 +128,12 @@ class PackedExperts:
         self.shared = [PackedFeedForward(expert) for expert in module.shared_experts]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        chosen, weights, _ = self.gate(x)
-        tokens = x.flatten(0, 1)
-        mixed = torch.zeros_like(tokens)
+        chosen, weights, _ = self.gate(x[None])
+        mixed = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             rows, places = (chosen == number).nonzero(as_tuple=True)
             if len(rows):
-                mixed.index_add_(0, rows, expert(tokens[rows]) * weights[rows, places, None].to(x.dtype))
-        mixed = mixed.view_as(x)
+                mixed.index_add_(0, rows, expert(x[rows]) * weights[rows, places, None].to(x.dtype))
         for expert in self.shared:
             mixed = mixed + expert(x)
         return mixed
@@ -151,19 +151,18 @@ class PackedBlock:
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.mlp = PackedExperts(block.mlp) if block.use_moe else PackedFeedForward(block.mlp)
 
-    def __call__(self, x, rope, cache: Cache, mask, last: torch.Tensor | None) -> torch.Tensor:
-        """x [B, T, D] -> [B, T, D]; or [B, 1, D] at the places `last` int64 [B], when nobody reads the others."""
-        B, T, D = x.shape
-        heads = self.qkv(self.norms[0](x)).view(B, T, -1, self.head_dim).transpose(1, 2)
+    def __call__(self, x: torch.Tensor, B: int, rope, cache: Cache, mask, last: torch.Tensor | None) -> torch.Tensor:
+        """x [B * T, D] -> [B * T, D]; or [B, D] at the places `last` int64 [B], when nobody reads the others."""
+        heads = self.qkv(self.norms[0](x)).view(B, len(x) // B, -1, self.head_dim).transpose(1, 2)
         turned = turn(heads[:, : -self.kv_heads], *rope)
         q = turned[:, : -self.kv_heads]
         k, v = cache.update(turned[:, -self.kv_heads :], heads[:, -self.kv_heads :], self.layer)
         if last is not None:
             rows = torch.arange(B, device=x.device)
-            q, x, T = q[rows, :, last].unsqueeze(2), x[rows, last].unsqueeze(1), 1
+            q, x = q[rows, :, last].unsqueeze(2), x.view(B, -1, x.shape[-1])[rows, last]
             mask = mask.expand(B, -1, -1, -1)[rows, :, last].unsqueeze(2)
         attended = cached_attention(q, k, v, mask)
-        x = x + self.out(attended.transpose(1, 2).reshape(B, T, D))
+        x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
         return x + self.mlp(self.norms[1](x))
 
 
@@ -214,7 +213,8 @@ class PackedDecoder:
             mask = causal
         if last is None and T > 1:
             last = torch.full((B,), T - 1, device=x.device)
+        x = x.flatten(0, 1)
         for block in self.blocks[:-1]:
-            x = block(x, rope, cache, mask, None)
-        x = self.blocks[-1](x, rope, cache, causal if mask is None else mask, last)
-        return self.head(self.norm(x)).squeeze(1)
+            x = block(x, B, rope, cache, mask, None)
+        x = self.blocks[-1](x, B, rope, cache, causal if mask is None else mask, last)
+        return self.head(self.norm(x))

@@ -50,7 +50,7 @@ ABLATIONS = {
 
 
 class Contestant:
-    """One way to train, in a process that waits for its turn."""
+    """One way to train or to answer, in a process that waits for its turn."""
 
     def __init__(self, **spec):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in end)
@@ -59,7 +59,8 @@ class Contestant:
                                         stderr=self.log, text=True)  # fmt: skip
 
     def turn(self, what: str) -> dict:
-        """Trains for a while: "first" (nothing cached), "cached" or "plain". Returns what `contestants.serve` measured."""
+        """Trains for a while: "first" (nothing cached), "cached" or "plain"; or answers: "chat", "batch". Returns what
+        `contestants.serve` measured."""
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()

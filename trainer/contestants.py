@@ -39,8 +39,13 @@ ENCODES_ITSELF = ("bf16", "encoder_bf16")  # other features than all others: a c
 
 
 def serve(spec: dict) -> None:
-    """Answers each line of standard input ("first", "cached", "plain") with a line of figures, until its end."""
-    turns = plain_turns(spec) if spec.get("plain") else real_turns(spec)
+    """Answers each line of standard input (what to do in this turn) with a line of figures, until its end."""
+    if way := spec.get("answers"):
+        from . import inference_suite
+
+        turns = {"plain": inference_suite.plain_turns, "real": inference_suite.real_turns}[way]()
+    else:
+        turns = plain_turns(spec) if spec.get("plain") else real_turns(spec)
     next(turns)
     for line in sys.stdin:
         print(json.dumps(turns.send(line.strip())), flush=True)

@@ -101,7 +101,7 @@ def load_assistant(
     Raises UsageError for anything missing or not fitting.
     """
     if device == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(huge_pages=True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32

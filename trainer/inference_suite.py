@@ -1,4 +1,5 @@
-"""Suite `inference` of the benchmark: answers the plain way and ours, in turns, with random weights that never stop.
+"""Suite `inference` of the benchmark: answers the plain way and ours, two processes that take turns, on random weights
+that never stop.
 
 The plain way is transformers' `generate` on fp32 weights: transformers' processor, the tower, every projection by
 itself, a cache that is copied for every token, one question after another.
@@ -22,8 +23,10 @@ from model.generation import Memory, Sampling, generate_batch, generate_stream
 from model.layers import rope_tables
 from model.vision import preprocess
 
+from .benchmark import Contestant
 from .build import bf16_is_fast, load_tokenizer
 from .config import REPOSITORY
+from .distributed import keep_freed_memory
 from .inference import Assistant
 from .plain import norm, rotate
 
@@ -132,16 +135,22 @@ def timed(tokens: Iterator[int]) -> tuple[list[int], list[float]]:
     return given, seconds
 
 
-def make_ways() -> tuple[Plain, Real]:
-    """Both ways on the same random weights: decoder 512x8, a tower of ViT-B/16's shape."""
+def make_model(kind: type[MiniMindVLM]) -> MiniMindVLM:
+    """Random weights, the same for all kinds: decoder 512x8, a tower of ViT-B/16's shape."""
     torch.manual_seed(0)
-    plain = PlainVLM(VLMConfig(), CLIPVisionModel(CLIPVisionConfig(patch_size=16))).eval()
-    real = MiniMindVLM(VLMConfig(), CLIPVisionModel(CLIPVisionConfig(patch_size=16)))
-    real.load_state_dict(plain.state_dict())
-    real.vision_encoder.load_state_dict(plain.vision_encoder.state_dict())
-    fast = bf16_is_fast(torch.device("cpu"))
-    assistant = Assistant(real.to(torch.bfloat16 if fast else torch.float32), load_tokenizer(str(REPOSITORY / "model")))
-    return Plain(plain, assistant.renderer), Real(assistant)
+    return kind(VLMConfig(), CLIPVisionModel(CLIPVisionConfig(patch_size=16))).eval()
+
+
+def make_plain() -> Plain:
+    """The plain way on those weights."""
+    return Plain(make_model(PlainVLM), Renderer(load_tokenizer(str(REPOSITORY / "model"))))
+
+
+def make_real() -> Real:
+    """Ours on the same, with the settings and the dtype of `load_assistant`."""
+    keep_freed_memory(huge_pages=True)
+    dtype = torch.bfloat16 if bf16_is_fast(torch.device("cpu")) else torch.float32
+    return Real(Assistant(make_model(MiniMindVLM).to(dtype), load_tokenizer(str(REPOSITORY / "model"))))
 
 
 def make_pictures(count: int) -> list[Image.Image]:
@@ -151,65 +160,77 @@ def make_pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(pixels.numpy()).resize((640, 480)) for pixels in noise]
 
 
-def measure_turns(plain: Plain, real: Real, picture: Image.Image) -> dict[str, list[float]]:
-    """Seconds to the first token of a first and a second turn, and seconds a token after the first, of both ways."""
-    first = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),)
-    seconds = {f"{way}_{what}": [] for way in ("plain", "real") for what in ("first", "second", "token")}
-    for _ in range(ROUNDS + 1):
-        _, plain_first = plain.ask(first, picture, NEW_TOKENS)
-        memory, features = Memory(real.assistant.decoder.new_cache()), []
-        answer, real_first = timed(real.ask(first, memory, picture, features))
-        second = (*first, Turn("assistant", real.assistant.text(answer)), Turn("user", SECOND))
-        _, plain_second = plain.ask(second, picture, 1)
-        tokens = real.ask(second, memory, None, features)
-        begin = time.perf_counter()
-        next(tokens)
-        seconds["real_second"].append(time.perf_counter() - begin)
-        tokens.close()
-        seconds["plain_second"].append(plain_second[0])
-        for way, times in (("plain", plain_first), ("real", real_first)):
-            seconds[f"{way}_first"].append(times[0])
-            seconds[f"{way}_token"].append((times[-1] - times[0]) / (len(times) - 1))
-    return {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+def measured(first: list[float], second: list[float]) -> dict[str, float]:
+    """Seconds to the first token of a chat's first and second turn, and of each token that follows the first."""
+    return {"first": first[0], "second": second[0], "token": (first[-1] - first[0]) / (len(first) - 1)}
 
 
-def measure_batch(plain: Plain, real: Real) -> dict:
-    """Tokens/s of 32 questions on 32 pictures, encoding and reading included, against one by one; and of the steps alone."""
-    turns, pictures = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),), make_pictures(BATCH)
-    seconds = {"plain": [], "real": [], "plain_steps": [], "real_steps": []}
-    real.ask_all(turns, pictures, 2)  # warms up
-    for number in range(3):
-        begin = time.perf_counter()
-        steps = [times[-1] - times[0] for _, times in
-                 (plain.ask(turns, pictures[number + at], NEW_TOKENS) for at in range(PLAIN_QUESTIONS))]  # fmt: skip
-        seconds["plain"].append((time.perf_counter() - begin) / PLAIN_QUESTIONS)
-        seconds["plain_steps"].append(sum(steps) / PLAIN_QUESTIONS)
-        begin = time.perf_counter()
-        real.ask_all(turns, pictures, 1)
-        between = time.perf_counter()
-        real.ask_all(turns, pictures, NEW_TOKENS)
-        end = time.perf_counter()
-        seconds["real"].append(end - between)
-        seconds["real_steps"].append(end - between - (between - begin))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    speed, plain_speed = BATCH * NEW_TOKENS / median["real"], NEW_TOKENS / median["plain"]
-    steps, plain_steps = BATCH * (NEW_TOKENS - 1) / median["real_steps"], (NEW_TOKENS - 1) / median["plain_steps"]
-    return {"name": "decode_batch32", "ratio": speed / plain_speed, "tokens_per_second": speed,
-            "plain_tokens_per_second": plain_speed, "steps_ratio": steps / plain_steps, "steps_tokens_per_second": steps}  # fmt: skip
+def plain_turns() -> Iterator[dict]:
+    """Each turn is a chat of two questions ("chat"), or some of the 32 questions one by one ("batch")."""
+    plain, pictures = make_plain(), make_pictures(BATCH)
+    first, answer, number = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),), None, 0
+    while True:
+        what = yield answer
+        if what == "chat":
+            tokens, seconds = plain.ask(first, pictures[0], NEW_TOKENS)
+            said = plain.renderer.tokenizer.decode(tokens, skip_special_tokens=True)
+            answer = measured(seconds, plain.ask((*first, Turn("assistant", said), Turn("user", SECOND)), pictures[0], 1)[1])
+        else:
+            begin = time.perf_counter()
+            asked = [plain.ask(first, pictures[number + at], NEW_TOKENS)[1] for at in range(PLAIN_QUESTIONS)]
+            answer = {"batch": (time.perf_counter() - begin) / PLAIN_QUESTIONS,
+                      "steps": sum(seconds[-1] - seconds[0] for seconds in asked) / PLAIN_QUESTIONS}  # fmt: skip
+            number += 1
+
+
+def real_turns() -> Iterator[dict]:
+    """Each turn is the same, but all 32 questions at once."""
+    real, pictures = make_real(), make_pictures(BATCH)
+    first, answer = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),), None
+    while True:
+        what = yield answer
+        if what == "chat":
+            memory, features = Memory(real.assistant.decoder.new_cache()), []
+            tokens, seconds = timed(real.ask(first, memory, pictures[0], features))
+            second = (*first, Turn("assistant", real.assistant.text(tokens)), Turn("user", SECOND))
+            answer = measured(seconds, timed(real.ask(second, memory, None, features))[1])
+        else:
+            begin = time.perf_counter()
+            real.ask_all(first, pictures, 1)
+            between = time.perf_counter()
+            real.ask_all(first, pictures, NEW_TOKENS)
+            end = time.perf_counter()
+            answer = {"batch": end - between, "steps": end - between - (between - begin)}
 
 
 def inference_suite() -> list[dict]:
     """The rows of suite `inference`."""
-    plain, real = make_ways()
-    median = {name: statistics.median(values) for name, values in measure_turns(plain, real, make_pictures(1)[0]).items()}
+    ways = {"plain": Contestant(answers="plain"), "real": Contestant(answers="real")}
+    turns = {(way, what): [] for what in ("chat", "batch") for way in ways}
+    for what, rounds in (("chat", ROUNDS), ("batch", 3)):
+        for way in ways.values():
+            way.turn(what)  # warms up
+        for _ in range(rounds):
+            for name, way in ways.items():
+                turns[name, what].append(way.turn(what))
+    for way in ways.values():
+        way.end()
+    plain, real = (
+        {key: statistics.median(turn[key] for turn in turns[way, what])
+         for what in ("chat", "batch") for key in turns[way, what][0]}
+        for way in ways
+    )  # fmt: skip
+    speed, plain_speed = BATCH * NEW_TOKENS / real["batch"], NEW_TOKENS / plain["batch"]
+    steps, plain_steps = BATCH * (NEW_TOKENS - 1) / real["steps"], (NEW_TOKENS - 1) / plain["steps"]
     rows = [
-        {"name": "decode_single", "ratio": median["plain_token"] / median["real_token"],
-         "tokens_per_second": 1 / median["real_token"], "plain_tokens_per_second": 1 / median["plain_token"]},
-        {"name": "first_token", "ratio": median["plain_first"] / median["real_first"],
-         "milliseconds": 1e3 * median["real_first"], "plain_milliseconds": 1e3 * median["plain_first"]},
-        {"name": "second_turn_ms", "ratio": median["plain_second"] / median["real_second"],
-         "milliseconds": 1e3 * median["real_second"], "plain_milliseconds": 1e3 * median["plain_second"]},
-        measure_batch(plain, real),
+        {"name": "decode_single", "ratio": plain["token"] / real["token"],
+         "tokens_per_second": 1 / real["token"], "plain_tokens_per_second": 1 / plain["token"]},
+        {"name": "first_token", "ratio": plain["first"] / real["first"],
+         "milliseconds": 1e3 * real["first"], "plain_milliseconds": 1e3 * plain["first"]},
+        {"name": "second_turn_ms", "ratio": plain["second"] / real["second"],
+         "milliseconds": 1e3 * real["second"], "plain_milliseconds": 1e3 * plain["second"]},
+        {"name": "decode_batch32", "ratio": speed / plain_speed, "tokens_per_second": speed,
+         "plain_tokens_per_second": plain_speed, "steps_ratio": steps / plain_steps, "steps_tokens_per_second": steps},
     ]  # fmt: skip
     for row in rows:
         figures = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in ("name", "ratio"))

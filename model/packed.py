@@ -47,6 +47,8 @@ class PackedLinear(nn.Module):
 def pack_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
     """A tower of the same weights whose linear layers are packed; gives the same patch vectors, faster on a CPU."""
     packed = copy.deepcopy(tower, {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())})
+    if packed.device.type == "cpu":
+        packed.set_attn_implementation("eager")  # as products of matrices, which are quicker there than the fused kernel
     for module in list(packed.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -139,12 +139,17 @@ def enlarge(picture: Image.Image, box: tuple[float, float, float, float]) -> tor
     four rows, which is what `embedding_bag` computes, and columns are rows of the transposed picture.
     """
     width, height = picture.size
-    rows = pixels_of(picture).permute(1, 0, 2).float().reshape(width, height * 3)
-    rows = F.embedding_bag(mode="sum", weight=rows, **_bicubic(width, box[0], box[2]))
-    rows = rows.add_(0.5).floor_().clamp_(0, 255).view(IMAGE_SIZE, height, 3).permute(1, 2, 0).reshape(height, -1)
-    rows = F.embedding_bag(mode="sum", weight=rows, **_bicubic(height, box[1], box[3]))
-    rows = rows.add_(0.5).clamp_(0, 255)  # torch's own way from fp32 to uint8 takes nine times as long as numpy's
-    return torch.from_numpy(rows.numpy().astype(np.uint8)).view(IMAGE_SIZE, 3, IMAGE_SIZE).transpose(0, 1)
+    columns = pixels_of(picture.transpose(Image.Transpose.TRANSPOSE)).view(width, -1)  # [x, y * channels]
+    columns = _weighted_sums(columns, _bicubic(width, box[0], box[2]))
+    rows = np.ascontiguousarray(columns.T).reshape(height, -1)  # [y, channels * x]
+    rows = _weighted_sums(torch.from_numpy(rows), _bicubic(height, box[1], box[3]))
+    return torch.from_numpy(rows).view(IMAGE_SIZE, 3, IMAGE_SIZE).transpose(0, 1)
+
+
+def _weighted_sums(rows: torch.Tensor, sums: dict[str, torch.Tensor]) -> np.ndarray:
+    """Sums of weighted rows, uint8 [n, m] -> uint8 [224, m]."""
+    out = F.embedding_bag(mode="sum", weight=rows.float(), **sums).add_(0.5).clamp_(0, 255)
+    return out.numpy().astype(np.uint8)  # torch's own way from fp32 to uint8 takes nine times as long
 
 
 @functools.lru_cache(maxsize=1024)

@@ -94,9 +94,12 @@ def row_of_cells(cell: dict[str, Any], where: str) -> Row:
     names = parse_images(cell.pop("image", None) or None, where) or names_inside(pictures, blobs)
     if len(names) != len(blobs):
         raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
-    more = parse_json(cell.pop("more", None) or "{}", where)
-    if cell or not isinstance(more, dict):
+    text = cell.pop("more", None) or "{}"
+    more = parse_json(text, where) if isinstance(text, str) else None
+    if cell or not isinstance(more, dict) or "conversations" in more:
         raise SampleError(f"columns that jsonl has no place for: {', '.join(cell) or 'more'}", where)
+    if "image" in more and parse_images(more["image"], where) != names:
+        raise SampleError(f"'more' calls the pictures {more['image']!r}, 'image' {list(names)!r}", where)
     return row | ({"image": spelled(names)} if names else {}) | more, blobs
 
 
@@ -202,7 +205,10 @@ class JsonlFolder:
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample; raises DataError for two different pictures of one name, and for a name that leads out of the folder."""
         for name, blob in zip(parse_images(row.get("image")), blobs, strict=True):
-            path = (self.images / name).resolve()
+            try:
+                path = (self.images / name).resolve()
+            except ValueError as error:  # a NUL
+                raise DataError(f"picture {name!r} is no file name: {error}") from error
             if not path.is_relative_to(self.images.resolve()):
                 raise DataError(f"picture {name!r} leads out of {self.images}")
             if path.exists():

@@ -117,19 +117,22 @@ class BackgroundWriter:
 
 
 def finish_commit(journal: Path) -> None:
-    """Does what a journal still asks for, if there is one. Doing it twice is doing it once."""
+    """Does what a journal still asks for, if there is one. Doing it twice is doing it once. Raises StorageError for a
+    journal that holds something else."""
     try:
-        steps = json.loads(journal.read_text())
+        steps = [(Path(step["from"]), Path(step["to"]), step["keep"]) for step in json.loads(journal.read_text())]
     except FileNotFoundError:
         return
-    for step in steps:
-        source, target = Path(step["from"]), Path(step["to"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{journal}, the list of files of a save that was cut short, is damaged: {error!r}. Remove it to go"
+                           " on; weights and training state may then be of two different saves") from error  # fmt: skip
+    for source, target, keep in steps:
         if not source.exists():
             continue  # done before the stop
-        if step["keep"] and target.exists():
-            os.replace(target, step["keep"])
+        if keep and target.exists():
+            os.replace(target, keep)
         os.replace(source, target)
-    for folder in {Path(step["to"]).parent for step in steps}:
+    for folder in {target.parent for _, target, _ in steps}:
         sync_folder(folder)
     journal.unlink(missing_ok=True)
     sync_folder(journal.parent)

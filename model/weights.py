@@ -94,7 +94,8 @@ def lock_of(file: Path) -> Path:
 
 
 def finish_writing(weight_file: Path) -> None:
-    """For readers: weights and sidecar of one and the same update, also when their writer died between the two."""
+    """For readers: weights and sidecar of one and the same update, also when their writer died between the two. Raises
+    UsageError when what it left cannot be read."""
     journal = journal_of(weight_file)
     if not journal.exists():
         return
@@ -106,8 +107,12 @@ def finish_writing(weight_file: Path) -> None:
                 return
             time.sleep(0.1)
         return
-    finish_commit(journal)
-    lock.release()
+    try:
+        finish_commit(journal)
+    except StorageError as error:
+        raise UsageError(str(error)) from error
+    finally:
+        lock.release()
 
 
 def read_sidecar(path: Path) -> dict | None:

@@ -152,6 +152,18 @@ def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".commit"))]
 
 
+@pytest.mark.parametrize("content", ["", "{}x", "[1]", '[{"from": 1, "to": "b", "keep": null}]', "\xff"], ids=repr)
+def test_a_damaged_list_of_a_save_is_named_and_nothing_is_touched(tmp_path, content):
+    path = tmp_path / "w_32.pth"
+    save_weights(path, make_model(), {})
+    (journal := tmp_path / ".w_32.commit").write_bytes(content.encode("latin-1"))
+    before = path.read_bytes()
+    for _ in range(2):  # its lock has been let go
+        with pytest.raises(UsageError, match=r"w_32\.commit.* is damaged.*Remove it"):
+            read_sidecar(path)
+    assert path.read_bytes() == before and journal.exists()
+
+
 def test_data_that_let_a_run_down_cost_none_of_it(tower_folder, tmp_path):
     data = make_data(tmp_path, 22)
     train(data, tower_folder, tmp_path / "whole")

@@ -766,6 +766,22 @@ def test_links_in_a_circle(data, tmp_path):
             open_samples(tmp_path / entry)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"more": 7}, "no place for: more"), ({"more": '{"conversations": []}'}, "no place for: more"),
+     ({"more": '{"image": "b.png"}', "image": ["a.png"]}, "'more' calls the pictures 'b.png'"),
+     ({"more": '{"image": null}', "image": ["a.png"]}, "'more' calls the pictures None"),
+     ({"image": ["a\0.png"]}, "is no file name")],
+    ids=["number", "conversations", "another picture", "no picture", "NUL"],
+)  # fmt: skip
+def test_parquet_of_others_is_refused_where_its_columns_disagree(data, tmp_path, columns, message, capsys):
+    talk = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
+    cells = {"conversations": json.dumps(talk), "image_bytes": next(data[1].iterdir()).read_bytes(), **columns}
+    parquet.write_table(arrow.table({name: [cell] for name, cell in cells.items()}), tmp_path / "a.parquet")
+    assert convert.main([str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_conversion_keeps_odd_names_and_refuses_columns_it_would_lose(data, tmp_path, capsys):
     (tmp_path / "p").mkdir()
     shutil.copy(next(data[1].iterdir()), tmp_path / "p" / "a,b.png")

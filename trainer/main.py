@@ -54,10 +54,11 @@ def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[OutputLock]:
         for file in files:
             check_writable(file.parent)
         locks = [OutputLock(lock_of(file)) for file in files]
+        for file in files:
+            finish_commit(journal_of(file))
     except StorageError as error:
         raise UsageError(str(error)) from error
     for file in files:
-        finish_commit(journal_of(file))
         remove_temporaries(file.parent, [file.name, file.with_suffix(".json").name, journal_of(file).name])
     return locks
 

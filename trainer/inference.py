@@ -196,6 +196,12 @@ class Chat:
             else:
                 self.dropped = 0
 
+    def encode_ahead(self, pixels: list[torch.Tensor]) -> Iterator[None]:
+        """Encodes pictures, one a step, before a question shows them; the next question forgets those that it does not show."""
+        for picture in pixels if self.assistant.tower is not None else ():
+            self._encode([picture])
+            yield
+
     def _turn(self, question: str) -> Turn:
         """The question with a mark for each waiting picture."""
         marks = self._marks(self.waiting)
@@ -226,15 +232,19 @@ class Chat:
 
     def _read(self, prompt: Rendered, pixels: list[torch.Tensor]) -> Prompt:
         """The prompt with its pictures by number; those not seen before are encoded."""
+        self._encode(pixels)
+        numbers = [self._numbers[id(picture)] for picture in pixels]
+        for number in set(self._shown) - set(numbers):  # went with its exchange
+            del self._numbers[id(self._shown.pop(number)[0])]
+        return self.assistant.prompt(prompt, numbers)
+
+    def _encode(self, pixels: list[torch.Tensor]) -> None:
+        """Gives pictures not seen before a number and patch vectors."""
         new = list({id(picture): picture for picture in pixels if id(picture) not in self._numbers}.values())
         for picture, features in zip(new, self.assistant.encode(new) if new else (), strict=True):
             self._numbers[id(picture)] = self._next
             self._shown[self._next] = picture, features
             self._next += 1
-        numbers = [self._numbers[id(picture)] for picture in pixels]
-        for number in set(self._shown) - set(numbers):  # went with its exchange
-            del self._numbers[id(self._shown.pop(number)[0])]
-        return self.assistant.prompt(prompt, numbers)
 
     def _forget(self) -> None:
         self._memory.keep(0)

@@ -24,6 +24,8 @@ def show(labels: Labels) -> None:
     with st.sidebar:
         loading = pick_model(labels)
         values = pick_sampling(labels)
+    if loading is not None and loading.assistant is not None:
+        set_to_work(visitor, loading, values)
     toolbar(visitor, labels)
     if loading is None:
         return no_models(labels)
@@ -41,6 +43,16 @@ def show(labels: Labels) -> None:
     server().shelf.page_shown()
     if visitor.busy:
         follow(visitor, loading, values, place, labels)
+
+
+def set_to_work(visitor: Visitor, loading: Loading, values: dict) -> None:
+    """What the model can do while the page is put together: begin the answer, or look at the next question's pictures."""
+    from trainer.inference import Sampling
+
+    if visitor.waiting:
+        visitor.begin(loading, Sampling(**values))
+    elif not visitor.busy:
+        visitor.look_ahead(loading, Sampling(**values))
 
 
 def visitor_of_session() -> Visitor:
@@ -162,9 +174,7 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
         elif loading.problem:
             visitor.fail(loading.problem)
         else:
-            from trainer.inference import Sampling
-
-            visitor.begin(loading, Sampling(**values))
+            set_to_work(visitor, loading, values)
     if job := visitor.job:
         known, done = 0, False
         while not done:
@@ -174,7 +184,8 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
                 place.text(job.text)
                 time.sleep(FRAME)
             else:
-                others = server().engine.busy - 1
+                own = 1 if visitor.ahead is None or visitor.ahead.done else 2
+                others = server().engine.busy - own
                 place.caption(labels("queue", count=others) if others > 0 else labels("thinking"))
         visitor.settle()
     st.rerun()

@@ -5,7 +5,7 @@ import functools
 import io
 import threading
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -25,15 +25,18 @@ class PictureError(Exception):
     """A picture that cannot be taken; the message says what is wrong with it and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Picture:
-    """A picture of a visitor: the bytes of his file, and a preview (PNG bytes, upright, pixels and nothing else)."""
+    """A picture of a visitor: a preview (PNG bytes, upright, pixels and nothing else), and the bytes of his file until the
+    model's pixels have been made of it."""
 
     name: str
-    data: bytes
     preview: bytes
+    data: bytes | None = field(repr=False)
+    _pixels: object | None = field(default=None, repr=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    @property
+    @functools.cached_property
     def thumbnail(self) -> str:
         """The preview as a small square, a data: URL."""
         with Image.open(io.BytesIO(self.preview)) as preview:
@@ -42,13 +45,14 @@ class Picture:
         small.convert("RGB").save(file, "JPEG")
         return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
-    def decode(self) -> Image.Image:
-        """The picture as the model's preprocessing takes it; raises PictureError."""
-        return decode(self.data, self.name)
+    def pixels(self):
+        """As the model takes it, uint8 [3, 224, 224], the same tensor every time; raises PictureError."""
+        from model.vision import preprocess  # not above: the page is there before torch is
 
-    def shown(self) -> "Picture":
-        """What is kept of a picture that the model has: its name and preview."""
-        return replace(self, data=b"")
+        with self._making:  # an example is everybody's
+            if self._pixels is None:
+                self._pixels, self.data = preprocess(decode(self.data, self.name)), None
+        return self._pixels
 
 
 def take(data: bytes, name: str) -> Picture:
@@ -63,7 +67,7 @@ def take(data: bytes, name: str) -> Picture:
     clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # leaves behind what is no pixel
     file = io.BytesIO()
     clean.save(file, "PNG")
-    return Picture(name, data, file.getvalue())
+    return Picture(name, file.getvalue(), data)
 
 
 def decode(data: bytes, name: str) -> Image.Image:

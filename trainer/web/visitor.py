@@ -17,7 +17,6 @@ class Exchange:
 
     question: str
     pictures: list[Picture]
-    pixels: list | None = None  # as the model takes them, uint8 [3, 224, 224] each, once they are decoded
     model: str = ""
     answer: str = ""
     problem: str | None = None
@@ -41,8 +40,10 @@ class Visitor:
     notices: list[str] = field(default_factory=list)  # what was wrong with pictures he brought
     exchanges: list[Exchange] = field(default_factory=list)
     job: Job | None = None
+    ahead: Job | None = None  # encodes pictures of the tray
     taken: set[str] = field(default_factory=set)  # ids of uploaded files that have been read
     _acts: dict[str, int] = field(default_factory=dict)  # how often each widget has acted
+    _ahead: list[int] = field(default_factory=list)  # what `ahead` is for: the chat and the tray's pictures, by id
     _chat: object | None = None  # trainer.inference.Chat
     _last_turn: object | None = None  # of the chat's history, before the job
     _waiting: bool = False  # the last exchange waits for the model to be loaded
@@ -87,7 +88,7 @@ class Visitor:
         last = self.exchanges[-1]
         if last.remembered:
             self._chat.undo()
-        self.exchanges[-1] = Exchange(question or last.question, last.pictures, last.pixels)
+        self.exchanges[-1] = Exchange(question or last.question, last.pictures)
         self._waiting = True
 
     def fail(self, problem: str) -> None:
@@ -100,17 +101,24 @@ class Visitor:
         exchange.model = loading.choice.label
         chat = self._chat_with(loading.assistant, sampling)
         try:
-            if exchange.pixels is None:
-                chat.waiting.clear()
-                for picture in exchange.pictures:
-                    chat.add_picture(picture.decode())
-                exchange.pixels = chat.waiting
-                exchange.pictures = [picture.shown() for picture in exchange.pictures]
+            chat.waiting = [picture.pixels() for picture in exchange.pictures]
         except PictureError as error:
             return self.fail(str(error))
-        chat.waiting = list(exchange.pixels)  # the same tensors when it is asked again: they are encoded once
         self._last_turn = chat.turns[-1] if chat.turns else None
         self.job = self.engine.submit(lambda: chat.stream(exchange.question))
+
+    def look_ahead(self, loading: Loading, sampling) -> None:
+        """Has the pictures of the tray encoded while the question is being typed; the model has to be there."""
+        if not self.tray:
+            return
+        chat = self._chat_with(loading.assistant, sampling)
+        sights = [id(chat), *map(id, self.tray)]
+        if sights != self._ahead:
+            try:
+                pixels = [picture.pixels() for picture in self.tray]
+            except PictureError:
+                return  # the question will say so
+            self._ahead, self.ahead = sights, self.engine.submit(lambda: chat.encode_ahead(pixels))
 
     def _chat_with(self, assistant, sampling):
         """The chat; when the model has been changed, a new one with the same history."""

@@ -49,7 +49,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "stopped": ("Stopped.", "已停止。"),
     "silent": ("(The model said nothing.)", "（模型沒有說話。）"),
     "dropped": ("The conversation has grown too long for the model: it no longer sees the first {count} more exchanges.", "對話已超過模型能記住的長度：它看不到更早的 {count} 次問答。"),
-    "timing": ("{model} · first words after {first:.2f} s, done after {seconds:.1f} s", "{model} · {first:.2f} 秒後開始回答，{seconds:.1f} 秒後完成"),
+    "timing": ("{model} · first words after {first:.2f} s, done after {seconds:.2f} s", "{model} · {first:.2f} 秒後開始回答，{seconds:.2f} 秒後完成"),
     "regenerate": ("Regenerate", "重新產生"),
     "edit": ("Edit", "修改"),
     "ask_edited": ("Ask", "提問"),

@@ -308,6 +308,23 @@ def test_pictures_are_encoded_while_the_question_is_typed(loading, monkeypatch):
     assert converse(visitor, loading) == "blue" and len(encoded) == 2
 
 
+def test_a_picture_that_cannot_be_converted_is_told_with_the_question(loading, monkeypatch):
+    from trainer.inference import Sampling
+
+    def fail(picture):
+        raise ValueError("odd")
+
+    visitor = Visitor(Engine(), 2048)
+    show(visitor, "red")
+    with monkeypatch.context() as patch:
+        patch.setattr("model.vision.preprocess", fail)
+        visitor.look_ahead(loading, Sampling())
+        assert visitor.ahead is None and len(visitor.tray) == 1
+        assert converse(visitor, loading, "What colour?") == "" and "'red.png' cannot be converted: odd" in visitor.exchanges[0].problem
+    visitor.again()
+    assert converse(visitor, loading) == "red"
+
+
 def test_failures_are_told_and_leave_the_conversation_usable(loading):
     visitor = Visitor(Engine(), 512)
     show(visitor, "red")

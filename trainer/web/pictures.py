@@ -51,7 +51,14 @@ class Picture:
 
         with self._making:  # an example is everybody's
             if self._pixels is None:
-                self._pixels, self.data = preprocess(decode(self.data, self.name)), None
+                picture = decode(self.data, self.name)
+                try:
+                    self._pixels, self.data = preprocess(picture), None
+                except MemoryError:
+                    raise
+                except Exception as error:  # decoders and conversions raise all kinds
+                    raise PictureError(f"picture {self.name!r} cannot be converted: {error}. Open it in a viewer and save it"
+                                       " anew.") from error  # fmt: skip
         return self._pixels
 
 

@@ -116,7 +116,7 @@ class Visitor:
         if sights != self._ahead:
             try:
                 pixels = [picture.pixels() for picture in self.tray]
-            except PictureError:
+            except (PictureError, MemoryError):
                 return  # the question will say so
             self._ahead, self.ahead = sights, self.engine.submit(lambda: chat.encode_ahead(pixels))
 

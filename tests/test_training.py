@@ -28,7 +28,7 @@ from tests.conftest import (
     write_jsonl,
 )
 from trainer import checkpoint
-from trainer.build import freeze
+from trainer.build import batches_of, freeze
 from trainer.config import TrainConfig, UsageError, parse_config, weight_name
 from trainer.progress import cosine
 from trainer.sampler import ResumableSampler
@@ -325,6 +325,26 @@ def test_a_killed_loader_process_is_one_line(data, tower_folder, tmp_path):
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and "Traceback" not in rest
     assert "error: a loader process died" in rest and "--from_resume 1" in rest
+
+
+def test_a_loader_process_whose_connection_broke_is_told_as_dead():
+    """Before the loader hears of the death, what it reads from the process ends in the middle."""
+    def died(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed")
+
+    def broken():
+        yield 1
+        raise ConnectionResetError
+
+    before = signal.signal(signal.SIGALRM, died)
+    try:
+        batches = batches_of(broken())
+        assert next(batches) == 1
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_weights_load_strictly(tmp_path):

@@ -93,6 +93,10 @@ class Guest:
         """A button by its label."""
         return self.page.get_by_role("button", name=name, exact=False).first
 
+    def sees(self, text: str) -> None:
+        """Waits until a text is in sight. Tables keep one for screen readers, which nobody sees."""
+        self.page.get_by_text(text).filter(visible=True).first.wait_for()
+
     def messages(self):
         """The bubbles of the conversation, questions and answers in turn."""
         return self.page.get_by_test_id("stChatMessage")

@@ -60,7 +60,7 @@ def everything(browser, url: str, folder: Path) -> None:
                 chat(guest, locale)
                 guest.page.screenshot(path=folder / f"{name}_chat.png")
                 guest.page.goto(f"{url}/training")
-                guest.page.get_by_text(WORDS[locale][2]).first.wait_for()
+                guest.sees(WORDS[locale][2])
                 guest.until(lambda guest=guest: guest.page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").count() >= 4)
                 guest.page.wait_for_timeout(1500)
                 guest.page.screenshot(path=folder / f"{name}_training.png")

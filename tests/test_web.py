@@ -170,8 +170,23 @@ def test_a_run_is_read_on_from_where_it_was_read(tmp_path):
     (tmp_path / "new").write_text('{"update": 1, "loss": 9.0}\n')
     (tmp_path / "new").replace(path)  # as a resumed run does
     assert run.refresh().curve("loss", "update") == ([1.0], [9.0])
+    path.write_text('{"update": 1, "loss": 7.0}\n{"update": 2, "loss": 6.0}\n')  # another one under its number
+    assert run.refresh().curve("loss", "update") == ([1.0, 2.0], [7.0, 6.0])
     path.unlink()
     assert run.refresh().curve("loss", "update") == ([], []) and RunFolder(tmp_path).runs() == {}
+
+
+def test_a_run_can_be_drawn_while_another_page_reads_it(tmp_path):
+    path = tmp_path / "sft_vlm_32.metrics.jsonl"
+    path.write_text("".join(f'{{"update": {number}, "loss": 1.0}}\n' for number in range(20_000)))
+    run, lengths = Run(path, "r"), [0]
+    reader = threading.Thread(target=run.refresh)
+    reader.start()
+    while lengths[-1] < 20_000:
+        xs, ys = run.curve("loss", "update")
+        assert len(xs) == len(ys) >= lengths[-1]
+        lengths.append(len(xs))
+    reader.join()
 
 
 def test_smoothing_and_thinning():
@@ -461,7 +476,7 @@ def test_failures_are_told_and_the_page_lives_on(page_of, browser, trained):
         for name, text in (("torn_32", "torn_32 cannot be loaded"), ("sft_vlm_32", "updates, ")):
             guest.page.get_by_role("combobox", name="Model").click()
             guest.page.get_by_role("option", name=name).click()
-            guest.page.get_by_text(text).first.wait_for()
+            guest.sees(text)
         guest.greedy()
         for name, data, message in [("broken.png", b"no picture", "cannot be read"),
                                     ("huge.png", picture_bytes("red", (8001, 8000)), "8001 x 8000 pixels")]:  # fmt: skip
@@ -491,7 +506,7 @@ def test_training_page(page_of, browser, trained):
     try:
         with Guest(browser, page_of, "/training") as guest:
             for title in ("Training loss", "Learning rate", "Tokens per second", "Peak memory"):
-                guest.page.get_by_text(title).first.wait_for()
+                guest.sees(title)
             guest.until(lambda: guest.page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").count() >= 4)
             guest.until(lambda: "0.123" in guest.page.get_by_test_id("stDataFrame").nth(1).text_content())
             assert "--epochs" not in guest.page.get_by_test_id("stDataFrame").nth(1).text_content()
@@ -522,7 +537,7 @@ def test_everything_fits_the_screen(page_of, browser, width, scheme):
         for path in ("", "/training"):
             if path:
                 guest.page.goto(page_of + path)
-                guest.page.get_by_text("訓練損失").first.wait_for()
+                guest.sees("訓練損失")
             wide = guest.page.evaluate("""() => [...document.querySelectorAll('[data-testid=stMain] *, [data-testid=stBottom] *')].filter(e => {
                 const box = e.getBoundingClientRect();
                 return box.width && (box.right > innerWidth + 1 || box.left < -1) && !e.closest('[data-testid=stDataFrame]') && !e.closest('[role=tooltip]')

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 import time
 from array import array
@@ -27,22 +28,24 @@ class Run:
         self.columns = {name: array("d") for name in METRICS}
         self.samples: list[dict] = []  # {"update": ..., "samples": [...]}
         self.bad = 0  # lines that are no json object
-        self._read, self._file = 0, None
+        self._read, self._file, self._newest = 0, None, b""  # bytes read, which file it is, its line read last
 
     def refresh(self) -> "Run":
         """Reads what has been written since the last time; everything anew when the file is another or was cut."""
         with self._lock:
             try:
-                stat = self.path.stat()
-                if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._read:
-                    self._forget()
-                    self._file = (stat.st_dev, stat.st_ino)
                 with open(self.path, "rb") as file:
-                    file.seek(self._read)
+                    stat = os.fstat(file.fileno())
+                    file.seek(self._read - len(self._newest))
+                    # A new file may have the number of a deleted one, and one that was cut may have grown again.
+                    if (stat.st_dev, stat.st_ino) != self._file or file.read(len(self._newest)) != self._newest:
+                        self._forget()
+                        self._file = (stat.st_dev, stat.st_ino)
+                        file.seek(0)
                     for line in file:
                         if not line.endswith(b"\n"):
                             break  # still being written
-                        self._read += len(line)
+                        self._read, self._newest = self._read + len(line), line
                         self._take(line)
             except OSError:  # deleted meanwhile
                 self._forget()
@@ -67,7 +70,9 @@ class Run:
 
     def curve(self, name: str, axis: str) -> tuple[list[float], list[float]]:
         """(x, y) of a figure over "update", "epoch" or "seconds", where both are known."""
-        both = [(x, y) for x, y in zip(self.columns[axis], self.columns[name], strict=True) if math.isfinite(x) and math.isfinite(y)]
+        with self._lock:  # for another visitor's page may be reading on
+            columns = self.columns[axis][:], self.columns[name][:]
+        both = [(x, y) for x, y in zip(*columns, strict=True) if math.isfinite(x) and math.isfinite(y)]
         return [x for x, _ in both], [y for _, y in both]
 
     @property

@@ -4,6 +4,7 @@ A sample source is anything with `len()`, `[i] -> Sample` (raising SampleError) 
 formats join here, in `open_file`.
 """
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -202,11 +203,15 @@ def open_file(path: Path) -> SampleSource:
     if kind not in (*FILES, ".json"):
         raise DataError(f"{path} is no .jsonl and no .parquet file")
     try:
-        if kind == ".json":
-            with open(path, "rb") as file:
-                if file.read(64).lstrip().startswith(b"["):
-                    raise DataError(f"{path} is one json array; one object a line is wanted: jq -c '.[]' {path} > data.jsonl")
-        return ParquetSamples(path) if kind == ".parquet" else JsonlSamples(path)
+        if kind == ".parquet":
+            return ParquetSamples(path)
+        with open(path, "rb") as file:
+            begin = file.read(64)
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path} is UTF-16 text; UTF-8 is wanted: iconv -f UTF-16 -t UTF-8 {path} > data.jsonl")
+        if begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise DataError(f"{path} is one json array; one object a line is wanted: jq -c '.[]' {path} > data.jsonl")
+        return JsonlSamples(path)
     except OSError as error:
         remedy = "; raise the limit (ulimit -n) or join files" if error.errno == errno.EMFILE else ""
         raise DataError(f"cannot read {path}: {error}{remedy}") from error

@@ -232,6 +232,9 @@ def main(argv: list[str] | None = None) -> int:
         tell_times(total, args, samples, time.monotonic() - begin)
         if args.plot:
             plot(np.frombuffer(total.lengths, np.uint32), args.max_seq_len, args.plot)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads us, `head` perhaps, has read enough; the flush at the end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, UsageError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,8 @@ import pickle
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -638,6 +640,15 @@ def test_files_of_validation_are_looked_at_first(data, capsys, flags, message):
     assert message in told.err and not told.out
 
 
+def test_validation_whose_reader_went_away_ends_quietly(data):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "dataset.validate", str(data[0]), "--images_path", str(data[1]), "--processes", "1"],
+                          stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, timeout=120, check=False)  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     rows = read_rows(data[0])
     path = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0], "{", row("y", "missing.png"), row("z", "gone.png")])
@@ -737,9 +748,11 @@ def test_names_with_commas_and_colons_and_json_arrays(data, tmp_path, monkeypatc
     (tmp_path / "run:3").mkdir()
     odd = write_jsonl(tmp_path / "run:3" / "a,b.jsonl", rows)
     assert len(open_samples(odd)) == len(open_samples(tmp_path / "run:3")) == open_samples(f"{tmp_path / 'run:3'}").epoch_size == 22
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"one json array; .* jq"):
-        open_samples(tmp_path / "a.json")
+    for name, encoding, message in (("a.json", "utf-8", "one json array; .* jq"), ("a.jsonl", "utf-8-sig", "one json array; .* jq"),
+                                    ("wide.jsonl", "utf-16", "UTF-16 text; .* iconv")):  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(rows), encoding=encoding)
+        with pytest.raises(DataError, match=message):
+            open_samples(tmp_path / name)
     (tmp_path / "b, with a comma").mkdir()
     pictures = shutil.copytree(data[1], tmp_path / "b, with a comma" / "p,q")
     other = write_jsonl(tmp_path / "b, with a comma" / "UPPER.JSONL", rows[:5])

@@ -46,6 +46,7 @@ class Trainer:
         self.finite = FiniteGuard(self.ranks, run.dataset.samples.where, self.config.resume_file)
         self.stopped_by = 0  # the signal that ended `updates` early
         self.saved_update = -1
+        self.waits_for_pictures = self.config.freeze_llm == 1
         self.saver = Saver(self.config.weight_file, self.config.resume_file)
         if self.config.from_resume:
             self.saver.newest_is_torn = restore(run, self.progress)
@@ -112,9 +113,10 @@ class Trainer:
         read = len(bad) + sum(len(batch.indices) for batch in micro_batches)
         sums = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
-            float(read), float(len(bad)), float(signum),
+            float(sum(len(batch.image_index) for batch in micro_batches)), float(read), float(len(bad)), float(signum),
         ])  # fmt: skip
-        supervised, tokens, read, bad_count, any_signal = sums
+        supervised, tokens, pictures, read, bad_count, any_signal = sums
+        self.waits_for_pictures = self.waits_for_pictures and not pictures
         if any_signal:  # these samples wait for the resume, which counts them then
             return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
         self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
@@ -193,6 +195,10 @@ class Trainer:
             "seconds": self.state.seconds + now - self.began, "seconds_left": per_update * (self.total - update),
             "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad,
         })  # fmt: skip
+        if self.waits_for_pictures and update != 1:
+            self.waits_for_pictures = False
+            self.ranks.print("warning: no picture so far, so nothing was learned: --freeze_llm 1 trains the projector alone,"
+                             " which sees pictures only. Use --freeze_llm 0 or 2 for text")  # fmt: skip
         if update == 1:
             vocabulary = self.run.model.config.vocab_size
             self.tracker.message(f"first loss; a model that knows nothing has ln({vocabulary}) = {math.log(vocabulary):.2f}")

@@ -17,10 +17,11 @@ from PIL import Image
 from model.weights import fingerprints, save_weights
 from tests.browser import Guest, chromium, free_port, serve
 from tests.conftest import COLOURS, REPOSITORY, make_model, make_tower, run_script, training_flags, write_jsonl
+from trainer.inference import Sampling
 from trainer.web import engine as engine_module
 from trainer.web import pictures
 from trainer.web.engine import Engine
-from trainer.web.models import ModelShelf
+from trainer.web.models import Loading, ModelShelf
 from trainer.web.runs import Run, RunFolder, differing, smooth, thin
 from trainer.web.texts import TEXTS, Labels, preferred
 from trainer.web.visitor import Visitor, escape
@@ -261,8 +262,6 @@ def loading(trained):
 
 def converse(visitor: Visitor, loading, question: str | None = None) -> str:
     """The answer to a new question, or to the last one anew."""
-    from trainer.inference import Sampling
-
     if question:
         visitor.ask(question)
     visitor.begin(loading, Sampling(max_new_tokens=40, temperature=0.0))
@@ -302,12 +301,16 @@ def test_a_visitor_asks_repeats_edits_and_changes_the_model(loading, trained):
     assert converse(visitor, loading, "What colour?") == "red"
 
 
-def test_pictures_are_encoded_while_the_question_is_typed(loading, monkeypatch):
-    """Once each, the removed one in vain; the answer is the same."""
-    from trainer.inference import Sampling
-
+@pytest.fixture
+def encoded(loading, monkeypatch) -> list:
+    """Grows by every picture that is encoded."""
     encode, encoded = loading.assistant.encode, []
     monkeypatch.setattr(loading.assistant, "encode", lambda pixels: [encoded.extend(pixels), encode(pixels)][1])
+    return encoded
+
+
+def test_pictures_are_encoded_while_the_question_is_typed(loading, encoded):
+    """Once each, the removed one in vain; the answer is the same."""
     visitor, sampling = Visitor(Engine(), 2048), Sampling(temperature=0.0)
     visitor.look_ahead(loading, sampling)
     assert visitor.ahead is None, "there is nothing to look at"
@@ -323,21 +326,71 @@ def test_pictures_are_encoded_while_the_question_is_typed(loading, monkeypatch):
     assert converse(visitor, loading) == "blue" and len(encoded) == 2
 
 
-def test_a_picture_that_cannot_be_converted_is_told_with_the_question(loading, monkeypatch):
-    from trainer.inference import Sampling
+def test_what_nobody_shows_any_more_is_not_encoded_and_not_kept(loading, encoded):
+    visitor, sampling = Visitor(Engine(), 2048), Sampling(temperature=0.0)
+    hold = threading.Event()
+    first = visitor.engine.submit(lambda: iter([hold.wait(60)]))
+    for colour in COLOURS:  # each takes the place of the one before, while the engine is at something else
+        visitor.tray = []
+        show(visitor, colour)
+        visitor.look_ahead(loading, sampling)
+    hold.set()
+    finish(first)
+    finish(visitor.ahead)
+    assert len(encoded) == 1
+    for colour in COLOURS:  # and while it has time
+        visitor.tray = []
+        show(visitor, colour)
+        visitor.look_ahead(loading, sampling)
+        finish(visitor.ahead)
+        assert len(visitor._chat._shown) == 1
+    visitor.tray = []
+    visitor.look_ahead(loading, sampling)
+    finish(visitor.ahead)
+    assert not visitor._chat._shown and visitor.jobs == 0
+    (example,) = (pictures.take(picture_bytes("red"), "red.png"),)
+    for count in range(1, 4):  # cleared, the same picture is another chat's
+        visitor.clear()
+        encoded.clear()
+        visitor.bring(example)
+        visitor.look_ahead(loading, sampling)
+        finish(visitor.ahead)
+        assert len(encoded) == 1, count
+
+
+def test_a_look_at_another_model_costs_nothing(loading, trained, encoded):
+    """The conversation stays with what the first model has read of it, until a question is put to the other one."""
+    visitor, sampling = Visitor(Engine(), 2048), Sampling(temperature=0.0)
+    show(visitor, "red")
+    converse(visitor, loading, "What colour?")
+    chat = visitor._chat
+    show(visitor, "blue")
+    visitor.look_ahead(Loading(loading.choice, assistant=object()), sampling)
+    assert visitor._chat is chat
+    visitor.look_ahead(loading, sampling)
+    assert converse(visitor, loading, "What colour?") == "blue" and len(encoded) == 2
+
+
+@pytest.mark.parametrize(("trouble", "told"), [(ValueError("odd"), "'red.png' cannot be converted: odd"), (MemoryError(), "not enough memory")])
+def test_a_picture_that_cannot_be_converted_is_told_with_the_question(loading, encoded, monkeypatch, trouble, told):
+    tries = []
 
     def fail(picture):
-        raise ValueError("odd")
+        tries.append(picture)
+        raise trouble
 
-    visitor = Visitor(Engine(), 2048)
-    show(visitor, "red")
+    visitor, sampling = Visitor(Engine(), 2048), Sampling(temperature=0.0)
+    show(visitor, "red", "blue")
+    visitor.tray[1].pixels()
     with monkeypatch.context() as patch:
         patch.setattr("model.vision.preprocess", fail)
-        visitor.look_ahead(loading, Sampling())
-        assert visitor.ahead is None and len(visitor.tray) == 1
-        assert converse(visitor, loading, "What colour?") == "" and "'red.png' cannot be converted: odd" in visitor.exchanges[0].problem
-    visitor.again()
-    assert converse(visitor, loading) == "red"
+        for _ in range(3):
+            visitor.look_ahead(loading, sampling)
+            finish(visitor.ahead)
+        assert len(encoded) == 1 and len(tries) == (3 if isinstance(trouble, MemoryError) else 1), "the other one is seen"
+        assert converse(visitor, loading, "What colour?") == "" and told in visitor.exchanges[0].problem
+    show(visitor, "red")
+    assert converse(visitor, loading, "What colour?") == "red"
 
 
 def test_failures_are_told_and_leave_the_conversation_usable(loading):
@@ -493,6 +546,43 @@ def test_failures_are_told_and_the_page_lives_on(page_of, browser, trained):
         guest.page.get_by_text("'broken.jpg' cannot be read").wait_for()
         guest.until(lambda: guest.line.input_value() == "What is it?")
         assert guest.messages().count() == 2, "the question waits in its line for a better picture"
+
+
+WATCHED = """
+import runpy, sys
+from trainer.inference import Assistant
+from trainer.web import chat
+from trainer.web.engine import Engine
+
+def watch(owner, name):
+    plain = getattr(owner, name)
+    def watched(*args, **options):
+        print(name, file=sys.stderr, flush=True)
+        return plain(*args, **options)
+    setattr(owner, name, watched)
+
+for owner, name in ((Assistant, "encode"), (Engine, "submit"), (chat, "toolbar")):
+    watch(owner, name)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_page_looks_at_pictures_before_the_question_and_begins_to_answer_before_it_draws(trained, browser, tmp_path):
+    log, port = tmp_path / "log", free_port()
+    command = [sys.executable, "-c", WATCHED, REPOSITORY / "web_demo_vlm.py", "--port", port, "--save_dir", trained / "out", "--device", "cpu"]
+
+    def done() -> list[str]:
+        return [line for line in log.read_text().splitlines() if line in ("encode", "submit", "toolbar")]
+
+    with serve(command=tuple(map(str, command)), port=port, log=log) as (url, _), Guest(browser, url) as guest:
+        guest.greedy()
+        guest.drop("red.png", picture_bytes("red"))
+        guest.until(lambda: "encode" in done())
+        before = len(done())
+        guest.ask("What colour?")
+        assert guest.until_answered(1) == "red"
+        assert done()[before] == "submit" and "toolbar" in done()[before:] and done().count("encode") == 1
 
 
 def test_training_page(page_of, browser, trained):

@@ -197,7 +197,9 @@ class Chat:
                 self.dropped = 0
 
     def encode_ahead(self, pixels: list[torch.Tensor]) -> Iterator[None]:
-        """Encodes pictures, one a step, before a question shows them; the next question forgets those that it does not show."""
+        """Encodes pictures, one a step, before a question shows them. Those that neither they nor the history show are
+        forgotten."""
+        self._keep([*self.pixels, *pixels])
         for picture in pixels if self.assistant.tower is not None else ():
             self._encode([picture])
             yield
@@ -233,10 +235,8 @@ class Chat:
     def _read(self, prompt: Rendered, pixels: list[torch.Tensor]) -> Prompt:
         """The prompt with its pictures by number; those not seen before are encoded."""
         self._encode(pixels)
-        numbers = [self._numbers[id(picture)] for picture in pixels]
-        for number in set(self._shown) - set(numbers):  # went with its exchange
-            del self._numbers[id(self._shown.pop(number)[0])]
-        return self.assistant.prompt(prompt, numbers)
+        self._keep(pixels)
+        return self.assistant.prompt(prompt, [self._numbers[id(picture)] for picture in pixels])
 
     def _encode(self, pixels: list[torch.Tensor]) -> None:
         """Gives pictures not seen before a number and patch vectors."""
@@ -245,6 +245,12 @@ class Chat:
             self._numbers[id(picture)] = self._next
             self._shown[self._next] = picture, features
             self._next += 1
+
+    def _keep(self, pixels: list[torch.Tensor]) -> None:
+        """Forgets what was seen of all pictures but these."""
+        kept = {id(picture) for picture in pixels}
+        self._shown = {number: seen for number, seen in self._shown.items() if id(seen[0]) in kept}
+        self._numbers = {id(picture): number for number, (picture, _) in self._shown.items()}
 
     def _forget(self) -> None:
         self._memory.keep(0)

@@ -24,13 +24,13 @@ def show(labels: Labels) -> None:
     with st.sidebar:
         loading = pick_model(labels)
         values = pick_sampling(labels)
-    if loading is not None and loading.assistant is not None:
-        set_to_work(visitor, loading, values)
+    if visitor.at_once and loading is not None and loading.assistant is not None:
+        visitor.begin(loading, sampling(values))  # the model works while the page is put together
     toolbar(visitor, labels)
     if loading is None:
         return no_models(labels)
     if loading.pending and not visitor.waiting:
-        watch_loading(labels)
+        watch_loading(visitor, values, labels)
     elif loading.problem:
         loading_failed(loading, labels)
     for number, exchange in enumerate(visitor.exchanges):
@@ -43,16 +43,15 @@ def show(labels: Labels) -> None:
     server().shelf.page_shown()
     if visitor.busy:
         follow(visitor, loading, values, place, labels)
+    elif loading.assistant is not None:
+        visitor.look_ahead(loading, sampling(values))  # after the page: a large picture takes seconds to decode
 
 
-def set_to_work(visitor: Visitor, loading: Loading, values: dict) -> None:
-    """What the model can do while the page is put together: begin the answer, or look at the next question's pictures."""
+def sampling(values: dict):
+    """The sidebar's values as trainer.inference.Sampling."""
     from trainer.inference import Sampling
 
-    if visitor.waiting:
-        visitor.begin(loading, Sampling(**values))
-    elif not visitor.busy:
-        visitor.look_ahead(loading, Sampling(**values))
+    return Sampling(**values)
 
 
 def visitor_of_session() -> Visitor:
@@ -86,13 +85,15 @@ def loading_message(loading: Loading, labels: Labels) -> str:
 
 
 @st.fragment(run_every=0.5)
-def watch_loading(labels: Labels) -> None:
+def watch_loading(visitor: Visitor, values: dict, labels: Labels) -> None:
     """The progress of loading, and how it ended when it failed. It never runs the whole page anew, amid a visitor's clicks."""
     loading = st.session_state.loading
     if loading.pending:
         st.info(f"{loading_message(loading, labels)} {labels('ask_meanwhile')}", icon=":material/hourglass_top:")
     elif loading.problem:
         loading_failed(loading, labels)
+    elif not visitor.busy:
+        visitor.look_ahead(loading, sampling(values))
 
 
 def loading_failed(loading: Loading, labels: Labels) -> None:
@@ -174,7 +175,7 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
         elif loading.problem:
             visitor.fail(loading.problem)
         else:
-            set_to_work(visitor, loading, values)
+            visitor.begin(loading, sampling(values))
     if job := visitor.job:
         known, done = 0, False
         while not done:
@@ -184,8 +185,7 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
                 place.text(job.text)
                 time.sleep(FRAME)
             else:
-                own = 1 if visitor.ahead is None or visitor.ahead.done else 2
-                others = server().engine.busy - own
+                others = server().engine.busy - visitor.jobs
                 place.caption(labels("queue", count=others) if others > 0 else labels("thinking"))
         visitor.settle()
     st.rerun()

@@ -28,12 +28,13 @@ class PictureError(Exception):
 @dataclass(eq=False)
 class Picture:
     """A picture of a visitor: a preview (PNG bytes, upright, pixels and nothing else), and the bytes of his file until the
-    model's pixels have been made of it."""
+    model's pixels have been made of it, or could not be."""
 
     name: str
     preview: bytes
     data: bytes | None = field(repr=False)
     _pixels: object | None = field(default=None, repr=False)
+    _problem: str = ""
     _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @functools.cached_property
@@ -45,21 +46,34 @@ class Picture:
         small.convert("RGB").save(file, "JPEG")
         return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
+    @property
+    def converted(self) -> bool:
+        """Whether `pixels` gives its answer at once."""
+        return self.data is None
+
     def pixels(self):
-        """As the model takes it, uint8 [3, 224, 224], the same tensor every time; raises PictureError."""
+        """As the model takes it, uint8 [3, 224, 224], the same tensor every time; raises PictureError, likewise."""
+        with self._making:  # an example is everybody's
+            if not self.converted:
+                try:
+                    self._pixels = self._convert()
+                except PictureError as error:
+                    self._problem = str(error)
+                self.data = None
+        if self._problem:
+            raise PictureError(self._problem)
+        return self._pixels
+
+    def _convert(self):
         from model.vision import preprocess  # not above: the page is there before torch is
 
-        with self._making:  # an example is everybody's
-            if self._pixels is None:
-                picture = decode(self.data, self.name)
-                try:
-                    self._pixels, self.data = preprocess(picture), None
-                except MemoryError:
-                    raise
-                except Exception as error:  # decoders and conversions raise all kinds
-                    raise PictureError(f"picture {self.name!r} cannot be converted: {error}. Open it in a viewer and save it"
-                                       " anew.") from error  # fmt: skip
-        return self._pixels
+        picture = decode(self.data, self.name)
+        try:
+            return preprocess(picture)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders and conversions raise all kinds
+            raise PictureError(f"picture {self.name!r} cannot be converted: {error}. Open it in a viewer and save it anew.") from error
 
 
 def take(data: bytes, name: str) -> Picture:

@@ -1,5 +1,6 @@
 """One visitor's conversation: what he asked, what he was answered, the pictures he is about to show."""
 
+import contextlib
 import io
 import time
 import weakref
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from .engine import Engine, Job
 from .models import Loading
 from .pictures import MAX_PICTURES, Picture, PictureError
+from .problems import explain
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Visitor:
     ahead: Job | None = None  # encodes pictures of the tray
     taken: set[str] = field(default_factory=set)  # ids of uploaded files that have been read
     _acts: dict[str, int] = field(default_factory=dict)  # how often each widget has acted
-    _ahead: list[int] = field(default_factory=list)  # what `ahead` is for: the chat and the tray's pictures, by id
+    _ahead_of: list = field(default_factory=list)  # what `ahead` is for: the chat, and the tray's pictures as it takes them
     _chat: object | None = None  # trainer.inference.Chat
     _last_turn: object | None = None  # of the chat's history, before the job
     _waiting: bool = False  # the last exchange waits for the model to be loaded
@@ -95,6 +97,11 @@ class Visitor:
         """The last question cannot be answered."""
         self._waiting, self.exchanges[-1].problem = False, problem
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the last question waits for nothing but the model: its pictures are as that takes them."""
+        return self._waiting and all(picture.converted for picture in self.exchanges[-1].pictures)
+
     def begin(self, loading: Loading, sampling) -> None:
         """Hands the last question to the engine; the model has to be there."""
         self._waiting, exchange = False, self.exchanges[-1]
@@ -102,23 +109,37 @@ class Visitor:
         chat = self._chat_with(loading.assistant, sampling)
         try:
             chat.waiting = [picture.pixels() for picture in exchange.pictures]
-        except PictureError as error:
-            return self.fail(str(error))
+        except (PictureError, MemoryError) as error:
+            return self.fail(explain(error))
         self._last_turn = chat.turns[-1] if chat.turns else None
+        self._look_no_further()  # what is not encoded yet, the question has encoded at once
         self.job = self.engine.submit(lambda: chat.stream(exchange.question))
 
     def look_ahead(self, loading: Loading, sampling) -> None:
         """Has the pictures of the tray encoded while the question is being typed; the model has to be there."""
-        if not self.tray:
+        old = self._chat
+        if not self.tray and not self._ahead_of:
             return
-        chat = self._chat_with(loading.assistant, sampling)
-        sights = [id(chat), *map(id, self.tray)]
-        if sights != self._ahead:
-            try:
-                pixels = [picture.pixels() for picture in self.tray]
-            except (PictureError, MemoryError):
-                return  # the question will say so
-            self._ahead, self.ahead = sights, self.engine.submit(lambda: chat.encode_ahead(pixels))
+        if old is not None and old.turns and old.assistant is not loading.assistant:
+            return  # somebody who only looks at another model keeps what this one has read
+        chat, pixels = self._chat_with(loading.assistant, sampling), []
+        for picture in self.tray:
+            with contextlib.suppress(PictureError, MemoryError):  # the question will say so
+                pixels.append(picture.pixels())
+        sights = [chat, *pixels]
+        if list(map(id, sights)) != list(map(id, self._ahead_of)):
+            self._look_no_further()
+            self._ahead_of, self.ahead = sights, self.engine.submit(lambda: chat.encode_ahead(pixels))
+
+    def _look_no_further(self) -> None:
+        if self.ahead is not None:
+            self.ahead.stop()
+        self._ahead_of = []
+
+    @property
+    def jobs(self) -> int:
+        """His jobs that are not done."""
+        return sum(job is not None and not job.done for job in (self.job, self.ahead))
 
     def _chat_with(self, assistant, sampling):
         """The chat; when the model has been changed, a new one with the same history."""
@@ -173,6 +194,7 @@ class Visitor:
     def clear(self) -> None:
         """Forgets everything."""
         self.end()
+        self._look_no_further()
         self.tray, self.exchanges, self.notices, self._chat = [], [], [], None
 
     def markdown(self, title: str, you: str, model: str) -> str:

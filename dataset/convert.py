@@ -91,15 +91,15 @@ def row_of_cells(cell: dict[str, Any], where: str) -> Row:
     parse_sample(row, where, tuple(blobs))
     for blob in blobs:
         load_picture(io.BytesIO(blob), "of the row", where)
-    names = parse_images(cell.pop("image", None) or None, where) or names_inside(pictures, blobs)
-    if len(names) != len(blobs):
-        raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
-    text = cell.pop("more", None) or "{}"
+    image, text = cell.pop("image", None), cell.pop("more", None) or "{}"
     more = parse_json(text, where) if isinstance(text, str) else None
     if cell or not isinstance(more, dict) or "conversations" in more:
         raise SampleError(f"columns that jsonl has no place for: {', '.join(cell) or 'more'}", where)
+    names = parse_images(image or more.get("image") or None, where) or names_inside(pictures, blobs)
+    if len(names) != len(blobs):
+        raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
     if "image" in more and parse_images(more["image"], where) != names:
-        raise SampleError(f"'more' calls the pictures {more['image']!r}, 'image' {list(names)!r}", where)
+        raise SampleError(f"'more' calls the pictures {more['image']!r}, the row {list(names)!r}", where)
     return row | ({"image": spelled(names)} if names else {}) | more, blobs
 
 

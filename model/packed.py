@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from .layers import RMSNorm, causal_attention, rope_tables
 from .model_minimind import FeedForward, MiniMindForCausalLM
 from .moe import MOEFeedForward
+from .vision import attend_by_products
 
 
 def pack_linear(*linears: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -47,8 +48,7 @@ class PackedLinear(nn.Module):
 def pack_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
     """A tower of the same weights whose linear layers are packed; gives the same patch vectors, faster on a CPU."""
     packed = copy.deepcopy(tower, {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())})
-    if packed.device.type == "cpu":
-        packed.set_attn_implementation("eager")  # as products of matrices, which are quicker there than the fused kernel
+    attend_by_products(packed)
     for module in list(packed.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -120,7 +120,10 @@ def finish_commit(journal: Path) -> None:
     """Does what a journal still asks for, if there is one. Doing it twice is doing it once. Raises StorageError for a
     journal that holds something else."""
     try:
-        steps = [(Path(step["from"]), Path(step["to"]), step["keep"]) for step in json.loads(journal.read_text())]
+        steps = [(Path(step["from"]), Path(step["to"]), Path(step["keep"]) if step["keep"] else None)
+                 for step in json.loads(journal.read_text())]  # fmt: skip
+        if not steps:
+            raise ValueError("it is empty")
     except FileNotFoundError:
         return
     except (ValueError, TypeError, KeyError) as error:

@@ -1,8 +1,11 @@
 """Decoding: whatever the path, the tokens are those of full forwards."""
 
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from dataset.conversation import IMAGE_MARK, Turn
 from model.compiled import CompiledDecoder
 from model.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.packed import PackedDecoder, pack_tower
-from tests.conftest import make_model, make_tower
+from tests.conftest import REPOSITORY, make_model, make_tower
 from trainer.inference import Assistant, Chat, Question, answer_in_batches
 from trainer.inference_suite import Plain, PlainVLM, Real
 
@@ -179,12 +182,28 @@ def test_bf16_differs_by_rounding_alone(small):
 
 def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
     tower, pictures = make_tower(), torch.randn(2, 3, 224, 224)
+    attention = tower.config._attn_implementation
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
     packed = pack_tower(tower)
     with torch.inference_mode():
         own, original = packed(pictures).last_hidden_state, tower(pictures).last_hidden_state
     assert torch.allclose(own, original, atol=1e-4) and type(packed.encoder.layers[0].mlp.fc1) is not torch.nn.Linear
     assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+    assert tower.config._attn_implementation == attention == "sdpa"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+                    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(), reason="no huge pages here")  # fmt: skip
+def test_weights_that_answer_lie_in_huge_pages():
+    """Torch asks for the setting once, at its first tensor: none may be made where the modules are imported."""
+    program = """if True:
+        from trainer import inference
+        inference.keep_freed_memory(huge_pages=True)
+        import torch
+        weights = torch.zeros(2**26)
+        print(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")).split()[1])"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True, timeout=120, check=True)
+    assert int(done.stdout) > 2**14, "KiB of 2**18: fragmented memory may not have them all"
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

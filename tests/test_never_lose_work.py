@@ -152,7 +152,7 @@ def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".commit"))]
 
 
-@pytest.mark.parametrize("content", ["", "{}x", "[1]", '[{"from": 1, "to": "b", "keep": null}]', "\xff"], ids=repr)
+@pytest.mark.parametrize("content", ["", "{}", '""', "{}x", "[1]", '[{"from": "a", "to": "b", "keep": 7}]', '[{"from": 1, "to": "b", "keep": null}]', "\xff"], ids=repr)
 def test_a_damaged_list_of_a_save_is_named_and_nothing_is_touched(tmp_path, content):
     path = tmp_path / "w_32.pth"
     save_weights(path, make_model(), {})

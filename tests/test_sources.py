@@ -795,6 +795,15 @@ def test_parquet_of_others_is_refused_where_its_columns_disagree(data, tmp_path,
     assert message in capsys.readouterr().err
 
 
+def test_names_that_only_the_further_fields_have_are_kept(data, tmp_path):
+    talk = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "y"}]
+    cells = {"conversations": json.dumps(talk), "image_bytes": next(data[1].iterdir()).read_bytes(), "more": '{"image": "b.png", "kind": 7}'}
+    parquet.write_table(arrow.table({name: [cell] for name, cell in cells.items()}), tmp_path / "a.parquet")
+    assert convert.main([str(tmp_path / "a.parquet"), "--out", str(tmp_path / "out")]) == 0
+    (file,) = (tmp_path / "out").glob("*.jsonl")
+    assert read_rows(file) == [{"conversations": talk, "image": "b.png", "kind": 7}]
+
+
 def test_conversion_keeps_odd_names_and_refuses_columns_it_would_lose(data, tmp_path, capsys):
     (tmp_path / "p").mkdir()
     shutil.copy(next(data[1].iterdir()), tmp_path / "p" / "a,b.png")

@@ -12,6 +12,7 @@ down slows all of them. Figures are medians over turns, ratios those of medians.
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -48,6 +49,8 @@ ABLATIONS = {
     "checkpointing": ("sft", "cached", "with --gradient_checkpointing 1"),
 }
 
+ENVIRONMENT = dict(os.environ)  # before `main` changes it for the measurements of its own
+
 
 class Contestant:
     """One way to train or to answer, in a process that waits for its turn."""
@@ -56,7 +59,7 @@ class Contestant:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in end)
         command = [sys.executable, "-m", "trainer.benchmark", "--contestant", json.dumps(spec)]
         self.process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.log, text=True)  # fmt: skip
+                                        stderr=self.log, text=True, env=ENVIRONMENT)  # fmt: skip
 
     def turn(self, what: str) -> dict:
         """Trains for a while: "first" (nothing cached), "cached" or "plain"; or answers: "chat", "batch". Returns what

@@ -21,7 +21,7 @@ from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from model import MiniMindVLM, VLMConfig
 from model.processing import load_tokenizer
-from model.vision import VisionTowerError, load_vision_tower, tower_patches
+from model.vision import VisionTowerError, attend_by_products, load_vision_tower, tower_patches
 from model.weights import fingerprints, load_weights
 
 from .config import TrainConfig, UsageError
@@ -175,8 +175,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
     model.vision_encoder.to(dtype)  # frozen: what autocast would cast at every use is cast once
-    if ranks.device.type == "cpu":  # as in the decoder: products rather than the CPU's own kernel
-        model.vision_encoder.set_attn_implementation("eager")
+    attend_by_products(model.vision_encoder)
     if config.use_compile:
         check_compiler(ranks.device)
         for block in model.model.layers:

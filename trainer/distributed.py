@@ -62,7 +62,7 @@ def default_device() -> str:
 
 
 def keep_freed_memory(huge_pages: bool = False) -> None:
-    """Settings of memory for work on a CPU; to be called before the first product of matrices.
+    """Settings of memory for work on a CPU; to be called before the first tensor is made.
 
     glibc's malloc keeps what tensors free instead of handing it back to the system. By default every large tensor is
     mapped anew and each of its pages faults on first touch; an update allocates hundreds of them, and spent a quarter of
@@ -75,7 +75,7 @@ def keep_freed_memory(huge_pages: bool = False) -> None:
     Training's tensors, of all sizes, would only take a fifth more memory by their alignment.
     """
     if huge_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks at its first large tensor
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks once, at its first tensor of any size
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
     try:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from model.weights import fingerprints, save_weights
-from tests.browser import Guest, chromium, free_port, serve
+from tests.browser import CHROMIUM, Guest, chromium, free_port, serve
 from tests.conftest import COLOURS, REPOSITORY, make_model, make_tower, run_script, training_flags, write_jsonl
 from trainer.inference import Sampling
 from trainer.web import engine as engine_module
@@ -428,6 +428,8 @@ def test_a_callback_acts_once_for_each_time_it_is_shown():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; .ci/run installs it")
     with chromium(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             args.tokenizer_path, bool(args.use_compile),
         )  # fmt: skip
         if args.score:
-            predictions = Path(args.predictions or Path(args.save_dir) / f"{args.weight}_predictions.jsonl")
+            predictions = Path(args.predictions or weight_file.with_name(f"{weight_file.stem}_predictions.jsonl"))
             score(assistant, ScoreJob(
                 args.score, args.image_dir, predictions, Path(args.report) if args.report else None, args.metrics,
                 args.seed or 0, args.batch_size, args.max_new_tokens,

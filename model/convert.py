@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .model_vlm import MiniMindVLM, VLMConfig
 from .processing import MiniMindVProcessor, load_tokenizer
 from .storage import OutputLock, StorageError
@@ -38,6 +38,7 @@ from .weights import (
     parse_sidecar,
     read_sidecar,
     read_tensors,
+    refuse_non_finite,
     save_weights,
     sizes_of,
     weight_name,
@@ -88,9 +89,9 @@ def attach(path: Path, model: MiniMindVLM, tower: CLIPVisionModel | None) -> Non
         raise UsageError(f"{path}: {error}. Give the right one by --vision_model_path.") from error
 
 
-def native_config(path: Path, sidecar: dict | None) -> VLMConfig:
-    """The configuration in the sidecar, or what the names and shapes of published weights tell."""
-    if sidecar is not None and "config" in sidecar:
+def native_model(path: Path, sidecar: dict) -> MiniMindVLM:
+    """A fresh model of the configuration in the sidecar, or of what the names and shapes of published weights tell."""
+    if "config" in sidecar:
         source, settings = path.with_suffix(".json"), sidecar["config"]
     else:
         state = read_tensors(path, "weight file") if path.is_file() else {}
@@ -103,9 +104,9 @@ def native_config(path: Path, sidecar: dict | None) -> VLMConfig:
             experts = {match[1] for name in state if (match := re.match(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.", name))}
             settings |= {"use_moe": True, "n_routed_experts": len(experts)}
     try:
-        return VLMConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{source}: {first_line(error)}") from error
+        return MiniMindVLM(VLMConfig(**settings))
+    except Exception as error:  # a damaged configuration fails anywhere, in all kinds of ways
+        raise UsageError(f"{source} is no configuration of a model: {type(error).__name__}: {first_line(error)}") from error
 
 
 def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str | Path) -> Loaded:
@@ -115,7 +116,7 @@ def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str |
     """
     sidecar = read_sidecar(path) or {}
     tokenizer, tower = load_tokenizer(tokenizer_path), read_tower(vision_model_path)
-    model = MiniMindVLM(native_config(path, sidecar))
+    model = native_model(path, sidecar)
     if fresh := load_weights(path, model):
         raise UsageError(f"{path} holds a language model without projector ({', '.join(fresh)} missing)")
     attach(path, model, tower)
@@ -137,8 +138,9 @@ def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str
         model = MiniMindVLM.from_pretrained(folder, config=config, dtype=torch.float32)
     except VisionTowerError as error:
         raise UsageError(str(error)) from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UsageError(f"cannot load {folder}: {first_line(error)}") from error
+    except Exception as error:  # what is damaged fails anywhere, in all kinds of ways
+        raise UsageError(f"cannot load {folder}: {type(error).__name__}: {first_line(error)}") from error
+    refuse_non_finite(folder, model.state_dict())
     brings["vision_encoder"] = model.vision_encoder is not None
     if not brings["vision_encoder"]:
         attach(folder, model, read_tower(vision_model_path))
@@ -152,8 +154,9 @@ def read_config(folder: Path) -> VLMConfig:
         raise UsageError(f"{folder}: no config.json there; give a folder in transformers format")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{folder / 'config.json'} is no configuration of this model: {first_line(error)}") from error
+    except Exception as error:  # as above
+        raise UsageError(f"{folder / 'config.json'} is no configuration of this model: {type(error).__name__}:"
+                         f" {first_line(error)}") from error  # fmt: skip
     if config.model_type != VLMConfig.model_type:
         raise UsageError(f"{folder} holds a model of type {config.model_type!r}, not {VLMConfig.model_type!r}")
     return config
@@ -172,11 +175,6 @@ def read_record(path: Path) -> dict:
         return parse_sidecar(path) if path.is_file() else {}
     except ValueError as error:
         raise UsageError(f"{path} is broken ({error}); remove it to do without") from error
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return str(error).strip().split("\n")[0]
 
 
 def write_folder(folder: Path, loaded: Loaded) -> None:

@@ -5,6 +5,11 @@ class UsageError(Exception):
     """The user asked for something that cannot be; the message says what, where and what to do instead."""
 
 
+def first_line(error: Exception) -> str:
+    """An error in one line; its kind where it has no words."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class SampleError(ValueError):
     """A sample that cannot be trained on as it stands.
 

@@ -64,6 +64,11 @@ class MiniMindConfig(PretrainedConfig):
     norm_topk_prob: bool = True
 
     def __post_init__(self, **kwargs):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} {value!r}: a whole number above 0 is wanted")
+        if not isinstance(self.rms_norm_eps, float | int) or not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps {self.rms_norm_eps!r}: a number above 0 is wanted")
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
         if self.pad_token_id is None:
@@ -73,7 +78,8 @@ class MiniMindConfig(PretrainedConfig):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if self.head_dim % 2:
-            raise ValueError(f"the size of a head, {self.head_dim}, is odd: rotary positions turn pairs of channels")
+            raise ValueError(f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads gives heads of {self.head_dim}:"
+                             " an even size is wanted, for rotary positions turn pairs of channels")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly"
@@ -85,6 +91,8 @@ class MiniMindConfig(PretrainedConfig):
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; the router knows 'softmax'")
         super().__post_init__(**kwargs)
+        if not (theta := (self.rope_parameters or {}).get("rope_theta", self.default_theta)) > 0:
+            raise ValueError(f"rope_theta {theta!r}: a number above 0 is wanted")
 
     @property
     def head_dim(self) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .model_minimind import IGNORE_INDEX
 from .rendering import DEFAULT_SYSTEM, IMAGE_MARK, TYPED_MARK, Rendered, Renderer, Turn, parse_turns
 from .vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
@@ -22,10 +22,14 @@ SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; raises UsageError when there is none."""
+    """The tokenizer in `folder`; raises UsageError when there is none that can be read."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of damaged files, all kinds
+        raise UsageError(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {first_line(error)}. Fetch its files"
+                         " again; the project's own lies in model/ (--tokenizer_path)") from error  # fmt: skip
 
 
 def open_picture(source: Any) -> Image.Image:

@@ -154,7 +154,7 @@ class OutputLock:
     A POSIX record lock: unlike flock's it is not shared with forked loader processes, which may live a little longer.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, remedy: str = "give this one another --save_weight, or another --save_dir and --checkpoint_dir"):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+")  # noqa: SIM115  (held as long as the process)
@@ -167,8 +167,7 @@ class OutputLock:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise StorageError(f"cannot lock {path}: {error}") from error
             raise StorageError(
-                f"another training writes the same files ({holder or 'unknown process'}; lock {path}). Wait for it, or"
-                f" give this one another --save_weight, or another --save_dir and --checkpoint_dir"
+                f"another run writes the same files ({holder or 'unknown process'}; lock {path}). Wait for it, or {remedy}"
             ) from error
         self._file.seek(0)
         self._file.truncate()

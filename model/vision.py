@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPVisionModel
+
+from .errors import first_line
 
 IMAGE_SIZE = 224  # pixels a side
 # Mean and standard deviation of CLIP's training pixels per channel, of values in [0, 1] (arXiv 2103.00020's release).
@@ -54,8 +55,8 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
         )
     try:
         tower, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise VisionTowerError(f"cannot load a CLIP vision tower from {folder}: {error}") from error
+    except Exception as error:  # of damaged files, all kinds
+        raise VisionTowerError(f"cannot load a CLIP vision tower from {folder}: {type(error).__name__}: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"])
         raise VisionTowerError(

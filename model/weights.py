@@ -5,22 +5,27 @@ they hold.
 import hashlib
 import json
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .model_vlm import MiniMindVLM
-from .storage import OutputLock, StorageError, Write, finish_commit, write_set
+from .storage import OutputLock, StorageError, Write, check_zip, finish_commit, write_set
 from .vision import tower_fingerprint
 
 
 def read_tensors(path: Path, what: str) -> Any:
-    """What torch.save wrote, tensors and plain values only; raises UsageError for anything else."""
+    """What torch.save wrote, tensors and plain values only, every checksum compared; raises UsageError for anything else."""
     try:
+        if zipfile.is_zipfile(path):  # not so in torch's format before 1.6
+            check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except StorageError as error:
+        raise UsageError(f"{error}; fetch or make it again") from error
     except Exception as error:  # zip, pickle and unpickling errors share no base class
         if (wanted := foreign_globals(path)):
             raise UsageError(
@@ -28,7 +33,7 @@ def read_tensors(path: Path, what: str) -> Any:
                 f" {', '.join(wanted)}. Nothing of it was run. Take the file from its maker again, or do without it."
             ) from error
         raise UsageError(
-            f"{path} is no readable {what}: {type(error).__name__}: {str(error).splitlines()[0]}. It is torn, of"
+            f"{path} is no readable {what}: {type(error).__name__}: {first_line(error)}. It is torn, of"
             f" another kind, or holds more than tensors; fetch or make it again."
         ) from error
 
@@ -132,6 +137,9 @@ def parse_sidecar(path: Path) -> dict:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"a json object is expected, not {type(content).__name__}")
+    prints = content.get("fingerprints", {})
+    if not isinstance(prints, dict) or not all(isinstance(value, str) for value in prints.values()):
+        raise ValueError(f"'fingerprints' should hold texts by name, not {prints!r}")
     return content
 
 
@@ -146,7 +154,7 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
     """Loads the weights at `path` into `model`, strictly. Returns the names that stay at their fresh values: the
     projector's, when the weights are a plain language model's.
 
-    Raises UsageError for a missing or torn file, other keys or shapes, and for a tokenizer or encoder other than the
+    Raises UsageError for a missing or torn file, other keys or shapes, weights that are not finite, and for a tokenizer or encoder other than the
     ones trained with (`expected` holds those in use; see `fingerprints`).
     """
     if not path.is_file():
@@ -183,8 +191,17 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
             f"{path} does not fit the model, though its size does: weights {'; '.join(problems)}. It was cut, or made"
             f" by another program; fetch or make it again."
         )
+    refuse_non_finite(path, state)
     model.load_state_dict(state, strict=False)  # what strict would say is said above, and the fresh names are meant
     return fresh
+
+
+def refuse_non_finite(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Raises UsageError for weights that are NaN or infinite: whatever is made of them is worth nothing."""
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UsageError(f"{path} holds weights that are not finite ({len(broken)} of {len(state)} tensors, first {broken[0]}): the"
+                         " training that made it went wrong. Take weights from before that")  # fmt: skip
 
 
 REMEDIES = {

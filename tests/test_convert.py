@@ -245,6 +245,30 @@ def spoil_config(**changes):
     return spoil
 
 
+def spoil_sidecar(**changes):
+    """Of native weights; other settings go into its "config"."""
+    def spoil(path):
+        file = path.with_suffix(".json")
+        content = json.loads(file.read_text()) if file.exists() else {"config": {}}
+        fields = {key: changes[key] for key in ("fingerprints", "config") if key in changes}
+        content["config"] |= {key: value for key, value in changes.items() if key not in fields}
+        file.write_text(json.dumps(content | fields))
+
+    return spoil
+
+
+def flip_bits(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+
+
+def spoil_tensor(path):
+    state = torch.load(path)
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    torch.save(state, path)
+
+
 def spoil_weights(change):
     def spoil(folder):
         state = load_file(folder / "model.safetensors")
@@ -271,6 +295,10 @@ SPOILERS = {
     "fingerprint": lambda folder: (folder / "sidecar.json").write_text('{"fingerprints": {"tokenizer": "abc"}}'),
     "sidecar.json is broken": lambda folder: (folder / "sidecar.json").write_text("{"),
     "vision_model": lambda folder: (folder / "vision_model" / "model.safetensors").write_bytes(b"torn"),
+    "not finite (1 of": spoil_weights(lambda state: state[NORM].fill_(torch.nan)),
+    "num_hidden_layers '4': a whole number above 0": spoil_config(num_hidden_layers="4"),
+    "cannot load the tokenizer in": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "the tokenizer in": lambda folder: (folder / "tokenizer.json").write_text(""),
 }
 
 
@@ -291,6 +319,14 @@ def test_a_spoilt_folder_ends_with_one_line_and_code_2(tmp_path, folder, message
      (lambda path: torch.save({**torch.load(path), "extra": torch.ones(1)}, path), "1 unexpected (first: extra)"),
      (lambda path: path.with_suffix(".json").write_text("[]"), "is broken"),
      (lambda path: path.with_suffix(".json").write_text('{"config": {"num_attention_heads": 7}}'), "multiple of 7 heads"),
+     (lambda path: path.write_bytes(b""), "no readable weight file"), (flip_bits, "is wrong; fetch or make it again"),
+     (spoil_tensor, "not finite (1 of"), (spoil_sidecar(fingerprints=None), "'fingerprints' should hold texts"),
+     (spoil_sidecar(fingerprints={"tokenizer": 7}), "'fingerprints' should hold texts"), (spoil_sidecar(config=[1]), "no configuration"),
+     *((spoil_sidecar(**{key: value}), f"{key} {value!r}: a whole number above 0") for key, value in (
+         ("num_attention_heads", 0), ("num_key_value_heads", -2), ("num_hidden_layers", "4"), ("vocab_size", None), ("hidden_size", "x"))),
+     (spoil_sidecar(rms_norm_eps="x"), "rms_norm_eps 'x': a number above 0"), (spoil_sidecar(rope_parameters="x"), "no configuration"),
+     (spoil_sidecar(rope_parameters={"rope_theta": 0}), "rope_theta 0: a number above 0"),
+     (spoil_sidecar(dtype="zzz"), "no configuration"), (spoil_sidecar(hidden_size=800_000), "no configuration"),
      (lambda path: path.unlink(), "no weights at")],
 )  # fmt: skip
 @pytest.mark.parametrize("sidecar", [True, False])
@@ -301,7 +337,8 @@ def test_spoilt_native_weights_end_with_code_2_and_leave_nothing(tmp_path, nativ
         shutil.copy(native.with_suffix(".json"), path.with_suffix(".json"))
     spoil(path)
     assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(tower_folder)]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error, error
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
 
 

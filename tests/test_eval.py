@@ -2,14 +2,16 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
 from dataset.conversation import IMAGE_MARK, Turn
 from eval_vlm import main
+from model.storage import OutputLock
 from model.vision import preprocess
-from model.weights import fingerprints, save_weights
+from model.weights import fingerprints, lock_of, save_weights
 from tests.conftest import DECODER, make_model, make_tower, run_script, write_jsonl
 from tests.test_video import make_video
 from trainer.config import UsageError
@@ -206,6 +208,7 @@ def test_questions_from_a_pipe(files):
      (["--score", "/nowhere.jsonl"], "no training data"), (["--image_dir", "/nowhere"], "no pictures there"),
      (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
      (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),
+     (["--device", "foo"], "--device foo"), (["--device", "cuda:77"], "--device cuda:77"),
      (["--tokenizer_path", "/nowhere"], "no tokenizer.json"), (["--video", "/nowhere.mp4"], "No such file"),
      (["--video", __file__], "cannot be read")],
 )  # fmt: skip
@@ -217,14 +220,39 @@ def test_mistakes_end_with_code_2_and_no_traceback(files, capsys, change, messag
     assert code == 2 and message in capsys.readouterr().err
 
 
-def test_a_disk_that_refuses_ends_with_code_1(files, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [("--predictions", "file/p.jsonl", "cannot write in"), ("--predictions", "", "is a folder"), ("--report", "", "is a folder"),
+     ("--report", "file/r.json", "cannot write in")],
+)  # fmt: skip
+def test_files_of_scoring_are_looked_at_before_the_first_answer(files, capsys, tmp_path, monkeypatch, flag, name, message):
     _, flags = files
     (tmp_path / "file").touch()
-    test = write_jsonl(tmp_path / "test.jsonl", [
-        {"conversations": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "yes"}]},
-    ])  # fmt: skip
-    assert main([*flags, "--score", str(test), "--predictions", str(tmp_path / "file" / "p.jsonl")]) == 1
-    assert "error: " in (shown := capsys.readouterr().err) and "file" in shown
+    test = write_jsonl(tmp_path / "test.jsonl", [talk("Hm?", "yes")])
+    monkeypatch.setattr("trainer.scoring.answer_in_batches", None)
+    assert main([*flags, "--score", str(test), "--predictions", str(tmp_path / "p.jsonl"), flag, str(tmp_path / name)]) == 2
+    assert f"error: {flag} {tmp_path / name}" in (shown := capsys.readouterr().err) and message in shown
+
+
+def test_two_scorings_do_not_write_one_file(files, tmp_path):
+    _, flags = files
+    test = write_jsonl(tmp_path / "test.jsonl", [talk("Hm?", "yes")])
+    with closing_lock(tmp_path / "p.jsonl"):
+        done = run_script("eval_vlm.py", *flags, "--score", test, "--predictions", tmp_path / "p.jsonl")
+        assert done.returncode == 1 and "another run writes the same files" in done.stderr and "--predictions" in done.stderr
+    done = run_script("eval_vlm.py", *flags, "--score", test, "--predictions", tmp_path / "p.jsonl", "--metrics", "exact,bleu")
+    assert done.returncode == 0 and "bleu counts runs of four words" in done.stdout
+
+
+def talk(question: str, answer: str) -> dict:
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@contextmanager
+def closing_lock(file):
+    lock = OutputLock(lock_of(file))
+    yield
+    lock.release()
 
 
 def test_another_encoder_is_refused(files, tmp_path, capsys):

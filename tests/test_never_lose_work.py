@@ -175,7 +175,7 @@ def test_data_that_let_a_run_down_cost_none_of_it(tower_folder, tmp_path):
     picture.write_bytes(b"no picture")
     flags = training_flags(data, tower_folder, tmp_path / "part", on_bad_sample="raise")
     done = run_script("train_sft_vlm.py", *flags)
-    assert done.returncode == 1 and f"The {at} updates before are saved" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and f"until update {at} is saved" in done.stderr and "Traceback" not in done.stderr
     picture.write_bytes(content)
     train(data, tower_folder, tmp_path / "part", from_resume=1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
@@ -194,7 +194,7 @@ def test_a_second_process_on_the_same_output_is_refused(data, tower_folder, tmp_
                 break
         second = run_script("train_sft_vlm.py", *flags)
         assert second.returncode == 2 and "Traceback" not in second.stderr
-        assert "another training writes the same files" in second.stderr and f"process {first.pid}" in second.stderr
+        assert "another run writes the same files" in second.stderr and f"process {first.pid}" in second.stderr
     finally:
         os.kill(first.pid, signal.SIGKILL)  # its loader process lives on for a while: the lock must not
         first.wait()

@@ -27,9 +27,11 @@ from tests.conftest import (
     training_flags,
     write_jsonl,
 )
-from trainer import checkpoint
-from trainer.build import batches_of, freeze
+from trainer import checkpoint, distributed
+from trainer.build import batches_of, build, freeze
 from trainer.config import TrainConfig, UsageError, parse_config, weight_name
+from trainer.guards import TrainingFailed
+from trainer.loop import Trainer
 from trainer.progress import cosine
 from trainer.sampler import ResumableSampler
 
@@ -292,15 +294,36 @@ def test_a_bad_sample_is_skipped_named_and_counted(data, tower_folder, tmp_path)
     assert "plain.jsonl:1" in done.stderr and read_metrics(tmp_path / "c", NAME)[-1]["bad_samples"] == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path, save_interval=1)
-    before = weights(tmp_path)
-    broken = {name: tensor.clone() for name, tensor in before.items()}
-    broken["model.norm.weight"][:] = float("nan")
-    torch.save(broken, tmp_path / "out" / "broken_32.pth")
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, from_weight="broken", save_interval=1))
-    assert done.returncode == 1 and "not finite" in done.stderr and "data.jsonl:" in done.stderr
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path, capsys):
+    for good in ("nothing was saved yet", "the last good state is .*_resume.pth"):
+        run = build(parse_config("", {}, training_flags(data, tower_folder, tmp_path, save_weight="sft_vlm")), distributed.start("cpu"))
+        run.model.model.norm.weight.data[:] = float("nan")
+        with pytest.raises(TrainingFailed, match=f"not finite; {good}"):
+            Trainer(run).train()
+        assert "data.jsonl:" in capsys.readouterr().err
+        if good.startswith("nothing"):
+            train(data, tower_folder, tmp_path)
+            before = weights(tmp_path)
     assert_same(weights(tmp_path), before)
+
+
+def test_weights_that_are_not_finite_are_refused(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path)
+    broken = weights(tmp_path)
+    broken["model.norm.weight"][3] = float("nan")
+    torch.save(broken, tmp_path / "out" / "broken_32.pth")
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, from_weight="broken"))
+    assert done.returncode == 2 and "broken_32.pth holds weights that are not finite" in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "told"), [({"images_path": "typo"}, "--images_path typo: there is no such folder"),
+                                             ({"max_seq_len": 10}, "Nothing was trained")])  # fmt: skip
+def test_a_run_that_trains_nothing_leaves_what_was_trained_before(data, tower_folder, tmp_path, flags, told):
+    train(data, tower_folder, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*_32*") if path.suffix in (".pth", ".json")}
+    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, save_interval=1, batch_size=2, **flags))
+    assert done.returncode in (1, 2) and told in done.stderr and "Traceback" not in done.stderr
+    assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_workers_are_capped_with_a_notice(data, tower_folder, tmp_path):

@@ -274,7 +274,7 @@ def test_the_weights_of_the_lowest_loss_are_kept_apart(data, tower_folder, tmp_p
                       "--num_hidden_layers", 2, "--vision_model_path", tower_folder, "--image_dir", data[1],
                       "--score", data[0], "--max_new_tokens", 2, "--device", "cpu")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "out" / "sft_vlm_best_predictions.jsonl").read_text().splitlines()) == 22
+    assert len((tmp_path / "out" / "sft_vlm_best_32_predictions.jsonl").read_text().splitlines()) == 22
 
 
 def test_what_a_killed_writer_of_the_best_weights_left_is_finished_and_removed(data, tower_folder, tmp_path):

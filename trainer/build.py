@@ -1,5 +1,6 @@
 """From settings to the objects of a run: tokenizer, model, data, optimizer, number format."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import Renderer
-from dataset.errors import DataError
+from dataset.errors import DataError, SampleError
 from dataset.features import CacheKey, FeatureCache
-from dataset.pictures import open_images
+from dataset.pictures import NoImages, open_images
 from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from model import MiniMindVLM, VLMConfig
+from model.errors import first_line
 from model.processing import load_tokenizer
 from model.vision import VisionTowerError, attend_by_products, load_vision_tower, tower_patches
 from model.weights import fingerprints, load_weights
@@ -69,9 +71,12 @@ def build_model(
             image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=tower_patches(tower),
             vision_hidden_size=tower.config.hidden_size,
         )  # fmt: skip
+        return MiniMindVLM(config, tower)
     except (VisionTowerError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return MiniMindVLM(config, tower)
+    except RuntimeError as error:  # torch's word for memory that is not there
+        raise UsageError(f"--hidden_size {hidden_size} and --num_hidden_layers {num_hidden_layers} make no model here:"
+                         f" {first_line(error)}") from error  # fmt: skip
 
 
 def freeze(model: MiniMindVLM, mode: int) -> None:
@@ -157,6 +162,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         problems.append(str(error))
     if samples and config.eval_share and not len(samples.hold_out(config.eval_share, config.seed)):
         problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger share")
+    if samples and isinstance(images, NoImages) and (missed := first_named_picture(samples)):
+        problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {missed}")
     start = config.start_file
     used = fingerprints(model, tokenizer) if model else {}
     if start is not None and not config.from_resume:
@@ -194,6 +201,16 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples"
                 + (f", {samples.epoch_size} of them an epoch" if samples.epoch_size != len(dataset) else ""))
     return Run(config, ranks, model, dataset, sampler, optimizer, dtype, used)
+
+
+def first_named_picture(samples: SampleSource, most: int = 100) -> str | None:
+    """What the first sample says that shows a picture by name, among the first `most`; None when there is none."""
+    for index in range(min(len(samples), most)):
+        with contextlib.suppress(SampleError):  # training names it
+            sample = samples[index]
+            if names := [ref for ref in sample.images if isinstance(ref, str)]:
+                return f"{sample.where} shows {names[0]!r}"
+    return None
 
 
 class MicroBatches:

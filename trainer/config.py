@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -84,11 +85,16 @@ class TrainConfig:
                      "num_hidden_layers", "max_seq_len", "learning_rate", "grad_clip"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be greater than 0")
+        if math.isinf(self.learning_rate):
+            raise UsageError(f"--learning_rate {self.learning_rate}: must be finite")
         for name in ("num_workers", "seed", "eval_interval"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must not be negative")
-        if self.seed >= 2**63 or self.batch_size * self.accumulation_steps > 2**31:
-            raise UsageError("--seed is below 2^63, an update takes at most 2^31 samples")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed {self.seed}: must be below 2^63")
+        if self.batch_size * self.accumulation_steps > 2**31:
+            raise UsageError(f"--batch_size {self.batch_size} times --accumulation_steps {self.accumulation_steps}: an update takes"
+                             " at most 2^31 samples")  # fmt: skip
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise UsageError(f"--eval_data_path {self.eval_data_path}: a share lies between 0 and 1; a file of that name is ./{self.eval_data_path}")
         if self.eval_data_path is None and (self.eval_interval or self.eval_images_path):

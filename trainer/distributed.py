@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model.errors import UsageError
+from model.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def usable_device(name: str) -> torch.device:
         if device.type != "cpu":
             torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}. Without the flag the best there is is taken") from error
+        raise UsageError(f"--device {name}: {first_line(error).split('. ')[0]}. Without the flag the best there is is taken") from error
     return device
 
 

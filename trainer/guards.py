@@ -72,7 +72,7 @@ class FiniteGuard:
                 samples = ", ".join(self.where(index) for index in indices)
                 self.ranks.warn(f"loss or gradient is not finite: no update. Samples: {samples}")
             if self.in_a_row == MOST_NON_FINITE:
+                good = f"the last good state is {self.state_file}" if self.state_file.exists() else "nothing was saved yet"
                 raise TrainingFailed(
-                    f"{MOST_NON_FINITE} updates in a row were not finite; the last good state is"
-                    f" {self.state_file}. Lower --learning_rate, look at the samples named, or try --dtype float32"
+                    f"{MOST_NON_FINITE} updates in a row were not finite; {good}. Lower --learning_rate, look at the samples named, or try --dtype float32"
                 )

@@ -25,7 +25,7 @@ from model.vision import encode_images, normalize, preprocess
 
 from .build import bf16_is_fast
 from .config import UsageError
-from .distributed import keep_freed_memory
+from .distributed import keep_freed_memory, usable_device
 
 
 @dataclass
@@ -100,6 +100,7 @@ def load_assistant(
     In bf16 where the device multiplies that faster, else in fp32.
     Raises UsageError for anything missing or not fitting.
     """
+    usable_device(device)
     if device == "cpu":
         keep_freed_memory(huge_pages=True)
     transformers_logging.set_verbosity_error()

@@ -27,8 +27,9 @@ from dataset.conversation import IMAGE_MARK
 from dataset.errors import SampleError
 from dataset.pictures import open_images
 from dataset.sources import open_samples
-from model.storage import write_atomically
+from model.storage import OutputLock, StorageError, check_writable, write_atomically
 from model.vision import preprocess
+from model.weights import lock_of
 
 from .config import UsageError
 from .inference import Assistant, Question, answer_in_batches
@@ -184,6 +185,7 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
 
     Raises UsageError, DataError and SampleError for what the files lack, before the first answer where possible.
     """
+    lock = claim_files(job)
     questions, images = read_questions(job.data), open_images(job.image_dir)
     metrics = make_metrics(job.metrics, [question.answer for question in questions])
     where = {ref: question.where for question in reversed(questions) for ref in question.images}
@@ -197,16 +199,31 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
     print("\n".join(table(report, list(metrics))))
     print(f"[{LEVEL:.0%} intervals: bootstrap over {report['total']['groups']} pictures or conversations, seed {job.seed}]"
           f"  predictions: {job.predictions}")  # fmt: skip
+    if "bleu" in metrics and np.mean([len(WORD.findall(question.answer)) < 4 for question in questions]) > 0.5:
+        print("[bleu counts runs of four words, and most references here are shorter: go by another metric]")
     if job.report:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         write_atomically(job.report, lambda file: file.write(text.encode()))
+    lock.release()
     return report
+
+
+def claim_files(job: ScoreJob) -> OutputLock:
+    """Before the first answer: the files can be written, and nobody else writes them. Raises UsageError and StorageError."""
+    for flag, file in (("--predictions", job.predictions), ("--report", job.report)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{flag} {file} is a folder; name a file")
+        try:
+            if file is not None:
+                check_writable(file.parent)
+        except StorageError as error:
+            raise UsageError(f"{flag} {file}: {error}") from error
+    return OutputLock(lock_of(job.predictions), "give this one another --predictions")
 
 
 def write_predictions(answers: Iterable[tuple[Question, str]], count: int, target: Path) -> list[tuple[Question, str]]:
     """The answers, when all of them are in the file. Until then they are in NAME.partial: a stop loses neither these nor
     older predictions."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial, answered = target.with_name(f"{target.name}.partial"), []
     try:
         with open(partial, "w", encoding="utf-8") as file:

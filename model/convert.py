@@ -115,11 +115,11 @@ def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str |
     Raises UsageError for anything missing or not fitting.
     """
     sidecar = read_sidecar(path) or {}
-    tokenizer, tower = load_tokenizer(tokenizer_path), read_tower(vision_model_path)
     model = native_model(path, sidecar)
     if fresh := load_weights(path, model):
         raise UsageError(f"{path} holds a language model without projector ({', '.join(fresh)} missing)")
-    attach(path, model, tower)
+    tokenizer = load_tokenizer(tokenizer_path)
+    attach(path, model, read_tower(vision_model_path))
     record = {key: value for key, value in sidecar.items() if key != "config"}
     check_made_for(path, model, tokenizer, record)
     return Loaded(model, tokenizer, record)

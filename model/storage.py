@@ -196,6 +196,8 @@ def _explain(error: Exception, folder: Path) -> str:
         errno.ENOSPC: "make room, or name another disk with --save_dir and --checkpoint_dir",
         errno.EDQUOT: "the quota is used up: make room, or name another disk with --save_dir and --checkpoint_dir",
         errno.EROFS: "it is read-only: name another folder with --save_dir and --checkpoint_dir",
+        errno.EEXIST: "a file has the name of a folder: name another folder",
+        errno.ENOTDIR: "a file has the name of a folder: name another folder",
         errno.EACCES: "it may not be written: change its permissions, or name another folder",
     }
     remedy = remedies.get(error.errno, "check the disk") if isinstance(error, OSError) else "check the disk"

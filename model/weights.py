@@ -162,7 +162,7 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
             f"no weights at {path}. Published ones:\n"
             f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
-            f"or train them; --from_weight names another prefix, none starts from scratch."
+            f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
         )
     check_fingerprints(path, expected or {}, (read_sidecar(path) or {}).get("fingerprints", {}))
     state = read_tensors(path, "weight file")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from model.weights import check_fingerprints
 
 from .build import Run
-from .checkpoint import load_training_state, rng_state, set_rng_state
+from .checkpoint import load_training_state, previous_state, rng_state, set_rng_state
 from .config import TrainConfig, UsageError, share_of
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState
@@ -86,7 +86,7 @@ def restore(run: Run, progress: Progress) -> bool:
         set_rng_state(content["rng"][ranks.rank], ranks.device)
     left = (run.config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(
-        f"resumed from {path}: {state.update} updates done, epoch {state.epoch + 1},"
+        f"resumed from {previous_state(path) if problem else path}: {state.update} updates done, epoch {state.epoch + 1},"
         f" sample {state.samples} of {sampler.size}; {left} to go"
     )
     return problem is not None
@@ -120,7 +120,7 @@ def name_changes(run: Run, content: dict) -> None:
     if changed:
         run.ranks.print(f"notice: not what an uninterrupted run would do: {', '.join(changed)}")
     if content["data"] != run.dataset.samples.fingerprint():
-        run.ranks.print(f"notice: not what an uninterrupted run would do: {config.data_path} has changed since")
+        run.ranks.print(f"notice: not what an uninterrupted run would do: {config.data_path} does not hold what was trained on before")
 
 
 def keep_global_batch(sampler: ResumableSampler, wanted: int, ranks: Ranks) -> None:

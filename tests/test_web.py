@@ -24,6 +24,7 @@ from trainer.web.engine import Engine
 from trainer.web.models import Loading, ModelShelf
 from trainer.web.runs import Run, RunFolder, differing, smooth, thin
 from trainer.web.texts import TEXTS, Labels, preferred
+from trainer.web.training import state_table
 from trainer.web.visitor import Visitor, escape
 
 
@@ -200,6 +201,12 @@ def test_smoothing_and_thinning():
 
 def test_arguments_that_differ():
     assert differing({"a": {"x": "1", "y": "2"}, "b": {"x": "1", "y": "3", "z": "0"}}) == ["y", "z"]
+
+
+def test_headers_of_the_table_of_runs_begin_alike(tmp_path):
+    (tmp_path / "a.metrics.jsonl").write_text('{"update": 1, "seconds": 61}\n')
+    table = state_table([Run(tmp_path / "a.metrics.jsonl", "a").refresh()], Labels("en"))
+    assert all(name[0].isupper() for name in table.column_names) and table["Time"].to_pylist() == ["0:01:01"]
 
 
 def test_labels_are_whole_in_both_languages():
@@ -615,6 +622,41 @@ def test_training_page(page_of, browser, trained):
     finally:
         for path in trained.glob("out/other_32*"):
             path.unlink()
+
+
+@pytest.mark.parametrize("width", [1280, 1024, 390])
+def test_charts_are_read_to_their_edges(browser, tmp_path, width):
+    """Figures as people write them, and nothing cut off, with long names of runs as well."""
+    for name in ("sft_vlm_512", "pretrain_vlm_768_moe_of_a_long_night"):
+        lines = [{"update": 100 * step, "loss": 9.8 - step / 10, "eval_loss": 9.9 - step / 10, "learning_rate": 1e-6 * (1 - step / 100),
+                  "tokens_per_second": 12_000 + 40 * step} for step in range(90)]  # fmt: skip
+        (tmp_path / f"{name}.metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with serve("--save_dir", tmp_path) as (url, _), Guest(browser, url, "/training", viewport={"width": width, "height": 844}) as guest:
+        charts = guest.page.get_by_test_id("stVegaLiteChart")
+        guest.until(lambda: charts.locator("svg").count() == 3)
+
+        def drawn() -> str:
+            return charts.first.locator("svg").inner_html()
+
+        figures = set(charts.locator(".role-axis-label text").all_text_contents())
+        assert {"10", "1e-6", "12,000", "0"} <= figures and not {"1e+1", "0e+0"} & figures
+        before = ""
+        for control in ("", "Logarithmic loss", "Smoothing"):
+            if control == "Smoothing":
+                guest.page.get_by_role("slider", name=control).press("End")
+            elif control:
+                guest.page.get_by_text(control).click()
+            guest.until(lambda before=before: drawn() != before)
+            before = drawn()
+            assert charts.first.locator(".role-legend-label text").all_text_contents()[-2:] == ["Training loss", "Validation loss"]
+            cut = charts.evaluate_all("""charts => charts.flatMap(chart => {
+                const box = chart.querySelector('svg').getBoundingClientRect()
+                return [...chart.querySelectorAll('text')].filter(text => {
+                    const own = text.getBoundingClientRect()
+                    return own.left < box.left - 2 || own.right > box.right + 2 || own.bottom > box.bottom + 2
+                }).map(text => text.textContent)
+            })""")
+            assert not cut
 
 
 @pytest.mark.parametrize("width", [1280, 390])

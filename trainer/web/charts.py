@@ -8,7 +8,8 @@ import pyarrow as pa
 from .runs import Run, smooth, thin
 
 AXES = {"update": 1.0, "seconds": 1 / 60, "epoch": 1.0}  # from the files' units to those shown (minutes)
-HEIGHT = 320
+HEIGHT = 320  # pixels, and a line of the legend for each run
+LINE = 30
 
 
 def points(runs: Sequence[Run], names: Sequence[str], axis: str, weight: float) -> list[dict]:
@@ -27,17 +28,18 @@ def chart(rows: list[dict], runs: Sequence[Run], x_title: str, kinds: dict[str, 
     """A chart of such rows: a colour for each run, dashes for each figure but the first of `kinds` (name: label)."""
     table = pa.Table.from_pylist([{**row, "kind": kinds[row["kind"]]} for row in rows])
     scale = alt.Scale(type="log" if log else "linear", zero=False)
-    form = "~s" if max(abs(row["y"]) for row in rows) >= 1000 else "~g"
+    form = ",~r" if 1e-3 <= max(abs(row["y"]) for row in rows) < 1e7 else "~e"  # not "~g": that has 1e+1 above 8, 6, 4
     color = alt.Color("run:N", scale=alt.Scale(domain=[run.name for run in runs]),
-                      legend=alt.Legend(title=None, orient="bottom", labelLimit=220, columns=2))  # fmt: skip
+                      legend=alt.Legend(title=None, orient="bottom", labelLimit=180, columns=1))  # fmt: skip
     base = alt.Chart(table).encode(x=alt.X("x:Q", title=x_title), color=color)
-    y = alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format=form))
+    y = alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format=form, labelExpr="datum.value ? datum.label : '0'"))
     tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "), alt.Tooltip("x:Q", title=x_title, format=",~g"),
-               alt.Tooltip("raw:Q", title="y", format=".4~g")]  # fmt: skip
+               alt.Tooltip("raw:Q", title="y", format=form)]  # fmt: skip
     dash = {}
     if len({row["kind"] for row in rows}) > 1:
-        dash["strokeDash"] = alt.StrokeDash("kind:N", sort=list(kinds.values()), legend=alt.Legend(title=None, orient="bottom"))
+        # Above the chart: beside the runs it would not fit into half a page.
+        dash["strokeDash"] = alt.StrokeDash("kind:N", sort=list(kinds.values()), legend=alt.Legend(title=None, orient="top"))
     layers = [base.mark_line(interpolate="linear").encode(y=y, **dash), base.mark_point(filled=True, size=18, opacity=0.7).encode(y=y, tooltip=tooltip)]
     if weight > 0:
         layers.insert(0, base.mark_line(opacity=0.25, strokeWidth=1).encode(y=alt.Y("raw:Q", title=None, scale=scale), detail="kind:N"))
-    return alt.layer(*layers).properties(height=HEIGHT).interactive(bind_y=False)
+    return alt.layer(*layers).properties(height=HEIGHT + LINE * len(runs)).interactive(bind_y=False)

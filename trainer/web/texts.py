@@ -89,6 +89,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "state_still": ("ended", "已結束"),
     "update": ("Update", "更新"),
     "epoch": ("Epoch", "週期"),
+    "time": ("Time", "時間"),
     "left": ("Left", "剩餘"),
     "arguments": ("Arguments", "參數"),
     "arguments_differing": ("Only those that differ", "只列出不同的"),

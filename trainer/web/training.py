@@ -82,7 +82,7 @@ def state_table(runs: list[Run], labels: Labels) -> pa.Table:
             labels("update"): number(run.last("update"), ",.0f"), labels("epoch"): number(run.last("epoch"), ".2f"),
             labels("loss"): number(run.last("loss"), ".4f"), labels("eval_loss"): number(run.last("eval_loss"), ".4f"),
             labels("tokens_per_second"): number(run.last("tokens_per_second"), ",.0f"),
-            labels("axis_time"): clock(run.last("seconds")), labels("left"): clock(left),
+            labels("time"): clock(run.last("seconds")), labels("left"): clock(left),
         })  # fmt: skip
     return pa.Table.from_pylist(rows)
 

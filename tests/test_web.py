@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -157,6 +158,34 @@ def test_models_are_found_named_ones_first(tmp_path):
         time.sleep(0.05)
     assert "no vision encoder" in loading.problem or "no readable" in loading.problem
     assert shelf.load(loading.choice) is not loading, "a failed one is tried again"
+
+
+SIDECARS = [
+    {"config": [1]}, {"config": {"hidden_size": [1], "num_hidden_layers": "\ud800", "use_moe": {}}}, {"training": "x"},
+    {"training": {"vision_model_path": ["/eye"]}}, {"progress": 7}, {"progress": {"update": "abc", "seconds": 3}},
+    {"progress": {"update": [1], "seconds": None}}, {"progress": {"update": 1}}, {"progress": {"update": 1, "seconds": 10**400}}, [1],
+]  # fmt: skip
+
+
+def test_odd_files_are_no_trouble(tmp_path, browser):
+    """Sidecars that hold anything, links to nothing, names that are no text: both pages show the rest."""
+    for number, content in enumerate([*map(json.dumps, SIDECARS), "[" * 100_000]):
+        (tmp_path / f"odd{number}_512.pth").write_bytes(b"")
+        (tmp_path / f"odd{number}_512.json").write_text(content)
+        (tmp_path / f"folder{number}").mkdir()
+        (tmp_path / f"folder{number}" / "config.json").write_text(content.replace("{", '{"model_type": "minimind-v", ', 1))
+    (tmp_path / "dangling_512.pth").symlink_to("nowhere")
+    for name in (b"\xff_512.pth", b"\xff.metrics.jsonl"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"")
+    lines = ['{"update": NaN, "samples": []}', f'{{"update": 1, "loss": 1{"0" * 400}}}', '{"update": 2, "loss": 3.5, "seconds": 1e999}', "[" * 100_000]
+    (tmp_path / "odd.metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    choices = ModelShelf(tmp_path, "sft_vlm", None, None, "model", "cpu").choices()
+    assert len(choices) == 2 * len(SIDECARS) and len(set(choices)) == len(choices) and not any(choice.trained for choice in choices)
+    with serve("--save_dir", tmp_path) as (url, _), Guest(browser, url) as guest:
+        guest.line.wait_for()
+        guest.page.goto(f"{url}/training")
+        guest.sees("3 lines of its metrics file cannot be read")
+        guest.until(lambda: guest.page.get_by_test_id("stDataFrame").first.text_content().count("3.5000"))
 
 
 def test_a_run_is_read_on_from_where_it_was_read(tmp_path):

@@ -30,36 +30,53 @@ class ModelChoice:
 
 
 def native_choice(path: Path) -> ModelChoice | None:
-    """The choice behind {weight}_{hidden}{_moe}.pth, or None when the name is another."""
-    match = re.fullmatch(r".+_(\d+)(_moe)?", path.stem)
-    if not match:
+    """The choice behind {weight}_{hidden}{_moe}.pth, or None when the name is another or the file has gone."""
+    match, changed = re.fullmatch(r".+_(\d+)(_moe)?", path.stem), changed_at(path)
+    if not match or changed is None:
         return None
     sidecar = read_json(path.with_suffix(".json"))
-    config, training, progress = (sidecar.get(key) or {} for key in ("config", "training", "progress"))
-    trained = f"{progress.get('update', 0):,} updates, {progress.get('seconds', 0) / 60:.0f} min" if progress else ""
-    return ModelChoice(path, path.stat().st_mtime_ns, size_of({"hidden_size": match[1], "use_moe": match[2]} | config),
-                       training.get("vision_model_path"), trained)  # fmt: skip
+    config, training, progress = (part if isinstance(part := sidecar.get(key), dict) else {} for key in ("config", "training", "progress"))
+    tower = training.get("vision_model_path")
+    return ModelChoice(path, changed, size_of({"hidden_size": int(match[1]), "use_moe": match[2]} | config),
+                       tower if isinstance(tower, str) else None, trained_for(progress))  # fmt: skip
 
 
 def folder_choice(folder: Path) -> ModelChoice | None:
     """The choice behind a transformers folder of this model type, or None for any other folder."""
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "minimind-v":
+    config, changed = read_json(folder / "config.json"), changed_at(folder / "config.json")
+    if config.get("model_type") != "minimind-v" or changed is None:
         return None
-    return ModelChoice(folder, (folder / "config.json").stat().st_mtime_ns, size_of(config))
+    return ModelChoice(folder, changed, size_of(config))
+
+
+def changed_at(path: Path) -> int | None:
+    """A file's modification time in ns; None when it has gone, or its name is no text that a browser can be sent."""
+    try:
+        str(path).encode()
+        return path.stat().st_mtime_ns
+    except (OSError, UnicodeEncodeError):
+        return None
 
 
 def size_of(config: dict) -> str:
     """Like 512x8 MoE; without what the configuration does not tell."""
-    layers = f"x{config['num_hidden_layers']}" if "num_hidden_layers" in config else " wide"
-    return f"{config.get('hidden_size', '?')}{layers}{' MoE' if config.get('use_moe') else ''}"
+    width, layers = (value if isinstance(value := config.get(key), int) else None for key in ("hidden_size", "num_hidden_layers"))
+    return f"{width or '?'}{f'x{layers}' if layers else ' wide'}{' MoE' if config.get('use_moe') else ''}"
+
+
+def trained_for(progress: dict) -> str:
+    """Like 1,200 updates, 35 min; empty when that is not told."""
+    try:
+        return f"{progress['update']:,} updates, {progress['seconds'] / 60:.0f} min"
+    except (KeyError, TypeError, ValueError, OverflowError):  # an odd file may hold anything
+        return ""
 
 
 def read_json(path: Path) -> dict:
     """The object in a json file; empty when there is none that can be read: what it adds is optional."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

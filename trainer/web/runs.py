@@ -8,7 +8,7 @@ import time
 from array import array
 from pathlib import Path
 
-from .models import read_json
+from .models import changed_at, read_json
 
 METRICS = ("update", "epoch", "seconds", "loss", "eval_loss", "aux_loss", "learning_rate", "tokens_per_second",
            "peak_memory_mb", "seconds_left")  # fmt: skip
@@ -54,15 +54,15 @@ class Run:
     def _take(self, line: bytes) -> None:
         try:
             values = json.loads(line)
-            update = float(values["update"])
-        except (ValueError, KeyError, TypeError):
+            update = int(values["update"])
+            figures = [float(value) if isinstance(value := values.get(name), (int, float)) else math.nan for name in self.columns]
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             self.bad += bool(line.strip())
             return
-        for name, column in self.columns.items():
-            value = values.get(name)
-            column.append(float(value) if isinstance(value, (int, float)) else math.nan)
+        for column, figure in zip(self.columns.values(), figures, strict=True):
+            column.append(figure)
         if isinstance(values.get("samples"), list):
-            self.samples.append({"update": int(update), "samples": values["samples"]})
+            self.samples.append({"update": update, "samples": values["samples"]})
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure, None when no line has it."""
@@ -106,10 +106,8 @@ class RunFolder:
         """Runs by name, the one that was written to last first. Their figures are as of their last `refresh`."""
         times = {}
         for path in [*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f"*/*{SUFFIX}")]:
-            try:
-                times[path] = path.stat().st_mtime
-            except OSError:  # deleted meanwhile
-                continue
+            if (changed := changed_at(path)) is not None:
+                times[path] = changed
         with self._lock:
             for path in times:
                 if path not in self._runs:

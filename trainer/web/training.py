@@ -1,6 +1,7 @@
 """The training page: runs over each other, while they run and afterwards."""
 
 import functools
+import math
 
 import pyarrow as pa
 import streamlit as st
@@ -89,7 +90,7 @@ def state_table(runs: list[Run], labels: Labels) -> pa.Table:
 
 def clock(seconds: float | None) -> str:
     """Seconds as h:mm:ss."""
-    return "" if seconds is None else f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{int(seconds % 60):02d}"
+    return "" if seconds is None or not math.isfinite(seconds) else f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{int(seconds % 60):02d}"
 
 
 def show_charts(runs: list[Run], axis: str, weight: float, log: bool, labels: Labels) -> None:

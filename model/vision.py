@@ -92,13 +92,19 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block raises all kinds, and tells nothing of how the picture is turned
         picture.load()
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+    picture = eight_bits(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         picture = Image.alpha_composite(white, rgba)
     return picture.convert("RGB")
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits as one of 8; any other as it is."""
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        return picture.convert("I").point(lambda value: value / 257).convert("L")
+    return picture
 
 
 def preprocess(picture: Image.Image) -> torch.Tensor:

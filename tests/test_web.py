@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,6 +24,7 @@ from trainer.web import engine as engine_module
 from trainer.web import pictures
 from trainer.web.engine import Engine
 from trainer.web.models import Loading, ModelShelf
+from trainer.web.problems import explain
 from trainer.web.runs import Run, RunFolder, differing, smooth, thin
 from trainer.web.texts import TEXTS, Labels, preferred
 from trainer.web.training import state_table
@@ -123,12 +125,34 @@ def test_pictures_lose_everything_but_their_pixels():
     ("data", "message"),
     [(b"no picture", "cannot be read"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of JPEG"),
      (picture_bytes("red")[:60], "cannot be read"), (picture_bytes("red", (8001, 8000)), "8001 x 8000 pixels"),
-     (picture_bytes("red", (20_000, 20_000)), "Save it smaller"), (b"x" * (pictures.MAX_MEGABYTES * 2**20 + 1), "MB, more than")],
+     (picture_bytes("red", (20_000, 20_000)), r"64,000,000 pixels\. Save it smaller\.$"), (b"x" * (pictures.MAX_MEGABYTES * 2**20 + 1), "MB, more than")],
     ids=["text", "postscript", "cut off", "64 megapixels", "400 megapixels", "too long"],
 )  # fmt: skip
 def test_bad_pictures_are_refused_with_a_remedy(data, message):
     with pytest.raises(pictures.PictureError, match=message):
         pictures.take(data, "p.png")
+
+
+@pytest.mark.parametrize(("form", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I")])
+def test_a_picture_of_16_bits_is_shown_as_the_model_sees_it(form, mode):
+    grey = np.linspace(0, 65535, 224, dtype=np.int32 if mode == "I" else np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(np.tile(grey, (224, 1))).save(file, form)
+    assert Image.open(file).mode == mode
+    taken = pictures.take(file.getvalue(), "p")
+    preview = Image.open(io.BytesIO(taken.preview))
+    assert [preview.getpixel((x, 9)) for x in range(224)] == taken.pixels()[0, 9].tolist() and preview.getextrema() == (0, 255)
+
+
+def test_pictures_are_taken_without_torch():
+    """The page is shown before torch is there; examples are on it."""
+    code = ("import io, sys; from PIL import Image; from trainer.web import pictures; file = io.BytesIO(); "
+            "Image.new('RGBA', (9, 9)).save(file, 'PNG'); pictures.take(file.getvalue(), 'p'); print('torch' in sys.modules)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, text=True, capture_output=True, check=True).stdout == "False\n"
+
+
+def test_a_failure_of_the_program_is_told_in_whole_sentences():
+    assert ".." not in explain(ValueError("no such thing.")) and "no such thing. The log" in explain(ValueError("no such thing."))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
@@ -573,6 +597,11 @@ def test_failures_are_told_and_the_page_lives_on(page_of, browser, trained):
                                     ("huge.png", picture_bytes("red", (8001, 8000)), "8001 x 8000 pixels")]:  # fmt: skip
             guest.drop(name, data)
             guest.page.get_by_text(message).wait_for()
+        guest.page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(
+            [{"name": f"bad{number}.png", "mimeType": "image/png", "buffer": b"no picture"} for number in range(25)]
+        )
+        guest.sees("and 22 more")
+        assert guest.page.get_by_test_id("stAlert").count() == 3 and guest.line.is_visible()
         guest.upload("fifty.jpg", picture_bytes("white", (8660, 5780), "JPEG"))
         guest.ask("What colour?")
         assert guest.until_answered(1) == "white", "50 megapixels are taken, and the page lives on"

@@ -14,6 +14,7 @@ from .tray import STYLE, bring, picture_sources, show_tray
 from .visitor import Exchange, Visitor, escape
 
 THUMBNAIL = 180  # CSS pixels
+NOTICES = 3  # in sight at once: more would push the input line off the screen
 FRAME = 0.04  # seconds between two changes of a growing answer
 
 
@@ -194,8 +195,10 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
 def bottom(visitor: Visitor, labels: Labels) -> None:
     """What stays in sight: notices, the pictures of the next question, and where to type it."""
     with st.bottom:
-        for notice in visitor.notices:
+        for notice in visitor.notices[:NOTICES]:
             show_problem(notice)
+        if (more := len(visitor.notices) - NOTICES) > 0:
+            st.caption(labels("more_notices", count=more))
         if visitor.busy:
             st.button(labels("stop"), icon=":material/stop_circle:", type="primary", key="stop",
                       on_click=visitor.once("stop", visitor.end))  # fmt: skip

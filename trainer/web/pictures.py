@@ -73,7 +73,7 @@ class Picture:
         except MemoryError:
             raise
         except Exception as error:  # decoders and conversions raise all kinds
-            raise PictureError(f"picture {self.name!r} cannot be converted: {error}. Open it in a viewer and save it anew.") from error
+            raise PictureError(f"picture {self.name!r} cannot be converted: {str(error).rstrip('.')}. Open it in a viewer and save it anew.") from error
 
 
 def take(data: bytes, name: str) -> Picture:
@@ -83,6 +83,10 @@ def take(data: bytes, name: str) -> Picture:
     picture = decode(data, name)
     picture.thumbnail((PREVIEW, PREVIEW))
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        from model.vision import eight_bits  # not above: only such a picture, and few are, waits for torch
+
+        picture = eight_bits(picture)
     if picture.mode not in ("RGB", "RGBA", "L"):
         picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
     clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # leaves behind what is no pixel
@@ -104,7 +108,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(f"picture {name!r} has too many pixels: {error}. Save it smaller.") from error
+        raise PictureError(f"picture {name!r} has more than {MAX_PIXELS:,} pixels. Save it smaller.") from error
     except Exception as error:  # decoders raise all kinds
         raise PictureError(f"picture {name!r} cannot be read: it is broken, or none of {', '.join(FORMATS)}."
                            " Open it in a viewer and save it anew.") from error  # fmt: skip

@@ -14,4 +14,4 @@ def explain(error: Exception) -> str:
     traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
         return "not enough memory. Ask again with fewer pictures or fewer new tokens, or clear the conversation."
-    return f"{name}: {text}. The log of the page's server has the details; ask again, or clear the conversation."
+    return f"{name}: {text.rstrip('.')}. The log of the page's server has the details; ask again, or clear the conversation."

@@ -41,6 +41,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "pictures": ("Pictures", "圖片"),
     "remove": ("Remove {name}", "移除 {name}"),
     "lost": ("A picture was lost on its way here. Drop it again.", "有一張圖片在傳送途中遺失了，請再拖放一次。"),
+    "more_notices": ("and {count} more", "還有 {count} 則"),
     "question": ("Ask about the pictures, or anything", "詢問圖片，或任何問題"),
     "only_pictures": ("Now ask something about it.", "現在請提問。"),
     "thinking": ("Thinking …", "思考中……"),

@@ -244,6 +244,13 @@ def test_a_run_can_be_drawn_while_another_page_reads_it(tmp_path):
     reader.join()
 
 
+@pytest.mark.parametrize("block", [b"XXXXgarbage", b"MM\0*\0\0"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_damaged_exif_block_keeps_no_picture_from_the_page(block, form):
+    taken = pictures.take(picture_bytes("red", form=form, exif=block), "a.png")
+    assert Image.open(io.BytesIO(taken.preview)).getpixel((5, 5))[0] > 250 and taken.pixels()[0].float().mean() > 250
+
+
 def test_smoothing_and_thinning():
     assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0] * 3), "unbiased from the start"
     assert smooth([1.0, 3.0], 0.5) == pytest.approx([1.0, 3.5 / 1.5]) and smooth([1.0, 5.0], 0.0) == [1.0, 5.0]

@@ -1,6 +1,7 @@
 """Pictures that visitors bring: checked, decoded one at a time, and shown without their metadata."""
 
 import base64
+import contextlib
 import functools
 import io
 import threading
@@ -82,7 +83,8 @@ def take(data: bytes, name: str) -> Picture:
         raise PictureError(f"picture {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}. Save it smaller.")
     picture = decode(data, name)
     picture.thumbnail((PREVIEW, PREVIEW))
-    picture = ImageOps.exif_transpose(picture)
+    with contextlib.suppress(Exception):  # a damaged EXIF block raises all kinds, and tells nothing of how the picture is turned
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         from model.vision import eight_bits  # not above: only such a picture, and few are, waits for torch
 

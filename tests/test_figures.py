@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -120,6 +121,19 @@ def test_attention_is_drawn_for_each_token(figures, tokenizer, tmp_path, monkeyp
     assert all(math.isclose(share, 196 / length, abs_tol=0.1) for share in shares)
 
 
+def test_long_words_of_questions_and_answers_stay_in_their_places(figures, tokenizer, tmp_path, monkeypatch):
+    assistant = Assistant(make_model(tower=make_tower()), tokenizer)
+    answer = "the automatically corresponding administrators documentation\nand more"
+    monkeypatch.setattr(Assistant, "generate", lambda *_: [answer])
+    attention.draw_attention(tmp_path / "a.png", assistant, [CAT, CAT], "What is to be seen here, and where, and for how much: $5 or $6?")
+    ((figure, renderer, boxes),) = figures
+    assert_legible(figure, renderer, boxes)
+    pictures = [image.get_window_extent(renderer) for image in figure.axes[0].get_images()]
+    for text in figure.axes[0].texts:
+        assert not any(text.get_window_extent(renderer).overlaps(picture) for picture in pictures), text.get_text()
+    assert "corresponding" in [text.get_text() for text in figure.axes[0].texts]
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["structure", "--hidden_size", "500"], "--hidden_size 500: hidden_size 500 is not a multiple of 8 heads"),
     (["sample", "--num_hidden_layers", "0"], "--num_hidden_layers 0: at least 1"),
@@ -129,3 +143,21 @@ def test_attention_is_drawn_for_each_token(figures, tokenizer, tmp_path, monkeyp
 def test_mistakes_are_named(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("name, message", [("noext", "ends in .png, .jpg or .webp"), ("", "ends in .png"), ("a.h5", "ends in .png"), ("pipe.png", "ends in .png"),
+                                           ("file/a.png", "no file can be written there (File exists)")])  # fmt: skip
+def test_the_place_of_a_picture_is_looked_at_first(name, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.figures.__main__.draw", lambda args: pytest.fail("work before the look"))
+    (tmp_path / "file").write_text("precious")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert main(["structure", "--out", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --out {tmp_path / name}: ") and message in said and said.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["file", "pipe.png"]
+
+
+def test_a_picture_takes_the_place_of_an_older_one(tmp_path):
+    for _ in range(2):
+        assert main(["structure", "--out", str(tmp_path / "new" / "a.JPG")]) == 0
+        assert Image.open(tmp_path / "new" / "a.JPG").format == "JPEG" and os.listdir(tmp_path / "new") == ["a.JPG"]

@@ -15,10 +15,12 @@ import sys
 from pathlib import Path
 
 from dataset.errors import SampleError
+from dataset.files import check_output
 from trainer.config import REPOSITORY, UsageError, weight_name
 
 PICTURES = REPOSITORY / "dataset" / "eval_images"
 STAGES = ("llm", "pretrain_vlm", "sft_vlm")
+SUFFIXES = (".png", ".jpg", ".webp")  # of --out
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
     args = parse_flags(argv)
     try:
+        check_output("--out", args.out, SUFFIXES)
         draw(args)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":

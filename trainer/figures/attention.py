@@ -14,6 +14,7 @@ from .canvas import INK, Canvas
 
 TOKENS = 5  # shown of an answer
 WORDS = 210  # units for question and answer at the left of a row
+HEAD = 50  # units of a row above its pictures
 
 
 def draw_attention(
@@ -33,11 +34,11 @@ def draw_attention(
         rows.append((picture_of(pixels), answer, seen))
     columns = 1 + min(TOKENS, max(len(seen.tokens) for _, _, seen in rows))
     side = min(170, (980 - WORDS) / columns - 10)
-    canvas = Canvas(WORDS + columns * (side + 10) + 10, len(rows) * (side + 36) + 10)
+    canvas = Canvas(WORDS + columns * (side + 10) + 10, len(rows) * (side + HEAD) + 10)
     for number, (picture, answer, seen) in enumerate(rows):
-        y = (len(rows) - 1 - number) * (side + 36) + 10
-        canvas.text(16, y + side / 2 + 14, question, 10.5, ha="left")
-        canvas.text(16, y + side / 2 - 14, answer if len(answer) < 25 else f"{answer[:24]}…", 10.5, ha="left", weight="bold")
+        y = (len(rows) - 1 - number) * (side + HEAD) + 10
+        canvas.line(16, y + side / 2 + 14, question, WORDS - 26, 10.5)
+        canvas.line(16, y + side / 2 - 14, answer, WORDS - 26, 10.5, weight="bold")
         canvas.picture(picture, WORDS, y, side)
         for column, (text, maps) in enumerate(zip(seen.tokens[:TOKENS], seen.maps, strict=False), start=1):
             _draw_map(canvas, WORDS + column * (side + 10), y, side, picture, text, maps)
@@ -47,5 +48,5 @@ def draw_attention(
 def _draw_map(canvas: Canvas, x: float, y: float, side: float, picture: Image.Image, text: str, maps) -> None:
     """One token's map [1, s, s] with the share of its attention that the picture got."""
     canvas.picture(overlay(picture, maps[0]), x, y, side)
-    canvas.text(x, y + side + 11, text.strip() or "…", 10.5, ha="left", weight="bold", color=INK)
-    canvas.text(x + side, y + side + 11, f"{float(maps.sum()):.0%} on the picture", 8.5, ha="right", color="#5a6672")
+    canvas.line(x, y + side + 27, text.strip() or "…", side, 10.5, weight="bold", color=INK)
+    canvas.line(x, y + side + 10, f"{float(maps.sum()):.0%} on the picture", side, 8.5, color="#5a6672")

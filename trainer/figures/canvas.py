@@ -30,7 +30,16 @@ class Canvas:
 
     def text(self, x: float, y: float, words: str, size: float = 10, **style) -> None:
         """Words centred at (x, y)."""
-        self.axes.text(x, y, words, fontsize=size, **{"ha": "center", "va": "center", "color": INK} | style)
+        self.axes.text(x, y, words, fontsize=size, parse_math=False, **{"ha": "center", "va": "center", "color": INK} | style)
+
+    def line(self, x: float, y: float, words: str, width: float, size: float = 10, **style) -> None:
+        """Words from x on, in one line, without the last ones where they would take more than `width` units."""
+        words = " ".join(words.split())
+        self.text(x, y, words, size, ha="left", **style)
+        text = self.axes.texts[-1]
+        while words and text.get_window_extent(self.figure.canvas.get_renderer()).width > width * UNIT * self.figure.dpi:
+            words = words[:-1]
+            text.set_text(f"{words}…")
 
     def box(self, x: float, y: float, w: float, h: float, words: str = "", kind=PLAIN, size: float = 10, **style) -> None:
         """A rounded box with its lower left corner at (x, y); **style is the outline's."""

@@ -6,7 +6,7 @@ from typing import Any
 from model.model_minimind import IGNORE_INDEX
 from model.rendering import DEFAULT_SYSTEM, IMAGE_MARK, Rendered, Renderer, Turn, is_text, parse_turns
 
-from .errors import SampleError
+from .errors import SampleError, shown
 
 __all__ = ["DEFAULT_SYSTEM", "IGNORE_INDEX", "IMAGE_MARK", "Rendered", "Renderer", "Sample", "Turn", "is_text",
            "parse_images", "parse_sample", "parse_turns"]  # fmt: skip
@@ -47,5 +47,5 @@ def parse_images(value: Any, where: str = "") -> tuple[str, ...]:
         return ()
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise SampleError(f"'image' must be a file name, several with commas between, or a list: {value!r}", where)
+        raise SampleError(f"'image' must be a file name, several with commas between, or a list: {shown(value)}", where)
     return tuple(name.strip() for name in names)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, reason, shown
 from .jsonl import JsonlSamples, parse_json
 from .parquet import check_columns, picture_bytes, shows_pictures
 from .pictures import ImageSource, load_picture, open_images
@@ -99,7 +99,7 @@ def row_of_cells(cell: dict[str, Any], where: str) -> Row:
     if len(names) != len(blobs):
         raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
     if "image" in more and parse_images(more["image"], where) != names:
-        raise SampleError(f"'more' calls the pictures {more['image']!r}, the row {list(names)!r}", where)
+        raise SampleError(f"'more' calls the pictures {shown(more['image'])}, the row {shown(list(names))}", where)
     return row | ({"image": spelled(names)} if names else {}) | more, blobs
 
 
@@ -207,13 +207,14 @@ class JsonlFolder:
         for name, blob in zip(parse_images(row.get("image")), blobs, strict=True):
             try:
                 path = (self.images / name).resolve()
-            except ValueError as error:  # a NUL
-                raise DataError(f"picture {name!r} is no file name: {error}") from error
+                there = path.exists()
+            except (OSError, ValueError) as error:  # too long, a NUL
+                raise DataError(f"picture {shown(name)} is no file name: {reason(error)}") from error
             if not path.is_relative_to(self.images.resolve()):
-                raise DataError(f"picture {name!r} leads out of {self.images}")
-            if path.exists():
+                raise DataError(f"picture {shown(name)} leads out of {self.images}")
+            if there:
                 if path.read_bytes() != blob:
-                    raise DataError(f"two different pictures are called {name!r}: convert the files into folders of their own")
+                    raise DataError(f"two different pictures are called {shown(name)}: convert the files into folders of their own")
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(blob)

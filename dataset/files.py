@@ -15,10 +15,11 @@ def is_regular(path: str | Path) -> bool:
 
 def check_output(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises UsageError when no file with one of these suffixes can be written at `path`. Makes the folder for it."""
-    if path.suffix.lower() not in suffixes or (path.exists() and not is_regular(path)):
+    there = os.path.exists(path)
+    if path.suffix.lower() not in suffixes or (there and not is_regular(path)):
         raise UsageError(f"{flag} {path}: give the name of a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     try:
-        if path.exists():
+        if there:
             open(path, "ab").close()
         else:
             write_temporary(path, lambda file: None).unlink()

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, shown
 from .index import DataFile, open_index
 
 MOST_BYTES = 2**30  # of a line
@@ -128,5 +128,5 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise ValueError(f"key {shown(next(name for name in names if names.count(name) > 1))} stands there twice")
     return row

@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 import posixpath
-import stat
 import struct
 import warnings
 import zipfile
@@ -23,7 +22,8 @@ from PIL import Image, UnidentifiedImageError
 
 from model.vision import preprocess
 
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, reason, shown
+from .files import is_regular
 from .index import DataFile, open_index
 from .sources import split_names
 
@@ -48,7 +48,7 @@ class ImageSource:
         try:
             return preprocess(picture)
         except Exception as error:  # as decoders do: all kinds
-            raise SampleError(f"picture {ref if isinstance(ref, str) else 'of the row'!r} cannot be converted: {error}", where) from error
+            raise SampleError(f"picture {shown(ref if isinstance(ref, str) else 'of the row')} cannot be converted: {error}", where) from error
 
     def read(self, name: str, where: str = "") -> bytes:
         """The bytes of the picture's file; raises SampleError."""
@@ -88,15 +88,15 @@ class FolderImages(ImageSource):
         try:  # os.path is several times faster here than Path
             path = os.path.realpath(os.path.join(self.folder, name))
             inside = os.path.join(path, "").startswith(self._inside)
-            found = inside and stat.S_ISREG(os.stat(path).st_mode)
+            found = inside and is_regular(path)
         except (FileNotFoundError, NotADirectoryError):
             found = False
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half a character, a circle of links
-            raise SampleError(f"picture {name!r} is no file name: {error}", where) from error
+            raise SampleError(f"picture {shown(name)} is no file name: {reason(error)}", where) from error
         if not inside:
-            raise SampleError(f"picture {name!r} leads out of {self.folder}", where)
+            raise SampleError(f"picture {shown(name)} leads out of {self.folder}", where)
         if not found:
-            raise SampleError(f"picture {name!r} is not in {self.folder}", where)
+            raise SampleError(f"picture {shown(name)} is not in {self.folder}", where)
         return Path(path)
 
     def state(self, name: str, where: str) -> bytes:
@@ -141,7 +141,7 @@ class ZipImages(DataFile, ImageSource):
         record, problem = self._find(name, where), None
         offset, size = int(record["offset"]), int(record["size"])
         if record["unpacked"] > MAX_BYTES:
-            raise SampleError(f"picture {name!r} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
+            raise SampleError(f"picture {shown(name)} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
         try:
             header = os.pread(self._file.fileno(), self.LOCAL_HEADER.size, offset)
             signature, name_size, extra_size = self.LOCAL_HEADER.unpack(header)
@@ -159,7 +159,7 @@ class ZipImages(DataFile, ImageSource):
         if problem is None and (len(data) != record["unpacked"] or zlib.crc32(data) != record["crc"]):
             problem = "its checksum is wrong"
         if problem:
-            raise SampleError(f"picture {name!r} in {self.path} cannot be read: {problem}", where)
+            raise SampleError(f"picture {shown(name)} in {self.path} cannot be read: {problem}", where)
         return io.BytesIO(data)
 
     def state(self, name: str, where: str) -> bytes:
@@ -171,7 +171,7 @@ class ZipImages(DataFile, ImageSource):
             place = int(np.searchsorted(self._records["name"], value))
             if place < len(self._records) and self._records[place]["name"] == value:
                 return self._records[place]
-        raise SampleError(f"picture {name!r} is not in {self.path}", where)
+        raise SampleError(f"picture {shown(name)} is not in {self.path}", where)
 
 
 def spellings(name: str) -> Iterator[str]:
@@ -206,7 +206,7 @@ class ManyImages(ImageSource):
     def _source(self, name: str, where: str) -> ImageSource:
         holding = [source for source in self.sources if source.holds(name)]
         if len(holding) > 1:
-            raise SampleError(f"picture {name!r} is in {len(holding)} of the places that --images_path names", where)
+            raise SampleError(f"picture {shown(name)} is in {len(holding)} of the places of pictures", where)
         return holding[0] if holding else self.sources[0]  # which then says what is wrong
 
 
@@ -217,30 +217,33 @@ class NoImages(ImageSource):
         self.folder = folder
 
     def open(self, name: str, where: str) -> Path:
-        raise SampleError(f"picture {name!r}: there is no folder {self.folder}", where)
+        raise SampleError(f"picture {shown(name)}: there is no folder {self.folder}", where)
 
     def state(self, name: str, where: str) -> bytes:
-        raise SampleError(f"picture {name!r}: there is no folder {self.folder}", where)
+        raise SampleError(f"picture {shown(name)}: there is no folder {self.folder}", where)
 
 
 def load_picture(file: Path | BinaryIO, name: str, where: str = "") -> Image.Image:
     """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason."""
     try:
-        if isinstance(file, Path):  # read at once: a decoder asks for a few bytes at a time
-            file = io.BytesIO(file.read_bytes())
+        if isinstance(file, Path):
+            if not is_regular(file):
+                raise SampleError(f"picture {shown(name)} cannot be read: it is a folder, a pipe or a device", where)
+            file = io.BytesIO(file.read_bytes())  # at once: a decoder asks for a few bytes at a time
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
             picture = Image.open(file)
         width, height = picture.size
         if width * height > MAX_PIXELS:
-            raise SampleError(f"picture {name!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}", where)
+            raise SampleError(f"picture {shown(name)} has {width} x {height} pixels, more than {MAX_PIXELS:,}", where)
         picture.load()
     except SampleError:
         raise
     except UnidentifiedImageError as error:  # its own words are an address in memory
-        raise SampleError(f"picture {name!r} cannot be read: it is of no known kind of picture", where) from error
+        kind = "of no known kind of picture" if file.seek(0, os.SEEK_END) else "empty"
+        raise SampleError(f"picture {shown(name)} cannot be read: it is {kind}", where) from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
-        raise SampleError(f"picture {name!r} cannot be read: {type(error).__name__}: {error}", where) from error
+        raise SampleError(f"picture {shown(name)} cannot be read: {reason(error)}", where) from error
     return picture
 
 
@@ -265,5 +268,5 @@ def _open_one(path: Path, may_miss: bool) -> ImageSource:
     if path.exists():
         raise DataError(f"{path} is no folder of pictures and no .zip")
     if not may_miss:
-        raise DataError(f"--images_path names {path}, which does not exist")
+        raise DataError(f"{path} does not exist; a folder or a .zip of pictures is wanted")
     return NoImages(path)

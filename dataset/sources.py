@@ -17,6 +17,7 @@ import numpy as np
 
 from .conversation import Sample
 from .errors import DataError
+from .files import is_regular
 from .jsonl import JsonlSamples
 from .order import EpochOrder, Order, Permutation, share
 from .parquet import WINDOW_BYTES, ParquetSamples
@@ -135,7 +136,7 @@ def open_samples(paths: str | Path) -> Mixture:
     for entry, weight in split_entries(str(paths)):
         files = {os.path.realpath(path): path for path in find_files(entry)}  # links in a circle lead to a file many times
         if twice := next((files[real] for real in files if real in seen), None):
-            raise DataError(f"--data_path names {twice} twice; a weight takes samples more often ({twice}:2)")
+            raise DataError(f"{twice} is named twice; a weight takes samples more often ({twice}:2)")
         seen.update(files)
         sources += map(open_file, files.values())
         weights += [weight] * len(files)
@@ -176,7 +177,7 @@ def split_weight(entry: str) -> tuple[str, float]:
     except ValueError:  # a colon within a name
         return entry, 1.0
     if not 0 < value <= MOST_WEIGHT:
-        raise DataError(f"--data_path {entry}: the weight must be greater than 0 and at most {MOST_WEIGHT}")
+        raise DataError(f"{entry}: the weight must be greater than 0 and at most {MOST_WEIGHT}")
     return (path, value) if colon else (entry, 1.0)
 
 
@@ -185,12 +186,14 @@ def find_files(entry: str) -> Iterator[Path]:
     found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
     if not found:
         raise DataError(
-            f"no training data at {entry or 'an empty name'}. Fetch the published data set with\n"
+            f"no data at {entry or 'an empty name'}. Fetch the published data set with\n"
             f"    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
             f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
-            f"or name your own jsonl or parquet file with --data_path (format: README, 'Train on your own pictures')."
+            f"or name a jsonl or parquet file of your own (format: README, 'Train on your own pictures')."
         )
     for path in map(Path, found):
+        if path.exists() and not path.is_dir() and not is_regular(path):
+            raise DataError(f"{path} is a pipe or a device; data are read more than once: write them to a file")
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in FILES and p.is_file()) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"{path} holds no .jsonl and no .parquet files")

@@ -5,6 +5,7 @@ decoding: they are exact where a file's header is wrong or silent (recordings of
 the frames asked for are decoded, each from the key frame before it.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .errors import DataError, SampleError
+from .errors import DataError, SampleError, reason, shown
+from .files import is_regular
 from .pictures import MAX_PIXELS
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp", ".wmv"}
@@ -39,14 +41,19 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
         import av
     except ImportError as error:
         raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
+    name = shown(str(path))
     try:
+        if not is_regular(path):
+            raise SampleError(f"video {name} cannot be read: it is a folder, a pipe or a device")
+        if not os.path.getsize(path):
+            raise SampleError(f"video {name} cannot be read: it is empty")
         # What a playlist disguised as a video names stays closed: no protocol is allowed but the file given.
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
-            return _frames(container, _picture_stream(container, str(path)), count, str(path))
+            return _frames(container, _picture_stream(container, name), count, name)
     except SampleError:
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise SampleError(f"video {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise SampleError(f"video {name} cannot be read: {reason(error)}") from error
 
 
 def clock(seconds: float, tenths: bool = False) -> str:
@@ -70,10 +77,10 @@ def _picture_stream(container, name: str):
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             if stream.width * stream.height > MAX_PIXELS:
-                raise SampleError(f"video {name!r} has {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}")
+                raise SampleError(f"video {name} has {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}")
             stream.thread_type = "AUTO"
             return stream
-    raise SampleError(f"video {name!r} has no pictures, only {[stream.type for stream in container.streams]}")
+    raise SampleError(f"video {name} has no pictures, only {[stream.type for stream in container.streams]}")
 
 
 def _frames(container, stream, count: int, name: str) -> list[Frame]:
@@ -81,7 +88,7 @@ def _frames(container, stream, count: int, name: str) -> list[Frame]:
     packets = sorted((packet.pts, packet.duration or 0, packet.is_keyframe) for packet in container.demux(stream)
                      if packet.size and packet.pts is not None and not packet.is_discard)  # fmt: skip
     if not packets:
-        raise SampleError(f"video {name!r} has no frame with a time; a raw stream needs a container (mp4, mkv) around it")
+        raise SampleError(f"video {name} has no frame with a time; a raw stream needs a container (mp4, mkv) around it")
     ticks = [tick for tick, _, _ in packets]
     last = packets[-1][1] or (ticks[-1] - ticks[0]) / max(len(ticks) - 1, 1)  # as long as the others, where no one says
     length = max(ticks[-1] - ticks[0] + last, 1)
@@ -91,7 +98,7 @@ def _frames(container, stream, count: int, name: str) -> list[Frame]:
     frames = [Frame(_upright(frame, stream), float((frame.pts - ticks[0]) * stream.time_base))
               for frame in _decode(container, stream, wanted, keys)]  # fmt: skip
     if not frames:
-        raise SampleError(f"video {name!r} cannot be read: no frame of it decodes")
+        raise SampleError(f"video {name} cannot be read: no frame of it decodes")
     return frames
 
 

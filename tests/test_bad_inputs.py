@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 import zlib
@@ -80,6 +81,7 @@ LINES = {
     "image false": (json.dumps(row(image=False)), "'image' must be a file name"),
     "missing picture": (json.dumps(row(image="none.png")), "is not in"),
     "a folder": (json.dumps(row(image="folder")), "is not in"),
+    "a pipe": (json.dumps(row(image="pipe.png")), "is not in"),
     "the folder itself": (json.dumps(row(image=".")), "is not in"),
     "parent": (json.dumps(row(image="../outside.png")), "leads out of"),
     "parent within": (json.dumps(row(image="folder/../../outside.png")), "leads out of"),
@@ -88,7 +90,7 @@ LINES = {
     "link to a folder outside": (json.dumps(row(image="way_out/outside.png")), "leads out of"),
     "circle of links": (json.dumps(row(image="circle.png")), "is no file name|is not in"),
     "NUL in a name": (json.dumps(row(image="a\x00.png")), "is no file name"),
-    "a name of 5,000 letters": (json.dumps(row(image="a" * 5000)), "is no file name"),
+    "a name of 5,000 letters": (json.dumps(row(image="a" * 5000)), r"picture 'a{50,200} \.\.\. a{50,200}' is no file name: File name too long$"),
     "half a character in a name": ('{"conversations": ' + json.dumps(turns()) + ', "image": "\\ud800.png"}', "is no file name|is not in"),
     "a line of 1 MB": (json.dumps(row(question="<image>" + "word " * 200_000)), "no token of an answer is left"),
     "a picture past the end": (json.dumps({"conversations": [*turns("word " * 1500, "b"), *turns()], "image": "good.png"}), "do not fit"),
@@ -138,7 +140,7 @@ EXIF[0x0112] = 6
 FRAMES = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
 PICTURES = {
     "good": (encoded(RED), None),
-    "zero bytes": (b"", "cannot be read"),
+    "zero bytes": (b"", "cannot be read: it is empty"),
     "truncated png": (encoded(RED)[:60], "cannot be read"),
     "truncated jpeg": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:900], "cannot be read"),
     "only a header": (b"\x89PNG\r\n\x1a\n", "cannot be read"),
@@ -178,6 +180,7 @@ def folder(tmp_path_factory):
     (pictures / "link.png").symlink_to(root / "outside.png")
     (pictures / "way_out").symlink_to(root)
     (pictures / "circle.png").symlink_to(pictures / "circle.png")
+    os.mkfifo(pictures / "pipe.png")
     for name, (content, _) in PICTURES.items():
         (pictures / f"{name}.png").write_bytes(content)
     return root
@@ -249,6 +252,10 @@ def test_files_that_are_no_data(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"holds no \.jsonl and no \.parquet"):
         open_samples(tmp_path / "folder")
+    for name in ("pipe.jsonl", "pipe.parquet"):  # which nobody writes into
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name} is a pipe or a device"):
+            open_samples(tmp_path / name)
     first = write_jsonl(tmp_path / "bom.jsonl", [])
     first.write_bytes(b"\xef\xbb\xbf" + GOOD_LINE.encode())
     assert open_samples(first)[0].images == ("good.png",)

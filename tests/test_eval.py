@@ -205,7 +205,7 @@ def test_questions_from_a_pipe(files):
     ("change", "message"),
     [(["--weight", "other"], "no weights at"), (["--vision_model_path", "/nowhere"], "hf download openai"),
      (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "no config.json"),
-     (["--score", "/nowhere.jsonl"], "no training data"), (["--image_dir", "/nowhere"], "no pictures there"),
+     (["--score", "/nowhere.jsonl"], "no data at /nowhere.jsonl. Fetch"), (["--image_dir", "/nowhere"], "no pictures there"),
      (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
      (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),
      (["--device", "foo"], "--device foo"), (["--device", "cuda:77"], "--device cuda:77"),

@@ -43,6 +43,7 @@ def folder(tmp_path_factory) -> Path:
     for name, colour in [("red.png", "red"), ("my blue.png", "blue")]:
         Image.new("RGB", (40, 40), colour).save(folder / name)
     (folder / "broken.png").write_bytes(b"no picture")
+    os.mkfifo(folder / "pipe")
     make_video(folder / "v.mp4", list(range(80)))
     return folder
 
@@ -75,8 +76,9 @@ def test_questions_and_pictures_are_those_of_a_chat(talk, assistant, folder):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("/image", "/image needs a PATH"), ("/image nowhere.png", "cannot be read"), ("/image broken.png", "cannot be read"),
-     ("/image .", "cannot be read"), ("/video", "needs a PATH"), ("/video broken.png", "cannot be read"), ("/dance", "no such command: /dance"),
+    [("/image", "/image needs a PATH"), ("/image nowhere.png", "'nowhere.png' cannot be read: No such file or directory\n"), ("/image broken.png", "cannot be read"),
+     ("/image .", "it is a folder"), ("/image pipe", "it is a folder, a pipe or a device"), ("/video pipe", "a pipe or a device"),
+     ("/image " + "a" * 5000, "cannot be read: File name too long"), ("/video", "needs a PATH"), ("/video broken.png", "cannot be read"), ("/dance", "no such command: /dance"),
      ("/undo", "nothing to take back"), ("/retry", "no question to ask again"), ("/save", "needs a FILE.md"),
      ("/save x.md", "nothing to save yet"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
      ("/image ~noone/x.png", "home directory"), ("/image 'red.png", "cannot be read"), ("/image a\0b", "cannot be read")],

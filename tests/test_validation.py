@@ -106,7 +106,7 @@ def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
 
 
 def test_data_that_cannot_be_validated_on_are_refused(data, tower_folder, tmp_path):
-    for value, message in ((tmp_path / "no.jsonl", "--eval_data_path: no training data at"), (0.01, "holds out none of 22 samples")):
+    for value, message in ((tmp_path / "no.jsonl", "--eval_data_path: no data at"), (0.01, "holds out none of 22 samples")):
         with pytest.raises(UsageError, match=message):
             make_trainer(data, tower_folder, tmp_path, eval_data_path=value)
 

@@ -1,5 +1,6 @@
 """Frames of videos that the tests make: which, in what order, with what times, and files that are no video."""
 
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -130,8 +131,13 @@ def test_files_that_are_no_video(tmp_path):
             read_frames(tmp_path / name, 3)
     with pytest.raises(SampleError, match="No such file"):
         read_frames(tmp_path / "nowhere.mp4", 3)
-    with pytest.raises(SampleError, match="Is a directory"):
+    with pytest.raises(SampleError, match="it is a folder, a pipe or a device"):
         read_frames(tmp_path, 3)
+    os.mkfifo(tmp_path / "pipe.mp4")  # which nobody writes into
+    with pytest.raises(SampleError, match=r"pipe\.mp4' cannot be read: it is a folder, a pipe or a device"):
+        read_frames(tmp_path / "pipe.mp4", 3)
+    with pytest.raises(SampleError, match=r"empty\.mp4' cannot be read: it is empty"):
+        read_frames(tmp_path / "empty.mp4", 3)
     audio(tmp_path / "sound.m4a")
     with pytest.raises(SampleError, match=r"no pictures, only \['audio'\]"):
         read_frames(tmp_path / "sound.m4a", 3)

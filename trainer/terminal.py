@@ -251,7 +251,7 @@ def confirmed(question: str) -> bool:
 
 def typed_paths(text: str) -> list[str]:
     """Paths as people type or drag them: as they stand, or quoted, with escaped spaces, several."""
-    if not Path(text).expanduser().exists():
+    if not os.path.exists(Path(text).expanduser()):
         with suppress(ValueError):  # an open quote
             return shlex.split(text) or [text]
     return [text]

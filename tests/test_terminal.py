@@ -27,6 +27,7 @@ from trainer import console, terminal
 from trainer.config import UsageError
 from trainer.console import Screen, complete_path, half_blocks, history_file, use_readline
 from trainer.inference import Assistant, Chat, Sampling
+from trainer.markdown import escape
 from trainer.terminal import TerminalChat, changed, complete, typed_paths
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -222,13 +223,32 @@ def test_the_conversation_as_markdown(talk, tmp_path, folder):
     (tmp_path / "notes").mkdir()
     assert "saved" in talk(f"/save {tmp_path}/notes/talk.md")
     text = (tmp_path / "notes" / "talk.md").read_text(encoding="utf-8")
-    pieces = [answer.strip() for answer in answers]
+    pieces = [escape(answer.strip()) for answer in answers]
     times = ", ".join(f"0:0{second}" for second in range(8))
     pattern = (r"# A conversation with MiniMind-V\n\n!\[my blue\.png\]\((.+)\)\n\n> What\n> is it\?\n\n" + re.escape(pieces[0])
                + r"\n\n\[v\.mp4\]\((.+)\), frames at " + times + r"\n\n> And\?\n\n" + re.escape(pieces[1]) + "\n")  # fmt: skip
     found = re.fullmatch(pattern, text)
     assert found, text
     assert all((tmp_path / "notes" / unquote(link)).samefile(folder / name) for link, name in zip(found.groups(), ("my blue.png", "v.mp4"), strict=True))
+
+
+def test_what_was_said_is_saved_as_it_was_said(talk, tmp_path, monkeypatch, folder):
+    (tmp_path / "a_b_[c].png").write_bytes((folder / "red.png").read_bytes())
+    talk(f"/image {tmp_path}/a_b_[c].png")
+    monkeypatch.setattr(talk.chat.chat, "stream", lambda question: (piece for piece in ["# no *title*, ", "<b>no tag</b>"]))
+    talk("Is `x` > *y*?")
+    talk(f"/save {tmp_path}/talk.md")
+    _, link, question, answer = (tmp_path / "talk.md").read_text(encoding="utf-8").strip().split("\n\n")
+    assert link.startswith(r"![a\_b\_\[c\].png](")
+    assert (question, answer) == (r"> Is \`x\` \> \*y\*?", r"\# no \*title\*, \<b\>no tag\</b\>")
+
+
+@pytest.mark.parametrize(("typed", "name"), [("talk one.md", "talk one.md"), ("'talk two.md'", "talk two.md"), ('"it\'s.md"', "it's.md"), ("it's mine.md", "it's mine.md"),
+                                             (r"a\b c.md", r"a\b c.md"), ("'", "'")])  # fmt: skip
+def test_the_whole_rest_of_a_line_is_the_name(talk, tmp_path, monkeypatch, typed, name):
+    monkeypatch.chdir(tmp_path)
+    talk("hello")
+    assert talk(f"/save {typed}") == f"saved: {name}\n" and os.listdir() == [name]
 
 
 def test_saving_replaces_nothing_unasked(talk, tmp_path, monkeypatch):
@@ -250,6 +270,7 @@ def test_saving_replaces_nothing_unasked(talk, tmp_path, monkeypatch):
     assert "saved" in talk(f"/save {target}") and "> hello" in target.read_text()
     assert "is a folder" in talk(f"/save {tmp_path}")
     assert f"{target}/below.md cannot be written" in talk(f"/save {target}/below.md")
+    assert "cannot be written: File name too long" in talk(f"/save {'a' * 300}.md")
 
 
 def test_paths_as_people_type_them(talk, folder):

@@ -20,6 +20,7 @@ from model.storage import StorageError, write_atomically
 from .config import UsageError
 from .console import STYLES, Screen, complete_path, history_file, use_readline
 from .inference import Chat, Sampling
+from .markdown import escape
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 COMMANDS = {
@@ -103,7 +104,7 @@ class TerminalChat:
             if command in COMMANDS:
                 getattr(self, command.removeprefix("/"))(argument.strip())
             elif command.startswith("/"):
-                shown = " (to show a picture: /image PATH)" if Path(typed_paths(line)[0]).is_file() else ""
+                shown = " (to show a picture: /image PATH)" if os.path.isfile(typed_paths(line)[0]) else ""
                 self.screen.say(f"no such command: {command}; /help lists them{shown}", "error")
             elif line:
                 self.ask(line)
@@ -203,12 +204,12 @@ class TerminalChat:
 
     def save(self, argument: str) -> None:
         """Writes the conversation as Markdown; asks before it replaces a file."""
-        target = Path(typed_paths(required("/save", argument))[0]).expanduser()
+        target = Path(typed_name(required("/save", argument))).expanduser()
         if not self.exchanges:
             raise UsageError("nothing to save yet")
-        if target.is_dir():
+        if os.path.isdir(target):
             raise UsageError(f"{target} is a folder; /save needs a file name")
-        if target.exists() and not (sys.stdin.isatty() and confirmed(f"{target} exists. Replace it? [y/N] ")):
+        if os.path.exists(target) and not (sys.stdin.isatty() and confirmed(f"{target} exists. Replace it? [y/N] ")):
             raise UsageError(f"not saved: {target} exists")
         try:
             write_atomically(target, lambda file: file.write(markdown(self.exchanges, target.parent).encode()))
@@ -257,6 +258,11 @@ def typed_paths(text: str) -> list[str]:
     return [text]
 
 
+def typed_name(text: str) -> str:
+    """The one name that a file will have, spaces and all; quotes around it are none of it."""
+    return text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
 def changed(sampling: Sampling, text: str) -> Sampling:
     """`sampling` with "name=value name=value" applied; raises UsageError and changes nothing for anything wrong."""
     values = {}
@@ -281,9 +287,9 @@ def markdown(exchanges: list[Exchange], folder: Path) -> str:
     for exchange in exchanges:
         for shown in exchange.shown:
             path = os.path.relpath(Path(shown.path).expanduser(), folder)
-            link = f"[{Path(path).name}]({quote(path)})"
+            link = f"[{escape(Path(path).name)}]({quote(path)})"
             parts.append(f"{link}, frames at {', '.join(shown.times)}" if shown.times else f"!{link}")
-        parts += ["\n".join(f"> {line}".rstrip() for line in exchange.question.splitlines()), exchange.answer.strip()]
+        parts += ["\n".join(f"> {escape(line)}".rstrip() for line in exchange.question.splitlines()), escape(exchange.answer.strip())]
     return "\n\n".join(parts) + "\n"
 
 

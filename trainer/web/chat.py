@@ -4,6 +4,8 @@ import time
 
 import streamlit as st
 
+from trainer.markdown import escape
+
 from . import pictures
 from .looked import show_looked
 from .models import Loading
@@ -11,7 +13,7 @@ from .settings import server
 from .sidebar import pick_model, pick_sampling
 from .texts import Labels
 from .tray import STYLE, bring, picture_sources, show_tray
-from .visitor import Exchange, Visitor, escape
+from .visitor import Exchange, Visitor
 
 THUMBNAIL = 180  # CSS pixels
 NOTICES = 3  # in sight at once: more would push the input line off the screen

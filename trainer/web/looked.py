@@ -5,8 +5,10 @@ import io
 import streamlit as st
 from PIL import Image
 
+from trainer.markdown import escape
+
 from .texts import Labels
-from .visitor import Exchange, Visitor, escape
+from .visitor import Exchange, Visitor
 
 WIDTH = 224  # CSS pixels of a map, as many as the model's view has
 

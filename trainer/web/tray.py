@@ -5,11 +5,13 @@ from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.runtime.uploaded_file_manager import DeletedFile
 
+from trainer.markdown import escape
+
 from . import pictures
 from .pictures import Picture, PictureError
 from .settings import server
 from .texts import Labels
-from .visitor import Visitor, escape
+from .visitor import Visitor
 
 STYLE = """<style>
 .st-key-examples button, .st-key-tray button {padding: 0.25rem; height: auto}

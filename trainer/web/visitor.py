@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from trainer.markdown import escape
+
 from .engine import Engine, Job
 from .models import Loading
 from .pictures import MAX_PICTURES, Picture, PictureError
@@ -206,8 +208,3 @@ class Visitor:
             said = escape(exchange.answer) or "—"
             file.write(f"\n**{you}:** {names}{escape(exchange.question)}\n\n**{model} ({exchange.model}):** {said}\n")
         return file.getvalue()
-
-
-def escape(text: str) -> str:
-    """Text as itself in Markdown: characters with a meaning there get a backslash."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~$" else c for c in text)

@@ -26,6 +26,7 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
+from model.storage import write_temporary
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
@@ -34,6 +35,7 @@ from .jsonl import JsonlSamples, parse_json
 from .parquet import check_columns, picture_bytes, shows_pictures
 from .pictures import ImageSource, load_picture, open_images
 from .sources import find_files, open_file, split_entries
+from .validate import REPOSITORY, counted
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "image": arrow.list_(arrow.string()), "more": arrow.string()})  # fmt: skip
@@ -242,24 +244,27 @@ def files_of(entries: str) -> list[Path]:
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
     """A new or empty folder that no second conversion writes into; raises DataError."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any(out.iterdir()):
-            raise DataError(f"--out {out} is not empty" + (", it holds what a conversion left half done (*.tmp): remove it, or name another folder" if list(out.glob("*.tmp")) else ""))
+    with contextlib.ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY)
+            held.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if any(out.iterdir()):
+                raise DataError(f"--out {out} is not empty" + (", it holds what a conversion left half done (*.tmp): remove it, or name another folder" if list(out.glob("*.tmp")) else ""))
+            write_temporary(out / "probe", lambda file: None).unlink()
+        except BlockingIOError as error:
+            raise DataError(f"another conversion writes into --out {out}") from error
+        except OSError as error:
+            raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one, new or empty") from error
         yield
-    except BlockingIOError as error:
-        raise DataError(f"another conversion writes into --out {out}") from error
-    finally:
-        os.close(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 when the data cannot be converted, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes: jsonl is turned into parquet, parquet into jsonl")
-    parser.add_argument("--images_path", default="images", help="folder or .zip of pictures, for jsonl")
+    parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training; for jsonl alone")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("--shard_rows", type=int, default=20_000, help="samples of a parquet file")
     parser.add_argument("--group_rows", type=int, default=500, help="samples of a row group")
@@ -289,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; what is in {out} is not all", file=sys.stderr)
         return 130
-    print(f"{count:,} samples in {out}" + (f"; {len(skipped):,} bad ones left out, the first: {skipped[0]}" if skipped else ""))
+    print(f"{counted(count, 'sample')} in {out}" + (f"; {len(skipped):,} bad left out, the first: {skipped[0]}" if skipped else ""))
     return 0
 
 

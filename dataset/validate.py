@@ -33,6 +33,7 @@ from model.processing import load_tokenizer
 
 from .conversation import Renderer
 from .errors import DataError, SampleError
+from .files import check_output
 from .pictures import ImageSource, open_images
 from .sources import Mixture, open_samples
 
@@ -80,8 +81,9 @@ class Report:
 
 
 def kind_of(error: SampleError) -> str:
-    """The problem without the values in it: names and numbers differ from sample to sample."""
-    return re.sub(r"\d+", "N", re.sub(r"'[^']*'|b'[^']*'|\"[^\"]*\"", "...", error.problem))[:100]
+    """The problem without the values in it: names and numbers differ from sample to sample, but not those of a path."""
+    problem = re.sub(r"'[^']*'|b'[^']*'|\"[^\"]*\"", "...", error.problem)
+    return re.sub(r"\S*/[^:]*|\d+", lambda found: found[0] if "/" in found[0] else "N", problem)[:100]
 
 
 class Checker:
@@ -142,13 +144,12 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def check_plot(path: str | None) -> None:
-    """Raises DataError when `plot` could not draw into that file: before the work rather than after it."""
+    """Raises DataError or UsageError when `plot` could not draw into that file: before the work rather than after it."""
     if not path:
         return
     if find_spec("matplotlib") is None:
         raise DataError("--plot needs matplotlib: pip install matplotlib")
-    if Path(path).suffix not in (".png", ".pdf", ".svg", ".jpg") or not Path(path).absolute().parent.is_dir():
-        raise DataError(f"--plot {path}: give a .png, .pdf, .svg or .jpg in a folder that exists")
+    check_output("--plot", Path(path), (".png", ".pdf", ".svg", ".jpg"))
 
 
 def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
@@ -166,6 +167,11 @@ def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def duration(seconds: float) -> str:
     """In the unit that a person would use."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
@@ -177,7 +183,7 @@ def duration(seconds: float) -> str:
 def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
     """Prints the report, but for times."""
     bad = sum(report.bad.values())
-    print(f"{report.samples:,} samples, {report.pictures:,} pictures; {bad:,} bad ({bad / max(1, report.samples):.2%})")
+    print(f"{counted(report.samples, 'sample')}, {counted(report.pictures, 'picture')}; {bad:,} bad ({bad / max(1, report.samples):.2%})")
     for kind, count in sorted(report.bad.items(), key=lambda item: -item[1]):
         print(f"  {count:,} x {kind}")
         for place in report.places[kind]:
@@ -191,14 +197,14 @@ def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
     print(histogram(lengths))
     print(f"--max_seq_len {args.max_seq_len} cuts {report.cut:,} of them ({report.cut / len(lengths):.2%})")
     again, first = report.duplicates()
-    print(f"{len(again):,} samples stand there more than once" + "".join(
+    print(f"{counted(len(again), 'sample')} standing there more than once" + "".join(
         f"\n      {samples.where(int(b))} is {samples.where(int(a))}" for a, b in zip(first[:SHOWN], again[:SHOWN], strict=True)))  # fmt: skip
-    print(f"an epoch: {samples.epoch_size:,} samples, {-(-samples.epoch_size // args.batch_size):,} updates of {args.batch_size}")
+    print(f"an epoch: {counted(samples.epoch_size, 'sample')}, {counted(-(-samples.epoch_size // args.batch_size), 'update')} of {args.batch_size}")
 
 
 def tell_times(report: Report, args: argparse.Namespace, samples: Mixture, seconds: float) -> None:
     """Prints how long an epoch takes: to read, by the time that this took, and to train."""
-    line = f"  to read: {duration(seconds * samples.epoch_size / report.samples)} with {args.processes} processes"
+    line = f"  to read: {duration(seconds * samples.epoch_size / report.samples)} with {counted(args.processes, 'process')}"
     if args.tokens_per_second:
         tokens = report.used / max(1, len(report.lengths)) * samples.epoch_size
         line += f"; to train at {args.tokens_per_second:,g} tokens/s: {duration(tokens / args.tokens_per_second)}"

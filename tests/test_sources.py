@@ -584,7 +584,7 @@ def test_converting_bad_samples_names_them(data, tmp_path, capsys):
     assert convert.main([*flags, str(tmp_path / "a")]) == 2
     assert f"{path}:2: picture 'missing.png' is not in" in capsys.readouterr().err
     assert convert.main([*flags, str(tmp_path / "b"), "--skip_bad"]) == 0
-    assert "2 samples" in (said := capsys.readouterr().out) and "1 bad ones left out" in said
+    assert "2 samples" in (said := capsys.readouterr().out) and "1 bad left out" in said
     assert len(open_samples(tmp_path / "b")) == 2
     escaping = json.dumps(row("x", "a")["conversations"])
     blob = next(data[1].iterdir()).read_bytes()
@@ -619,6 +619,10 @@ def test_a_folder_takes_one_conversion(data, tmp_path, capsys):
     with convert.claimed(tmp_path / "out"):
         assert convert.main(arguments) == 2
     assert "another conversion" in capsys.readouterr().err
+    for place in (data[0], data[0] / "below"):
+        assert convert.main([*arguments[:-1], str(place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --out {place}: no folder can be written there (") and said.count("\n") == 1
     (tmp_path / "out" / "00000.tmp").touch()
     assert convert.main(arguments) == 2 and "half done" in capsys.readouterr().err
     for flag in (["--resize", "-5"], ["--shard_rows", "0"]):
@@ -633,7 +637,7 @@ def test_flags_of_validation_are_looked_at_first(data, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "message"), [(["--plot", "x.xyz"], ".png"), (["--tokenizer_path", "nowhere"], "no tokenizer.json")])
+@pytest.mark.parametrize(("flags", "message"), [(["--plot", "x.xyz"], "ends in .png"), (["--plot", f"{__file__}/x.png"], f"--plot {__file__}/x.png: no file can be written there"), (["--tokenizer_path", "nowhere"], "no tokenizer.json")])
 def test_files_of_validation_are_looked_at_first(data, capsys, flags, message):
     assert validate.main([str(data[0]), "--images_path", str(data[1]), *flags]) == 2
     told = capsys.readouterr()
@@ -647,6 +651,38 @@ def test_validation_whose_reader_went_away_ends_quietly(data):
                           stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, timeout=120, check=False)  # fmt: skip
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kinds_of_trouble_and_small_numbers_are_told_as_people_read_them(tmp_path, capsys):
+    pictures = tmp_path / "take 2" / "pics 3"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(pictures / "a.png")
+    path = write_jsonl(tmp_path / "a.jsonl", [row("x", "a.png"), row("x", "7.png"), row("x", "8.png"), row("x", "9" * 5000)])
+    assert validate.main([str(path), "--images_path", str(pictures), "--processes", "1"]) == 1
+    said = capsys.readouterr().out
+    assert f"  2 x picture ... is not in {pictures}\n"[:100] in said and "  1 x picture ... is no file name: File name too long\n" in said
+    assert max(map(len, said.splitlines())) < 400
+    path = write_jsonl(tmp_path / "b.jsonl", [row("x", "a.png")])
+    assert validate.main([str(path), "--images_path", str(pictures), "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 sample, 1 picture; 0 bad" in said and "an epoch: 1 sample, 1 update of 4" in said and "with 1 process\n" in said
+    assert convert.main([str(path), "--images_path", str(pictures), "--out", str(tmp_path / "shards")]) == 0
+    assert capsys.readouterr().out.startswith("1 sample in ")
+
+
+def test_data_and_pictures_that_are_not_there_are_told_alike(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write_jsonl(tmp_path / "a.jsonl", [row("x", "nope.png")])
+    for wrong in ("nope.jsonl", "nope.parquet", f"{path}:0", f"{path},./a.jsonl"):
+        for program, flags in ((validate, []), (convert, ["--out", "out"])):
+            assert program.main([wrong, *flags]) == 2
+            assert "--data_path" not in (said := capsys.readouterr().err) and said.startswith(("error: no data at nope.", f"error: {path}", "error: ./a.jsonl", "error: a.jsonl")), said
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "nope.png")
+    assert validate.main([str(path), "--processes", "1"]) == 1 and convert.main([str(path), "--out", "out"]) == 2
+    told = capsys.readouterr()
+    for said in (told.out, told.err):
+        assert f"{path}:1: picture 'nope.png'" in said and f" {REPOSITORY / 'dataset' / 'sft_images'}\n" in said
 
 
 def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
@@ -664,12 +700,12 @@ def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     for expected in ("26 samples", "2 x picture ... is not in", f"{path}:25: picture 'missing.png'", "1 x not json",
                      f"{too_many + (rows[0].get('image', '').count(',') == 1)} x N pictures of N tokens do not fit in N tokens",
                      f"longest {max(lengths)}", f"cuts {sum(length > 240 for length in lengths)} of them",
-                     "an epoch: 26 samples, 7 updates of 4\n  to read: ", f" with 1 processes; to train at 1 tokens/s: {np.mean(lengths) * 26 / 60:.1f} minutes"):  # fmt: skip
+                     "an epoch: 26 samples, 7 updates of 4\n  to read: ", f" with 1 process; to train at 1 tokens/s: {np.mean(lengths) * 26 / 60:.1f} minutes"):  # fmt: skip
         assert expected in said["1"], said["1"]
     assert Image.open(tmp_path / "plot.png").size == (840, 480)
     capsys.readouterr()
     assert validate.main([str(path), "--images_path", str(data[1])]) == 1
-    assert f"1 samples stand there more than once\n      {path}:23 is {path}:1" in capsys.readouterr().out
+    assert f"1 sample standing there more than once\n      {path}:23 is {path}:1" in capsys.readouterr().out
     assert validate.main([str(write_jsonl(tmp_path / "b.jsonl", rows)), *flags[1:3]]) == 0
     assert "0 bad" in capsys.readouterr().out
     assert validate.main([str(tmp_path / "none.jsonl")]) == 2

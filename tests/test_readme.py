@@ -4,10 +4,15 @@ import compileall
 import dataclasses
 import functools
 import re
+import shlex
 
 import pytest
+import torch
 
-from tests.conftest import REPOSITORY, run_script
+from model import convert
+from model.vision import load_vision_tower
+from model.weights import fingerprints, save_weights
+from tests.conftest import REPOSITORY, make_model, run_script
 from trainer.config import TrainConfig
 
 READMES = ["README.md", "README_zh.md"]
@@ -46,6 +51,20 @@ def test_both_languages_show_the_same_commands_and_links():
     for name in READMES:
         for target in re.findall(r"\]\(([^)#]+)\)", read(name)):
             assert (REPOSITORY / target).exists(), target
+
+
+def test_the_demos_weights_travel_by_the_commands_named(tmp_path, tokenizer, monkeypatch, capsys):
+    tower = load_vision_tower(REPOSITORY / "model" / "vision_model" / "tiny-clip")
+    model = make_model(tower=tower, hidden_size=256, vision_hidden_size=tower.config.hidden_size)
+    save_weights(tmp_path / "out" / "sft_vlm_256.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
+    (tmp_path / "model").symlink_to(REPOSITORY / "model")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"(?m)^python -m model\.convert (.*(?:out/sft_vlm_256|out/copy_256).*)$", read("README.md"))
+    assert len(commands) == 2
+    for command in commands:
+        assert convert.main(shlex.split(command, comments=True)) == 0, capsys.readouterr().err
+    first, second = (torch.load(tmp_path / "out" / f"{name}_256.pth", weights_only=True) for name in ("sft_vlm", "copy"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_everything_compiles():

@@ -32,12 +32,12 @@ def build(hidden_size: int, num_hidden_layers: int, use_moe: bool = False) -> Mi
 
     Raises UsageError for sizes that cannot work.
     """
+    if num_hidden_layers < 1:
+        raise UsageError(f"--num_hidden_layers {num_hidden_layers}: at least 1")
     try:
         config = VLMConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe)
     except ValueError as error:
         raise UsageError(f"--hidden_size {hidden_size}: {error}") from error
-    if num_hidden_layers < 1:
-        raise UsageError(f"--num_hidden_layers {num_hidden_layers}: at least 1")
     return MiniMindVLM(config, CLIPVisionModel(CLIPVisionConfig(patch_size=16)))
 
 

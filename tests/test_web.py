@@ -201,7 +201,8 @@ def test_odd_files_are_no_trouble(tmp_path, browser):
     (tmp_path / "dangling_512.pth").symlink_to("nowhere")
     for name in (b"\xff_512.pth", b"\xff.metrics.jsonl"):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"")
-    lines = ['{"update": NaN, "samples": []}', f'{{"update": 1, "loss": 1{"0" * 400}}}', '{"update": 2, "loss": 3.5, "seconds": 1e999}', "[" * 100_000]
+    lines = ['{"update": NaN, "samples": []}', f'{{"update": 1, "loss": 1{"0" * 400}}}', '{"update": 2, "loss": 3.5, "seconds": 1e999, "samples": [{"answer": "half\\ud800"}]}', "[" * 100_000]
+    (tmp_path / "odd.json").write_text('{"training": {"half\\ud800": "\\ud800"}}')
     (tmp_path / "odd.metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     choices = ModelShelf(tmp_path, "sft_vlm", None, None, "model", "cpu").choices()
     assert len(choices) == 2 * len(SIDECARS) and len(set(choices)) == len(choices) and not any(choice.trained for choice in choices)
@@ -210,6 +211,8 @@ def test_odd_files_are_no_trouble(tmp_path, browser):
         guest.page.goto(f"{url}/training")
         guest.sees("3 lines of its metrics file cannot be read")
         guest.until(lambda: guest.page.get_by_test_id("stDataFrame").first.text_content().count("3.5000"))
+        for number, text in ((1, "--half?"), (2, "half?")):
+            guest.until(lambda number=number, text=text: text in guest.page.get_by_test_id("stDataFrame").nth(number).text_content())
 
 
 def test_a_run_is_read_on_from_where_it_was_read(tmp_path):

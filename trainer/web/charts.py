@@ -30,7 +30,7 @@ def chart(rows: list[dict], runs: Sequence[Run], x_title: str, kinds: dict[str, 
     scale = alt.Scale(type="log" if log else "linear", zero=False)
     form = ",~r" if 1e-3 <= max(abs(row["y"]) for row in rows) < 1e7 else "~e"  # not "~g": that has 1e+1 above 8, 6, 4
     color = alt.Color("run:N", scale=alt.Scale(domain=[run.name for run in runs]),
-                      legend=alt.Legend(title=None, orient="bottom", labelLimit=180, columns=1))  # fmt: skip
+                      legend=alt.Legend(title=None, orient="bottom", labelLimit=180, columns=1, symbolOpacity=1))  # fmt: skip
     base = alt.Chart(table).encode(x=alt.X("x:Q", title=x_title), color=color)
     y = alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format=form, labelExpr="datum.value ? datum.label : '0'"))
     tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "), alt.Tooltip("x:Q", title=x_title, format=",~g"),

@@ -7,6 +7,7 @@ import threading
 import time
 from array import array
 from pathlib import Path
+from typing import Any
 
 from .models import changed_at, read_json
 
@@ -91,7 +92,12 @@ class Run:
         """What the run was started with, from its sidecar; empty before its first save."""
         sidecar = read_json(self.path.with_name(self.path.name.removesuffix(SUFFIX) + ".json"))
         training = sidecar.get("training")
-        return {key: str(value) for key, value in training.items()} if isinstance(training, dict) else {}
+        return {as_text(key): as_text(value) for key, value in training.items()} if isinstance(training, dict) else {}
+
+
+def as_text(value: Any) -> str:
+    """Anything as text that a browser can be sent: halves of characters, which json can hold, are replaced."""
+    return str(value).encode(errors="replace").decode()
 
 
 class RunFolder:

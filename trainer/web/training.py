@@ -7,7 +7,7 @@ import pyarrow as pa
 import streamlit as st
 
 from .charts import AXES, chart, points
-from .runs import Run, RunFolder, differing
+from .runs import Run, RunFolder, as_text, differing
 from .settings import server
 from .texts import Labels
 
@@ -129,7 +129,7 @@ def show_arguments(arguments: dict[str, dict[str, str]], labels: Labels) -> None
 def show_samples(runs: list[Run], labels: Labels) -> None:
     """What the model answered to the same questions as training went on, the newest first."""
     st.subheader(labels("samples"))
-    rows = [{labels("update"): entry["update"], labels("run"): run.name, **{labels(f"sample_{key}"): str(sample.get(key, "")) for key in SAMPLE}}
+    rows = [{labels("update"): entry["update"], labels("run"): run.name, **{labels(f"sample_{key}"): as_text(sample.get(key, "")) for key in SAMPLE}}
             for run in runs for entry in reversed(run.samples[-SAMPLES_KEPT:]) for sample in entry["samples"] if isinstance(sample, dict)]  # fmt: skip
     if not rows:
         st.caption(labels("samples_none"))

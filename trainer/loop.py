@@ -47,7 +47,7 @@ class Trainer:
         self.stopped_by = 0  # the signal that ended `updates` early
         self.saved_update = -1
         self.waits_for_pictures = self.config.freeze_llm == 1
-        self.has_trained = False  # since the start, on any sample: what is on disk is never replaced by less
+        self.has_news = False  # trained or validated on something since the start: what is on disk is never replaced by less
         self.saver = Saver(self.config.weight_file, self.config.resume_file)
         if self.config.from_resume:
             self.saver.newest_is_torn = restore(run, self.progress)
@@ -118,7 +118,7 @@ class Trainer:
         ])  # fmt: skip
         supervised, tokens, pictures, read, bad_count, any_signal = sums
         self.waits_for_pictures = self.waits_for_pictures and not pictures
-        self.has_trained = self.has_trained or bool(supervised and not any_signal)
+        self.has_news = self.has_news or bool(supervised and not any_signal)
         if any_signal:  # these samples wait for the resume, which counts them then
             return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
         self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
@@ -210,7 +210,7 @@ class Trainer:
     def save_if_due(self, last: bool = False) -> None:
         """Saves every save_interval-th update and the last one, when there is something new to save."""
         due = last or self.state.update % self.config.save_interval == 0
-        if due and self.has_trained and self.state.update != self.saved_update:
+        if due and self.has_news and self.state.update != self.saved_update:
             self.save()
 
     def save(self) -> None:
@@ -253,7 +253,7 @@ class Trainer:
             self.stopped_by = stop.signum or signal.SIGTERM
             return
         state, best = self.state, better(result.loss, self.state.best_loss)
-        state.validated, self.saved_update = state.update, -1
+        state.validated, self.saved_update, self.has_news = state.update, -1, True
         if best:
             state.best_loss, state.best_update = result.loss, state.update
             self.save_best()
@@ -285,7 +285,7 @@ class Trainer:
 
     def save_before_the_end(self) -> str:
         """Saves what was trained when the data let a run down, and says so. A resume counts bad samples anew."""
-        if not self.has_trained:
+        if not self.has_news:
             return "Nothing was trained since the start; mend the data and start again"
         self.state.read = self.state.bad = 0
         self.save_if_due(last=True)
@@ -298,7 +298,7 @@ class Trainer:
         self.finish()
         self.ranks.print(
             f"stopped by {signal.Signals(signum).name} after update {self.state.update} of {self.total}; "
-            + ("saved. To go on, repeat the command with --from_resume 1" if self.has_trained else "nothing new to save")
+            + ("saved. To go on, repeat the command with --from_resume 1" if self.has_news else "nothing new to save")
         )
         return 143 if signum == signal.SIGTERM else 0
 

@@ -27,7 +27,11 @@ async def lifespan(_: st.App):
     yield
 
 
-app = st.App(Path(__file__).resolve().parent / "trainer" / "web" / "page.py", lifespan=lifespan)
+PAGE = Path(__file__).resolve().parent / "trainer" / "web" / "page.py"
+# Streamlit puts the folder of a page's script before sys.path for as long as the script runs, unless it is in there. Were it
+# taken out while torch is imported in the background, the import would pass over the entry that moved into its place.
+sys.path.append(str(PAGE.parent))
+app = st.App(PAGE, lifespan=lifespan)
 
 
 def main() -> None:

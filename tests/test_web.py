@@ -504,6 +504,33 @@ def browser(tmp_path_factory):
         yield browser
 
 
+def test_a_page_that_is_drawn_leaves_the_path_of_imports_alone(tmp_path):
+    """Else torch, imported in the background, misses modules that are there: an import reads the path while it changes."""
+    program = """if True:
+        import sys
+        import web_demo_vlm
+        from streamlit.testing.v1 import AppTest
+        from trainer.web.settings import start
+
+        class Watched(list):
+            def insert(self, index, entry):
+                print("put in", entry)
+                super().insert(index, entry)
+
+            def remove(self, entry):
+                print("taken out", entry)
+                super().remove(entry)
+
+        start(web_demo_vlm.settings)
+        sys.path = Watched(sys.path)
+        print(AppTest.from_file(str(web_demo_vlm.PAGE)).run(timeout=60).sidebar.selectbox[0].label)
+    """
+    (tmp_path / "out").mkdir()
+    done = subprocess.run([sys.executable, "-c", program, "--save_dir", tmp_path / "out"], cwd=REPOSITORY, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.stdout.splitlines() == ["Language"], done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def page_of(trained, tmp_path_factory, browser):
     """The address of a page that serves the small model."""

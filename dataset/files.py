@@ -2,6 +2,7 @@
 
 import os
 import stat
+from importlib.util import find_spec
 from pathlib import Path
 
 from model.errors import UsageError
@@ -13,15 +14,25 @@ def is_regular(path: str | Path) -> bool:
     return stat.S_ISREG(os.stat(path).st_mode)
 
 
-def check_output(flag: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises UsageError when no file with one of these suffixes can be written at `path`. Makes the folder for it."""
+def check_output(flag: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Raises UsageError when no file, with one of these suffixes if there are any, can be written at `path`. Makes the
+    folder for it."""
     there = os.path.exists(path)
-    if path.suffix.lower() not in suffixes or (there and not is_regular(path)):
+    if there and not is_regular(path):
+        raise UsageError(f"{flag} {path}: a folder, a pipe or a device is there; name a file")
+    if suffixes and path.suffix.lower() not in suffixes:
         raise UsageError(f"{flag} {path}: give the name of a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     try:
         if there:
             open(path, "ab").close()
-        else:
-            write_temporary(path, lambda file: None).unlink()
+        write_temporary(path, lambda file: None).unlink()
     except OSError as error:
         raise UsageError(f"{flag} {path}: no file can be written there ({error.strerror}); name another one") from error
+
+
+def check_plot(path: str | None) -> None:
+    """Raises UsageError when --plot (None: not given) could not draw into that file."""
+    if path and find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib")
+    if path:
+        check_output("--plot", Path(path), (".png", ".pdf", ".svg", ".jpg"))

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from multiprocessing import get_context
 from operator import iadd
 from pathlib import Path
@@ -33,7 +32,7 @@ from model.processing import load_tokenizer
 
 from .conversation import Renderer
 from .errors import DataError, SampleError
-from .files import check_output
+from .files import check_plot
 from .pictures import ImageSource, open_images
 from .sources import Mixture, open_samples
 
@@ -141,15 +140,6 @@ def histogram(lengths: np.ndarray) -> str:
     counts, edges = np.histogram(lengths, bins=min(20, len(np.unique(lengths))))
     return "\n".join(f"{low:7.0f} - {high:6.0f} {'#' * round(WIDTH * count / counts.max())} {count}"
                      for count, low, high in zip(counts, edges, edges[1:], strict=False))  # fmt: skip
-
-
-def check_plot(path: str | None) -> None:
-    """Raises DataError or UsageError when `plot` could not draw into that file: before the work rather than after it."""
-    if not path:
-        return
-    if find_spec("matplotlib") is None:
-        raise DataError("--plot needs matplotlib: pip install matplotlib")
-    check_output("--plot", Path(path), (".png", ".pdf", ".svg", ".jpg"))
 
 
 def plot(lengths: np.ndarray, max_length: int, path: str) -> None:

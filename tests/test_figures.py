@@ -145,7 +145,7 @@ def test_mistakes_are_named(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("name, message", [("noext", "ends in .png, .jpg or .webp"), ("", "ends in .png"), ("a.h5", "ends in .png"), ("pipe.png", "ends in .png"),
+@pytest.mark.parametrize("name, message", [("noext", "ends in .png, .jpg or .webp"), ("", "a folder, a pipe or a device"), ("a.h5", "ends in .png"), ("pipe.png", "a folder, a pipe or a device"),
                                            ("file/a.png", "no file can be written there (File exists)")])  # fmt: skip
 def test_the_place_of_a_picture_is_looked_at_first(name, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trainer.figures.__main__.draw", lambda args: pytest.fail("work before the look"))

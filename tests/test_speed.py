@@ -24,7 +24,7 @@ from model.moe import MOEFeedForward
 from model.vision import CLIP_MEAN, CLIP_STD, normalize
 from tests.conftest import REPOSITORY, make_data, make_model, make_tower, read_metrics, training_flags, write_jsonl
 from tests.test_training import NAME, assert_same, train, weights
-from trainer import distributed
+from trainer import benchmark, distributed
 from trainer.build import build
 from trainer.config import parse_config
 from trainer.loop import Trainer
@@ -384,3 +384,13 @@ def test_one_placeholder_tokenized_stands_for_all(tokenizer):
     for text in ("<image>", "a@<image>@@ b", "<image><image>\n?", "!<image>!<image>?", "@@<image>é 你<image>\t@ <image>"):
         a, b = (renderer.render_prompt((Turn("user", text),)) for renderer in (short, long))
         assert a.ids.tolist() == b.ids.tolist() and a.image_starts == b.image_starts
+
+
+@pytest.mark.parametrize("flag, name", [("--json", ""), ("--json", "file/x.json"), ("--plot", "x.xyz"), ("--plot", "file/x.png")])
+def test_files_of_the_benchmark_are_looked_at_first(flag, name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["benchmark", "growth", flag, str(tmp_path / name)])
+    monkeypatch.setattr(benchmark.tempfile, "mkdtemp", lambda **_: pytest.fail("work before the look"))
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    assert f"error: {flag} {tmp_path / name}: " in capsys.readouterr().err

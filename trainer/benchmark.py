@@ -25,7 +25,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from dataset.files import check_output, check_plot
 from dataset.synthetic import write_data
+from model.errors import UsageError
 from model.moe import MOEFeedForward
 
 from .build import load_tokenizer
@@ -255,8 +257,12 @@ def main() -> int:
     if args.contestant:
         serve(json.loads(args.contestant))
         return 0
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.json:
+            check_output("--json", Path(args.json))
+        check_plot(args.plot)
+    except UsageError as error:
+        parser.error(str(error))
     if torch.device(args.device).type == "cpu":
         keep_freed_memory()
 

@@ -80,5 +80,4 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.set_xticks([row["value"] for row in points], [str(row["value"]) for row in points])
         axis.set(xlabel=label, ylabel=unit, ylim=(0, 1.08 * max(row[key] for row in points)))
         axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from dataset.conversation import IMAGE_MARK
 from dataset.errors import SampleError
+from dataset.files import check_output
 from dataset.pictures import open_images
 from dataset.sources import open_samples
-from model.storage import OutputLock, StorageError, check_writable, write_atomically
+from model.storage import OutputLock, write_atomically
 from model.vision import preprocess
 from model.weights import lock_of
 
@@ -211,13 +212,8 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
 def claim_files(job: ScoreJob) -> OutputLock:
     """Before the first answer: the files can be written, and nobody else writes them. Raises UsageError and StorageError."""
     for flag, file in (("--predictions", job.predictions), ("--report", job.report)):
-        if file is not None and file.is_dir():
-            raise UsageError(f"{flag} {file} is a folder; name a file")
-        try:
-            if file is not None:
-                check_writable(file.parent)
-        except StorageError as error:
-            raise UsageError(f"{flag} {file}: {error}") from error
+        if file is not None:
+            check_output(flag, file)
     return OutputLock(lock_of(job.predictions), "give this one another --predictions")
 
 

@@ -1,5 +1,6 @@
 """The web page: its parts by themselves, and the whole of it in a browser, on a small model that was really trained."""
 
+import errno
 import io
 import itertools
 import json
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from model import vision
 from model.weights import fingerprints, save_weights
 from tests.browser import CHROMIUM, Guest, chromium, free_port, serve
 from tests.conftest import COLOURS, REPOSITORY, make_model, make_tower, run_script, training_flags, write_jsonl
@@ -40,10 +44,15 @@ def picture_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PN
 # The engine
 
 
-def finish(job) -> None:
+def until(condition) -> None:
     deadline = time.monotonic() + 60
-    while not job.wait(len(job.values), 0.1):
+    while not condition():
         assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(job) -> None:
+    until(lambda: job.wait(len(job.values), 0.1))
 
 
 def test_everybody_gets_a_step_in_turn():
@@ -61,7 +70,8 @@ def test_everybody_gets_a_step_in_turn():
     gate.set()
     for job in jobs:
         finish(job)
-    assert "".join(order) == "abcabcacacaa" and jobs[2].text == "0123" and engine.busy == 0
+    assert "".join(order) == "abcabcacacaa" and jobs[2].text == "0123"
+    until(lambda: engine.busy == 0)
 
 
 def test_a_failure_ends_one_job_and_no_other(capsys):
@@ -93,15 +103,30 @@ def test_a_job_that_is_stopped_or_that_nobody_watches_is_closed(how, monkeypatch
         finally:
             closed.set()
 
-    if how == "abandoned":
-        monkeypatch.setattr(engine_module, "ABANDONED", 0.2)
-    job = Engine().submit(endless)
+    present = threading.Event()
+    present.set()
+    job = Engine().submit(endless, present.is_set)
     job.wait(0, 60)
     if how == "stopped":
         job.stop()
+    else:
+        monkeypatch.setattr(engine_module, "ABANDONED", 0.2)
+        assert not closed.wait(1), "its visitor is there, though on another page"
+        present.clear()
     assert closed.wait(60)
     finish(job)
     assert job.stopped and job.text
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch):
+    def full(_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=full))
+    engine = Engine()
+    broken, fine = engine.submit(lambda: iter([1 / 0])), engine.submit(lambda: iter("fine"))
+    finish(broken), finish(fine)
+    assert "ZeroDivisionError" in broken.problem and fine.text == "fine"
 
 
 # Pictures
@@ -315,6 +340,8 @@ def trained(tmp_path_factory, tokenizer) -> Path:
     ))  # fmt: skip
     assert done.returncode == 0, done.stderr
     babbler = make_model(tower=tower, hidden_size=768, num_hidden_layers=8, num_attention_heads=8)
+    with torch.no_grad():  # it never ends by itself: special tokens are never among the likely ones
+        babbler.model.embed_tokens.weight.mul_(4)[tokenizer.all_special_ids] = 0
     record = {"fingerprints": fingerprints(babbler, tokenizer), "training": {"vision_model_path": str(folder / "tower")}}
     save_weights(folder / "out" / "babbler_768.pth", babbler, record)
     return folder
@@ -337,7 +364,7 @@ def converse(visitor: Visitor, loading, question: str | None = None) -> str:
     visitor.begin(loading, Sampling(max_new_tokens=40, temperature=0.0))
     if visitor.job:
         finish(visitor.job)
-        visitor.settle()
+        visitor.settle(visitor.job)
     return visitor.exchanges[-1].answer
 
 
@@ -364,6 +391,10 @@ def test_a_visitor_asks_repeats_edits_and_changes_the_model(loading, trained):
     while other.pending:
         time.sleep(0.05)
     assert converse(visitor, other, "Are you sure?") == converse(fresh, loading, "Are you sure?"), "another model has the same history"
+    (babbler,) = (choice for choice in shelf.choices() if choice.label == "babbler_768")
+    del other
+    shelf.load(babbler)
+    assert shelf.load(loading.choice).assistant is visitor._chat.assistant, "what a visitor chats with is not loaded again"
     text = visitor.markdown("T", "You", "Model")
     assert text.count("**You:**") == 3 and "[blue.png] What colour?" in text and "**Model (sft\\_vlm_32):**" not in text
     visitor.clear()
@@ -389,7 +420,7 @@ def test_pictures_are_encoded_while_the_question_is_typed(loading, encoded):
         visitor.look_ahead(loading, sampling)
         finish(visitor.ahead)
     assert len(encoded) == 2 and visitor.ahead.problem is None
-    visitor.tray.pop(0)
+    visitor.remove(visitor.tray[0])
     visitor.look_ahead(loading, sampling)
     assert converse(visitor, loading, "What colour?") == "blue" and len(encoded) == 2
     visitor.again()
@@ -485,6 +516,73 @@ def test_a_question_that_never_began_leaves_nothing_behind(loading):
     assert converse(visitor, loading, "What colour?") == "green" and len(visitor._chat.pixels) == 1
 
 
+def test_two_runs_of_one_visitor_take_turns(loading, monkeypatch):
+    """When a lost connection comes back, the run before is still on its way to its end."""
+    visitor, busy, go_on = Visitor(Engine(), 2048), threading.Event(), threading.Event()
+
+    def bring_slowly() -> None:
+        for colour in ("red", "blue"):
+            show(visitor, colour)
+            busy.set()
+            go_on.wait(60)
+
+    def in_the_meantime(slow, quick) -> None:
+        busy.clear(), go_on.clear()
+        threads = [threading.Thread(target=slow), threading.Thread(target=quick)]
+        threads[0].start()
+        assert busy.wait(60)
+        threads[1].start()
+        time.sleep(0.1)
+        go_on.set()
+        for thread in threads:
+            thread.join(60)
+
+    ask = visitor.once("question", lambda: visitor.ask("What colour?"))
+    in_the_meantime(visitor.once("upload", bring_slowly), ask)
+    assert len(visitor.exchanges[0].pictures) == 2 and not visitor.tray, "a question goes with all of its pictures"
+    visitor.remove(visitor.exchanges[0].pictures[0])
+    assert len(visitor.exchanges[0].pictures) == 2, "what has been asked about stays"
+    assert converse(visitor, loading) == "blue"
+    older = visitor.engine.submit(lambda: iter("red"))
+    finish(older)
+    visitor.settle(older), visitor.begin(loading, Sampling())
+    assert visitor.exchanges[0].answer == "blue" and visitor.job is None, "settled and begun once"
+
+    def convert_slowly(picture):
+        busy.set()
+        go_on.wait(60)
+        return preprocess(picture)
+
+    preprocess = vision.preprocess
+    monkeypatch.setattr(vision, "preprocess", convert_slowly)
+    show(visitor, "green")
+    visitor.ask("What colour?")
+    in_the_meantime(lambda: visitor.begin(loading, Sampling()), visitor.once("stop", visitor.end))
+    assert visitor.exchanges[1].stopped and not visitor.busy, "Stop ends what was about to begin"
+
+
+def test_a_picture_of_16_bits_and_a_model_are_awaited_at_once(trained, tmp_path):
+    """Neither is given modules that the other has imported halfway."""
+    program = """if True:
+        import sys, time
+        from pathlib import Path
+        from trainer.web import pictures
+        from trainer.web.models import ModelShelf
+
+        shelf = ModelShelf(Path(sys.argv[1]), "sft_vlm", None, None, "model", "cpu")
+        loading = shelf.load(shelf.choices()[0])
+        time.sleep(0.5)
+        print(pictures.take(Path(sys.argv[2]).read_bytes(), "deep.png").name)
+        while loading.pending:
+            time.sleep(0.1)
+        print(loading.problem)
+    """
+    Image.new("I;16", (8, 8), 30_000).save(tmp_path / "deep.png")
+    done = subprocess.run([sys.executable, "-c", program, trained / "out", tmp_path / "deep.png"], cwd=REPOSITORY,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.stdout.splitlines() == ["deep.png", "None"], done.stdout + done.stderr
+
+
 def test_a_callback_acts_once_for_each_time_it_is_shown():
     visitor, done = Visitor(Engine(), 2048), []
     first, other = visitor.once("a", done.append), visitor.once("b", done.append)
@@ -557,7 +655,7 @@ def test_chat(page_of, browser, tmp_path):
         guest.page.get_by_role("textbox", name="Edit").fill("What colour?")
         guest.page.get_by_role("button", name="Ask", exact=True).click()
         guest.page.get_by_label("Chat message from user").nth(2).get_by_text("What colour?").wait_for()
-        assert guest.until_answered(3) == "blue"
+        guest.until(lambda: guest.until_answered(3) == "blue")  # the buttons of the answer before stay for a moment
         guest.page.get_by_text("Where did it look?").last.click()
         guest.page.get_by_text("of its attention fell on the pictures").wait_for()
         guest.until(lambda: guest.page.get_by_role("img", name="Where did it look?").count() == 2)
@@ -646,10 +744,27 @@ def test_failures_are_told_and_the_page_lives_on(page_of, browser, trained):
             {"name": "broken.jpg", "mimeType": "image/jpeg", "buffer": b"no picture"}
         )
         guest.page.get_by_test_id("stChatInput").get_by_text("broken.jpg").wait_for()
-        guest.ask("What is it?")
+        guest.line.fill("What is it?")
+        guest.page.get_by_test_id("stChatInputSubmitButton").click()  # which waits for the upload's end
         guest.page.get_by_text("'broken.jpg' cannot be read").wait_for()
         guest.until(lambda: guest.line.input_value() == "What is it?")
         assert guest.messages().count() == 2, "the question waits in its line for a better picture"
+
+
+def test_a_question_asked_at_once_goes_with_all_of_its_pictures(page_of, browser):
+    """Large ones, which the server is still looking at when the question comes."""
+    with Guest(browser, page_of) as guest:
+        uploads = []
+        guest.page.on("response", lambda response: uploads.append(response) if response.request.method == "PUT" else None)
+        guest.greedy()
+        guest.page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(
+            [{"name": f"{number}.png", "mimeType": "image/png", "buffer": picture_bytes("red", (4000, 3000))} for number in range(3)]
+        )
+        guest.until(lambda: len(uploads) == 3)
+        guest.page.wait_for_timeout(200)
+        guest.ask("What colour?")
+        guest.until_answered(1)
+        assert guest.page.get_by_label("Chat message from user").get_by_role("img", name=".png").count() == 3 and not guest.tray()
 
 
 WATCHED = """

@@ -1,8 +1,11 @@
 """The chat page: pictures, questions, answers as they grow."""
 
 import time
+from functools import partial
 
 import streamlit as st
+from streamlit.runtime import get_instance
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from trainer.markdown import escape
 
@@ -60,7 +63,8 @@ def sampling(values: dict):
 def visitor_of_session() -> Visitor:
     """The conversation of this session, made at its first run."""
     if "visitor" not in st.session_state:
-        st.session_state.visitor = Visitor(server().engine, server().settings.max_seq_len)
+        connected = partial(get_instance().is_active_session, get_script_run_ctx().session_id)
+        st.session_state.visitor = Visitor(server().engine, server().settings.max_seq_len, connected)
     return st.session_state.visitor
 
 
@@ -182,7 +186,7 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
     if job := visitor.job:
         known, done = 0, False
         while not done:
-            done = job.wait(known, 0.5)
+            done = job.wait(known, 0.2)  # a click is heard when something is written to the page
             if job.values:
                 known = len(job.values)
                 place.text(job.text)
@@ -190,7 +194,7 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
             else:
                 others = server().engine.busy - visitor.jobs
                 place.caption(labels("queue", count=others) if others > 0 else labels("thinking"))
-        visitor.settle()
+        visitor.settle(job)
     st.rerun()
 
 

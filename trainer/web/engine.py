@@ -12,14 +12,14 @@ from typing import Any
 
 from .problems import explain
 
-ABANDONED = 20.0  # seconds after which a job that nobody looks at is ended: its visitor has closed the page
+ABANDONED = 20.0  # seconds after which a job is ended whose visitor is not there and has not come back
 
 
 class Job:
     """Work for one visitor: the values it has given so far, and how it ended."""
 
-    def __init__(self, begin: Callable[[], Iterator[Any]]):
-        self._begin, self._steps = begin, None
+    def __init__(self, begin: Callable[[], Iterator[Any]], present: Callable[[], bool]):
+        self._begin, self._steps, self._present = begin, None, present
         self._changed = threading.Condition()
         self._stop = False
         self._seen = time.monotonic()
@@ -47,6 +47,8 @@ class Job:
     def step(self) -> bool:
         """For the engine: one step; whether there are more."""
         try:
+            if self._present():
+                self._seen = time.monotonic()
             if self._stop or time.monotonic() - self._seen > ABANDONED:
                 self.stopped = True
                 self._close()
@@ -61,7 +63,7 @@ class Job:
             self.problem = explain(error)
         with self._changed:
             self.done, self.ended = True, time.monotonic()
-            self._begin = self._steps = None  # and with them a chat's memory, once its visitor is gone
+            self._begin = self._steps = self._present = None  # and with them a chat's memory, once its visitor is gone
             self._changed.notify_all()
         return False
 
@@ -86,9 +88,10 @@ class Engine:
         self._running = 0
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
-    def submit(self, begin: Callable[[], Iterator[Any]]) -> Job:
-        """A job whose iterator `begin` makes, in the engine's thread; returns at once."""
-        job = Job(begin)
+    def submit(self, begin: Callable[[], Iterator[Any]], present: Callable[[], bool] = lambda: False) -> Job:
+        """A job whose iterator `begin` makes, in the engine's thread; returns at once. It goes on as long as its visitor is
+        `present` or somebody waits for it."""
+        job = Job(begin, present)
         with self._wake:
             self._jobs.append(job)
             self._wake.notify()

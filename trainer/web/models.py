@@ -10,6 +10,10 @@ from pathlib import Path
 
 from .problems import explain
 
+# Held by whoever imports torch or the package `model`: of two threads that import modules which import each other, one is
+# given a module that is only half there.
+importing = threading.Lock()
+
 CLIP = Path(__file__).resolve().parent.parent.parent / "model" / "vision_model" / "clip-vit-base-patch16"
 
 
@@ -144,8 +148,9 @@ class ModelShelf:
             with self._one_at_a_time:
                 while time.monotonic() < self._begin_at:
                     time.sleep(0.05)
-                from trainer.distributed import default_device
-                from trainer.inference import load_assistant
+                with importing:
+                    from trainer.distributed import default_device
+                    from trainer.inference import load_assistant
 
                 loading.stage, choice = "weights", loading.choice
                 native = choice.path.suffix == ".pth"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from .models import importing
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other decoder sees a visitor's bytes
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_MEGABYTES = 20  # of a file
@@ -86,8 +88,8 @@ def take(data: bytes, name: str) -> Picture:
     with contextlib.suppress(Exception):  # a damaged EXIF block raises all kinds, and tells nothing of how the picture is turned
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
-        from model.vision import eight_bits  # not above: only such a picture, and few are, waits for torch
-
+        with importing:
+            from model.vision import eight_bits  # not above: only such a picture, and few are, waits for torch
         picture = eight_bits(picture)
     if picture.mode not in ("RGB", "RGBA", "L"):
         picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")

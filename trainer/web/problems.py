@@ -1,5 +1,6 @@
 """What a visitor is told when something fails: what happened and what to do."""
 
+import contextlib
 import sys
 import traceback
 
@@ -11,7 +12,8 @@ def explain(error: Exception) -> str:
     name, text = type(error).__name__, str(error)
     if name in TOLD:  # by name: importing their classes would import torch, and the first visitor would wait for it
         return text
-    traceback.print_exception(error, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a log on a full disk, or closed, ends nothing
+        traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
         return "not enough memory. Ask again with fewer pictures or fewer new tokens, or clear the conversation."
     return f"{name}: {text.rstrip('.')}. The log of the page's server has the details; ask again, or clear the conversation."

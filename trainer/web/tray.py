@@ -25,8 +25,8 @@ def show_tray(visitor: Visitor, labels: Labels) -> None:
         with st.container(horizontal=True, key="tray"):
             for number, picture in enumerate(visitor.tray):
                 st.button(f"![{escape(picture.name)}]({picture.thumbnail}) ✕", help=labels("remove", name=picture.name),
-                          key=f"remove_{number}", args=(number,),
-                          on_click=visitor.once(f"remove_{number}", visitor.tray.pop))  # fmt: skip
+                          key=f"remove_{number}", args=(picture,),
+                          on_click=visitor.once(f"remove_{number}", visitor.remove))  # fmt: skip
 
 
 def picture_sources(visitor: Visitor, labels: Labels) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,10 +37,12 @@ class Exchange:
 
 @dataclass
 class Visitor:
-    """A conversation of one session; used by its script runs, of which Streamlit has one at a time."""
+    """A conversation of one session, used by its script runs: one at a time, but for a moment after a lost connection has
+    come back, when the old one is still on its way to its end. What changes the conversation holds the lock."""
 
     engine: Engine
     max_length: int
+    present: Callable[[], bool] = lambda: False  # whether his browser is connected
     tray: list[Picture] = field(default_factory=list)  # shown with the next question
     notices: list[str] = field(default_factory=list)  # what was wrong with pictures he brought
     exchanges: list[Exchange] = field(default_factory=list)
@@ -50,6 +53,8 @@ class Visitor:
     _ahead_of: list = field(default_factory=list)  # what `ahead` is for: the chat, and the tray's pictures as it takes them
     _chat: object | None = None  # trainer.inference.Chat
     _last_turn: object | None = None  # of the chat's history, before the job
+    _loading: Loading | None = None  # of the chat's model: as long as somebody holds it, nobody loads that again
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _waiting: bool = False  # the last exchange waits for the model to be loaded
 
     @property
@@ -68,9 +73,10 @@ class Visitor:
         count = self._acts.get(key, 0)
 
         def callback(*args) -> None:
-            if self._acts.get(key, 0) == count:
-                self._acts[key], self.notices = count + 1, []
-                action(*args)
+            with self._lock:
+                if self._acts.get(key, 0) == count:
+                    self._acts[key], self.notices = count + 1, []
+                    action(*args)
 
         return callback
 
@@ -79,6 +85,10 @@ class Visitor:
         if len(self.tray) >= MAX_PICTURES:
             raise PictureError(f"picture {picture.name!r} is left out: a question can show {MAX_PICTURES} pictures")
         self.tray.append(picture)
+
+    def remove(self, picture: Picture) -> None:
+        """Takes a picture out of the tray, if it is still in there."""
+        self.tray = [kept for kept in self.tray if kept is not picture]
 
     def ask(self, question: str) -> None:
         """A new question about the pictures of the tray; `begin` gets it answered."""
@@ -97,7 +107,9 @@ class Visitor:
 
     def fail(self, problem: str) -> None:
         """The last question cannot be answered."""
-        self._waiting, self.exchanges[-1].problem = False, problem
+        with self._lock:
+            if self._waiting:
+                self._waiting, self.exchanges[-1].problem = False, problem
 
     @property
     def at_once(self) -> bool:
@@ -105,33 +117,39 @@ class Visitor:
         return self._waiting and all(picture.converted for picture in self.exchanges[-1].pictures)
 
     def begin(self, loading: Loading, sampling) -> None:
-        """Hands the last question to the engine; the model has to be there."""
-        self._waiting, exchange = False, self.exchanges[-1]
-        exchange.model = loading.choice.label
-        chat = self._chat_with(loading.assistant, sampling)
-        try:
-            chat.waiting = [picture.pixels() for picture in exchange.pictures]
-        except (PictureError, MemoryError) as error:
-            return self.fail(explain(error))
-        self._last_turn = chat.turns[-1] if chat.turns else None
-        self._look_no_further()  # what is not encoded yet, the question has encoded at once
-        self.job = self.engine.submit(lambda: chat.stream(exchange.question))
+        """Hands the last question to the engine, unless that has been done; the model has to be there."""
+        with self._lock:
+            if not self._waiting:
+                return
+            exchange = self.exchanges[-1]
+            exchange.model = loading.choice.label
+            chat = self._chat_with(loading, sampling)
+            try:
+                chat.waiting = [picture.pixels() for picture in exchange.pictures]
+            except (PictureError, MemoryError) as error:
+                return self.fail(explain(error))
+            self._last_turn = chat.turns[-1] if chat.turns else None
+            self._look_no_further()  # what is not encoded yet, the question has encoded at once
+            self.job = self.engine.submit(lambda: chat.stream(exchange.question), self.present)
+            self._waiting = False
 
     def look_ahead(self, loading: Loading, sampling) -> None:
         """Has the pictures of the tray encoded while the question is being typed; the model has to be there."""
-        old = self._chat
-        if not self.tray and not self._ahead_of:
-            return
-        if old is not None and old.turns and old.assistant is not loading.assistant:
-            return  # somebody who only looks at another model keeps what this one has read
-        chat, pixels = self._chat_with(loading.assistant, sampling), []
-        for picture in self.tray:
-            with contextlib.suppress(PictureError, MemoryError):  # the question will say so
-                pixels.append(picture.pixels())
-        sights = [chat, *pixels]
-        if list(map(id, sights)) != list(map(id, self._ahead_of)):
-            self._look_no_further()
-            self._ahead_of, self.ahead = sights, self.engine.submit(lambda: chat.encode_ahead(pixels))
+        with self._lock:
+            old = self._chat
+            if self.busy or (not self.tray and not self._ahead_of):
+                return
+            if old is not None and old.turns and old.assistant is not loading.assistant:
+                return  # somebody who only looks at another model keeps what this one has read
+            chat, pixels = self._chat_with(loading, sampling), []
+            for picture in self.tray:
+                with contextlib.suppress(PictureError, MemoryError):  # the question will say so
+                    pixels.append(picture.pixels())
+            sights = [chat, *pixels]
+            if list(map(id, sights)) != list(map(id, self._ahead_of)):
+                self._look_no_further()
+                self._ahead_of = sights
+                self.ahead = self.engine.submit(lambda: chat.encode_ahead(pixels), self.present)
 
     def _look_no_further(self) -> None:
         if self.ahead is not None:
@@ -143,30 +161,33 @@ class Visitor:
         """His jobs that are not done."""
         return sum(job is not None and not job.done for job in (self.job, self.ahead))
 
-    def _chat_with(self, assistant, sampling):
+    def _chat_with(self, loading: Loading, sampling):
         """The chat; when the model has been changed, a new one with the same history."""
         from trainer.inference import Chat
 
-        old = self._chat
+        old, assistant = self._chat, loading.assistant
         if old is None or old.assistant is not assistant:
-            self._chat = Chat(assistant, sampling, self.max_length)
+            self._chat, self._loading = Chat(assistant, sampling, self.max_length), loading
             if old is not None:
                 self._chat.turns, self._chat.pixels = old.turns, old.pixels
         self._chat.sampling = sampling
         return self._chat
 
-    def settle(self) -> None:
-        """Writes a finished job's result into its exchange."""
-        job, chat, exchange = self.job, self._chat, self.exchanges[-1]
-        self.job = None
-        exchange.answer, exchange.problem, exchange.stopped = job.text, job.problem, job.stopped
-        exchange.seconds = job.ended - job.submitted
-        exchange.first_seconds = job.first - job.submitted if job.first else None
-        exchange.remembered = bool(chat.turns) and chat.turns[-1] is not self._last_turn
-        if exchange.remembered:
-            exchange.dropped = chat.dropped
-            exchange.history = (tuple(chat.turns), list(chat.pixels)) if chat.pixels else None
-            exchange.answered_by = weakref.ref(chat.assistant)
+    def settle(self, job: Job) -> None:
+        """Writes a finished job's result into its exchange, unless that has been done."""
+        with self._lock:
+            if self.job is not job:
+                return
+            chat, exchange = self._chat, self.exchanges[-1]
+            exchange.answer, exchange.problem, exchange.stopped = job.text, job.problem, job.stopped
+            exchange.seconds = job.ended - job.submitted
+            exchange.first_seconds = job.first - job.submitted if job.first else None
+            exchange.remembered = bool(chat.turns) and chat.turns[-1] is not self._last_turn
+            if exchange.remembered:
+                exchange.dropped = chat.dropped
+                exchange.history = (tuple(chat.turns), list(chat.pixels)) if chat.pixels else None
+                exchange.answered_by = weakref.ref(chat.assistant)
+            self.job = None
 
     def look(self, exchange: Exchange) -> str | None:
         """Finds out where an answer looked, in turn with everybody's answers; what went wrong, or None."""
@@ -177,7 +198,7 @@ class Visitor:
 
             yield look(assistant, *exchange.history)
 
-        job = self.engine.submit(steps)
+        job = self.engine.submit(steps, self.present)
         while not job.wait(len(job.values), 1.0):
             pass
         exchange.seen = job.values[0] if job.values else None
@@ -185,19 +206,20 @@ class Visitor:
 
     def end(self) -> None:
         """Stops what is on its way, at once, and keeps what was said."""
-        if self._waiting:
-            self._waiting, self.exchanges[-1].stopped = False, True
-        if self.job is not None:
-            self.job.stop()
-            while not self.job.wait(len(self.job.values), 1.0):
-                pass
-            self.settle()
+        with self._lock:
+            if self._waiting:
+                self._waiting, self.exchanges[-1].stopped = False, True
+            if job := self.job:
+                job.stop()
+                while not job.wait(len(job.values), 1.0):
+                    pass
+                self.settle(job)
 
     def clear(self) -> None:
         """Forgets everything."""
         self.end()
         self._look_no_further()
-        self.tray, self.exchanges, self.notices, self._chat = [], [], [], None
+        self.tray, self.exchanges, self.notices, self._chat, self._loading = [], [], [], None, None
 
     def markdown(self, title: str, you: str, model: str) -> str:
         """The conversation as a Markdown document; pictures by name, for their bytes stay the visitor's."""

@@ -191,7 +191,7 @@ def train_stage(stage: str) -> None:
 
 def report(seconds: float, timings: dict[str, float]) -> None:
     """Writes out/demo_report.json and prints the figures, some answers, and what to try next."""
-    rows = [json.loads(line) for line in (OUT / "demo_predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (OUT / "demo_predictions.jsonl").read_bytes().splitlines()]
     right = sum(row["correct"] for row in rows)
     by_kind = {}
     for kind in sorted({row["kind"] for row in rows}):

@@ -152,6 +152,18 @@ def training_flags(data, tower_folder, out: Path, **flags) -> list[str]:
     return [*DECODER, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
 
 
+def start_on_disk(data, tower_folder, out, environment: dict | None = None, **flags) -> subprocess.Popen:
+    """A run in a process of its own, on the disk of tests/slow_disk.py."""
+    command = [sys.executable, str(REPOSITORY / "tests" / "slow_disk.py"), *training_flags(data, tower_folder, out, **flags)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})  # fmt: skip
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Reads the process's messages up to a line with `text`."""
+    assert any(text in line for line in process.stderr), f"{text!r} never came"
+
+
 def read_metrics(out: Path, name: str) -> list[dict]:
     """The lines of a run's metrics file."""
-    return [json.loads(line) for line in (out / "out" / f"{name}.metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "out" / f"{name}.metrics.jsonl").read_bytes().splitlines()]

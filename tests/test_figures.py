@@ -93,9 +93,9 @@ def test_the_way_of_a_sample_is_the_one_it_takes(figures, tokenizer, tmp_path, m
 
 
 def test_loss_curves_are_those_of_the_files(tmp_path, capsys):
-    lines = [{"update": 1, "loss": 8.5}, {"update": 50, "loss": 0.5}, {"update": 50, "eval_loss": 0.7, "samples": []}]
+    lines = [{"update": 1, "loss": 8.5}, {"update": 50, "loss": 0.5}, {"update": 50, "eval_loss": 0.7, "samples": ["\u2028"]}]
     file = tmp_path / "run_32.metrics.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 60, "lo', encoding="utf-8")
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) + '{"update": 60, "lo', encoding="utf-8")
     assert loss.read_curves(file) == {"loss": [(1, 8.5), (50, 0.5)], "eval_loss": [(50, 0.7)]}
     assert main(["loss", str(file), str(file), "--out", str(tmp_path / "new" / "loss.png")]) == 0
     assert Image.open(tmp_path / "new" / "loss.png").size[0] > 1500

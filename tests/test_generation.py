@@ -192,18 +192,22 @@ def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
     assert tower.config._attn_implementation == attention == "sdpa"
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
-                    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(), reason="no huge pages here")  # fmt: skip
-def test_weights_that_answer_lie_in_huge_pages():
-    """Torch asks for the setting once, at its first tensor: none may be made where the modules are imported."""
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+def test_weights_that_answer_are_meant_for_huge_pages():
+    """Torch asks for the setting once, at its first tensor: none may be made where the modules are imported.
+
+    What counts is what the system was asked for (hg: madvise(MADV_HUGEPAGE)); whether it has such pages is its own affair.
+    """
     program = """if True:
+        import re
         from trainer import inference
         inference.keep_freed_memory(huge_pages=True)
         import torch
         weights = torch.zeros(2**26)
-        print(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")).split()[1])"""
+        regions = re.findall(r"(?s)\\nSize: +(\\d+) kB.*?\\nVmFlags:([^\\n]*)", open("/proc/self/smaps").read())
+        print(sum(int(size) for size, flags in regions if "hg" in flags.split()))"""
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True, timeout=120, check=True)
-    assert int(done.stdout) > 2**14, "KiB of 2**18: fragmented memory may not have them all"
+    assert int(done.stdout) >= 2**18, "KiB of the tensor"
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The READMEs keep their promises: flags, files and commands they name exist, and the two languages are in step."""
 
-import compileall
 import dataclasses
 import functools
 import re
@@ -68,4 +67,7 @@ def test_the_demos_weights_travel_by_the_commands_named(tmp_path, tokenizer, mon
 
 
 def test_everything_compiles():
-    assert all(compileall.compile_dir(REPOSITORY / folder, quiet=1) for folder in ("model", "dataset", "trainer"))
+    files = [file for folder in ("model", "dataset", "trainer") for file in (REPOSITORY / folder).rglob("*.py")]
+    assert len(files) > 50
+    for file in files:
+        compile(file.read_text(encoding="utf-8"), file, "exec")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -44,6 +44,7 @@ def table_of(a: list, b: list) -> int:
     return table[-1][-1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcd"), max_size=80), st.lists(st.sampled_from("abcd"), max_size=80))
 def test_common_subsequences_are_those_of_the_table(a, b):
     assert common_subsequence(a, b) == table_of(a, b)

@@ -40,8 +40,7 @@ from dataset.pictures import ZipImages, load_picture, open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from model.vision import preprocess
-from tests.conftest import REPOSITORY, make_data, write_jsonl
-from tests.test_never_lose_work import read_until, start_on_disk
+from tests.conftest import REPOSITORY, make_data, read_until, start_on_disk, write_jsonl
 from tests.test_training import assert_same, train, weights
 from trainer.sampler import ResumableSampler
 

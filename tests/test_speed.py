@@ -269,7 +269,7 @@ def test_a_killed_run_keeps_what_it_encoded_and_ends_the_same(data, tower_folder
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     for line in process.stderr:
-        if "update 5/" in line:
+        if "update 7/" in line:  # saving update 6 has waited for the state of update 3 to be on disk
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.wait()

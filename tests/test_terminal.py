@@ -7,6 +7,7 @@ import io
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,7 @@ def test_paths_as_people_type_them(talk, folder):
 
 
 def test_completion(folder, monkeypatch, tmp_path):
+    folder = Path(shutil.copytree(folder, tmp_path / "files", ignore=shutil.ignore_patterns("pipe")))
     monkeypatch.chdir(folder)
     (folder / "pictures").mkdir(exist_ok=True)
     (folder / ".hidden.png").touch()

@@ -23,7 +23,9 @@ from tests.conftest import (
     make_model,
     make_tower,
     read_metrics,
+    read_until,
     run_script,
+    start_on_disk,
     training_flags,
     write_jsonl,
 )
@@ -171,7 +173,8 @@ def test_freezing_modes():
 
 def test_everything_missing_is_named_with_the_commands_that_fetch_it(tmp_path):
     done = run_script("train_pretrain_vlm.py", "--epochs", 4, "--from_weight", "llm", "--save_dir", tmp_path,
-                      "--data_path", tmp_path / "no.jsonl", "--vision_model_path", tmp_path / "clip", cwd=tmp_path)  # fmt: skip
+                      "--data_path", tmp_path / "no.jsonl", "--vision_model_path", tmp_path / "clip",
+                      "--checkpoint_dir", tmp_path, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("hf download") == 3 and "openai/clip-vit-base-patch16" in done.stderr
 
@@ -183,12 +186,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, 
     train(data, tower_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
     total = 2 * -(-22 // (2 * accumulation))
-    command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, part, **flags)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in process.stderr:
-        if f"update {total // 2 + 1}/" in line:
-            process.send_signal(signal.SIGINT)
-            break
+    process = start_on_disk(data, tower_folder, part, {"DISK_DELAY": "0.1"}, **flags)  # no end before the signal
+    read_until(process, f"update {total // 2 + 1}/")
+    process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 0, rest
     assert "stopped by SIGINT" in rest and "--from_resume 1" in rest
@@ -371,8 +371,8 @@ def test_a_loader_process_whose_connection_broke_is_told_as_dead():
     try:
         batches = batches_of(broken())
         assert next(batches) == 1
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(RuntimeError, match="DataLoader worker"):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
             next(batches)
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -33,13 +33,13 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if resume_update and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().splitlines():  # of text it would cut at more than newlines: answers hold anything
                 try:
                     if json.loads(line)["update"] <= resume_update:
-                        kept.append(line)
+                        kept.append(line + b"\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # a line torn by a sudden end
-        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        write_atomically(path, lambda file: file.write(b"".join(kept)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed in close)
         self._torn = self._warned = False
 

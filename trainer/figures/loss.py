@@ -20,9 +20,9 @@ def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
     if not file.is_file():
         raise UsageError(f"no metrics file {file}; a run writes it beside its weights, `make demo` the default ones")
     curves = {"loss": [], "eval_loss": []}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = file.read_bytes().splitlines(keepends=True)  # of text it would cut at more than newlines: answers hold anything
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break  # still being written, or torn by a sudden end
         try:
             row = json.loads(line)

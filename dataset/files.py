@@ -14,18 +14,19 @@ def is_regular(path: str | Path) -> bool:
     return stat.S_ISREG(os.stat(path).st_mode)
 
 
-def check_output(flag: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
+def check_output(flag: str, path: Path, suffixes: tuple[str, ...] = (), replaced: bool = False) -> None:
     """Raises UsageError when no file, with one of these suffixes if there are any, can be written at `path`. Makes the
-    folder for it."""
+    folder for it. `replaced`: a file that is there makes way for a new one, rather than being written into."""
     there = os.path.exists(path)
-    if there and not is_regular(path):
-        raise UsageError(f"{flag} {path}: a folder, a pipe or a device is there; name a file")
+    if path.is_symlink() or (there and not is_regular(path)):
+        raise UsageError(f"{flag} {path}: a link, a folder, a pipe or a device is there; name a file")
     if suffixes and path.suffix.lower() not in suffixes:
         raise UsageError(f"{flag} {path}: give the name of a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     try:
-        if there:
+        if there and not replaced:
             open(path, "ab").close()
-        write_temporary(path, lambda file: None).unlink()
+        else:
+            write_temporary(path, lambda file: None).unlink()
     except OSError as error:
         raise UsageError(f"{flag} {path}: no file can be written there ({error.strerror}); name another one") from error
 

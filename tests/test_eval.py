@@ -225,12 +225,13 @@ def test_mistakes_end_with_code_2_and_no_traceback(files, capsys, change, messag
     ("flag", "name", "message"),
     [("--predictions", "file/p.jsonl", "no file can be written there"), ("--predictions", "", "a folder, a pipe or a device"),
      ("--predictions", "pipe", "a folder, a pipe or a device"), ("--report", "", "a folder, a pipe or a device"),
-     ("--report", "pipe", "a folder, a pipe or a device"), ("--report", "file/r.json", "no file can be written there")],
+     ("--report", "pipe", "a folder, a pipe or a device"), ("--report", "link", "a link"), ("--report", "file/r.json", "no file can be written there")],
 )  # fmt: skip
 def test_files_of_scoring_are_looked_at_before_the_first_answer(files, capsys, tmp_path, monkeypatch, flag, name, message):
     _, flags = files
     (tmp_path / "file").touch()
-    os.mkfifo(tmp_path / "pipe")  # as /dev/null it must not be replaced by a file
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null it must not be replaced by a file, nor /dev/stdout
+    (tmp_path / "link").symlink_to(tmp_path / "file")
     test = write_jsonl(tmp_path / "test.jsonl", [talk("Hm?", "yes")])
     monkeypatch.setattr("trainer.scoring.answer_in_batches", None)
     assert main([*flags, "--score", str(test), "--predictions", str(tmp_path / "p.jsonl"), flag, str(tmp_path / name)]) == 2

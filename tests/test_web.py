@@ -494,8 +494,13 @@ def test_a_picture_that_cannot_be_converted_is_told_with_the_question(loading, e
     assert converse(visitor, loading, "What colour?") == "red"
 
 
-def test_failures_are_told_and_leave_the_conversation_usable(loading):
+def test_failures_are_told_and_leave_the_conversation_usable(loading, monkeypatch):
     visitor = Visitor(Engine(), 512)
+    show(visitor, "red")
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.inference.Chat", lambda *_: [][0])
+        assert converse(visitor, loading, "What colour?") == "" and not visitor.busy
+    assert "IndexError" in visitor.exchanges.pop().problem
     show(visitor, "red")
     assert converse(visitor, loading, "word " * 600) == "" and "too long" in visitor.exchanges[0].problem
     visitor.again("What colour?")
@@ -526,16 +531,18 @@ def test_two_runs_of_one_visitor_take_turns(loading, monkeypatch):
             busy.set()
             go_on.wait(60)
 
-    def in_the_meantime(slow, quick) -> None:
+    def in_the_meantime(slow, quick, then=lambda: None) -> None:
         busy.clear(), go_on.clear()
-        threads = [threading.Thread(target=slow), threading.Thread(target=quick)]
+        threads = [threading.Thread(target=work, daemon=True) for work in (slow, quick)]
         threads[0].start()
         assert busy.wait(60)
         threads[1].start()
         time.sleep(0.1)
         go_on.set()
+        then()
         for thread in threads:
             thread.join(60)
+            assert not thread.is_alive()
 
     ask = visitor.once("question", lambda: visitor.ask("What colour?"))
     in_the_meantime(visitor.once("upload", bring_slowly), ask)
@@ -557,7 +564,14 @@ def test_two_runs_of_one_visitor_take_turns(loading, monkeypatch):
     monkeypatch.setattr(vision, "preprocess", convert_slowly)
     show(visitor, "green")
     visitor.ask("What colour?")
-    in_the_meantime(lambda: visitor.begin(loading, Sampling()), visitor.once("stop", visitor.end))
+    hold = threading.Event()
+    visitor.engine.submit(lambda: iter([hold.wait(60)]))  # the answer does not end before Stop is heard
+
+    def until_stopped() -> None:
+        until(lambda: visitor.job is not None and visitor.job._stop)
+        hold.set()
+
+    in_the_meantime(lambda: visitor.begin(loading, Sampling()), visitor.once("stop", visitor.end), until_stopped)
     assert visitor.exchanges[1].stopped and not visitor.busy, "Stop ends what was about to begin"
 
 

@@ -117,7 +117,7 @@ def load(url: str, pid: int, browser, cases: Sequence[Case], visitors: int, seco
 
 def demo_cases(demo: Path) -> list[Case]:
     """The demo's test questions with the answers that eval_vlm.py gave."""
-    rows = map(json.loads, (demo / "out" / "demo_predictions.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, (demo / "out" / "demo_predictions.jsonl").read_bytes().splitlines())
     return [Case(demo / "dataset" / "demo" / "images" / row["images"][0], row["question"], row["prediction"]) for row in rows]
 
 

@@ -213,7 +213,7 @@ def claim_files(job: ScoreJob) -> OutputLock:
     """Before the first answer: the files can be written, and nobody else writes them. Raises UsageError and StorageError."""
     for flag, file in (("--predictions", job.predictions), ("--report", job.report)):
         if file is not None:
-            check_output(flag, file)
+            check_output(flag, file, replaced=True)
     return OutputLock(lock_of(job.predictions), "give this one another --predictions")
 
 

@@ -1,5 +1,6 @@
 """The chat page: pictures, questions, answers as they grow."""
 
+import contextlib
 import time
 from functools import partial
 
@@ -12,6 +13,7 @@ from trainer.markdown import escape
 from . import pictures
 from .looked import show_looked
 from .models import Loading
+from .pictures import Picture, PictureError
 from .settings import server
 from .sidebar import pick_model, pick_sampling
 from .texts import Labels
@@ -50,7 +52,17 @@ def show(labels: Labels) -> None:
     if visitor.busy:
         follow(visitor, loading, values, place, labels)
     elif loading.assistant is not None:
-        visitor.look_ahead(loading, sampling(values))  # after the page: a large picture takes seconds to decode
+        convert(visitor.tray)  # after the page: a large picture takes seconds to decode
+        visitor.look_ahead(loading, sampling(values))
+
+
+def convert(shown: list[Picture]) -> None:
+    """Makes the model's pixels of pictures. Between two of them a click is heard: Streamlit looks whether there is one when
+    the session's state is read."""
+    for picture in shown:
+        st.session_state.get("visitor")
+        with contextlib.suppress(PictureError, MemoryError):  # the question will say so
+            picture.pixels()
 
 
 def sampling(values: dict):
@@ -100,6 +112,7 @@ def watch_loading(visitor: Visitor, values: dict, labels: Labels) -> None:
     elif loading.problem:
         loading_failed(loading, labels)
     elif not visitor.busy:
+        convert(visitor.tray)
         visitor.look_ahead(loading, sampling(values))
 
 
@@ -182,6 +195,7 @@ def follow(visitor: Visitor, loading: Loading, values: dict, place, labels: Labe
         elif loading.problem:
             visitor.fail(loading.problem)
         else:
+            convert(visitor.exchanges[-1].pictures)
             visitor.begin(loading, sampling(values))
     if job := visitor.job:
         known, done = 0, False

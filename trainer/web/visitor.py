@@ -123,10 +123,10 @@ class Visitor:
                 return
             exchange = self.exchanges[-1]
             exchange.model = loading.choice.label
-            chat = self._chat_with(loading, sampling)
             try:
+                chat = self._chat_with(loading, sampling)
                 chat.waiting = [picture.pixels() for picture in exchange.pictures]
-            except (PictureError, MemoryError) as error:
+            except Exception as error:  # were the question left waiting, every run of the page would end here
                 return self.fail(explain(error))
             self._last_turn = chat.turns[-1] if chat.turns else None
             self._look_no_further()  # what is not encoded yet, the question has encoded at once

@@ -768,13 +768,17 @@ def test_failures_are_told_and_the_page_lives_on(page_of, browser, trained):
 def test_a_question_asked_at_once_goes_with_all_of_its_pictures(page_of, browser):
     """Large ones, which the server is still looking at when the question comes."""
     with Guest(browser, page_of) as guest:
-        uploads = []
+        uploads, sent = [], []
         guest.page.on("response", lambda response: uploads.append(response) if response.request.method == "PUT" else None)
+        guest.page.on("websocket", lambda socket: socket.on("framesent", lambda frame: sent.append(frame)))
+        guest.page.reload()
         guest.greedy()
+        guest.page.wait_for_timeout(500)  # for the slider's own message
+        before = len(sent)
         guest.page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(
             [{"name": f"{number}.png", "mimeType": "image/png", "buffer": picture_bytes("red", (4000, 3000))} for number in range(3)]
         )
-        guest.until(lambda: len(uploads) == 3)
+        guest.until(lambda: len(uploads) == 3 and len(sent) > before)  # the server has been told of the files
         guest.page.wait_for_timeout(200)
         guest.ask("What colour?")
         guest.until_answered(1)

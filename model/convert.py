@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .errors import UsageError, first_line
+from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM, VLMConfig
 from .processing import MiniMindVProcessor, load_tokenizer
 from .storage import OutputLock, StorageError
-from .vision import VisionTowerError, load_vision_tower
+from .vision import load_vision_tower
 from .weights import (
     check_fingerprints,
     fingerprints,
@@ -60,10 +60,7 @@ class Loaded:
 
 def read_tower(folder: str | Path) -> CLIPVisionModel | None:
     """The vision tower in `folder`, None for "none"; raises UsageError."""
-    try:
-        return None if str(folder) == "none" else load_vision_tower(folder)
-    except VisionTowerError as error:
-        raise UsageError(str(error)) from error
+    return None if str(folder) == "none" else load_vision_tower(folder)
 
 
 def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> dict[str, str]:
@@ -136,9 +133,10 @@ def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str
     refuse_code(folder)
     try:
         model = MiniMindVLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    except VisionTowerError as error:
-        raise UsageError(str(error)) from error
+    except UsageError:
+        raise
     except Exception as error:  # what is damaged fails anywhere, in all kinds of ways
+        check_fetched(folder)
         raise UsageError(f"cannot load {folder}: {type(error).__name__}: {first_line(error)}") from error
     refuse_non_finite(folder, model.state_dict())
     brings["vision_encoder"] = model.vision_encoder is not None
@@ -155,6 +153,7 @@ def read_config(folder: Path) -> VLMConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above
+        check_fetched(folder)
         raise UsageError(f"{folder / 'config.json'} is no configuration of this model: {type(error).__name__}:"
                          f" {first_line(error)}") from error  # fmt: skip
     if config.model_type != VLMConfig.model_type:
@@ -174,6 +173,7 @@ def read_record(path: Path) -> dict:
     try:
         return parse_sidecar(path) if path.is_file() else {}
     except ValueError as error:
+        check_fetched(path)
         raise UsageError(f"{path} is broken ({error}); remove it to do without") from error
 
 

@@ -1,13 +1,42 @@
 """Whose mistake it is: a UsageError is the user's, a SampleError one sample's. Scripts end with exit code 2 for both."""
 
+import contextlib
+import re
+from pathlib import Path
+
 
 class UsageError(Exception):
     """The user asked for something that cannot be; the message says what, where and what to do instead."""
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line; its kind where it has no words."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """An error in one line, without a library's advice to run what a file holds; its kind where it has no words."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    kept = [part for part in line.split(". ") if not re.search("weights_only|trust_remote_code", part)]
+    return ". ".join(kept) or type(error).__name__
+
+
+def placeholder(begin: bytes) -> str:
+    """What a file with these first bytes (64 suffice) is when it merely stands for one that was not fetched; else empty."""
+    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself: fetch that with git lfs pull or hf download"
+    if begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page saved in place of the file: download the file itself (hf download)"
+    return ""
+
+
+def check_fetched(path: str | Path) -> None:
+    """Raises UsageError when the file at `path`, or one of a model's files in the folder there, is a placeholder. In a
+    folder that serves, some may be (weights for other libraries): ask when one does not."""
+    path = Path(path)
+    with contextlib.suppress(OSError):  # whoever reads the files says so
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if not file.is_file() or (path.is_dir() and file.suffix not in (".json", ".safetensors", ".bin", ".txt")):
+                continue  # a pipe would be waited for
+            with file.open("rb") as opened:
+                kind = placeholder(opened.read(64))
+            if kind:
+                raise UsageError(f"{file} is {kind}")
 
 
 class SampleError(ValueError):

@@ -112,7 +112,7 @@ class MiniMindVLM(MiniMindForCausalLM):
     def from_pretrained(cls, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
         """As transformers' own, with the vision tower if the folder (or repository) brings one, in the number format it
         was saved in unless a `dtype` is given. Raises ValueError for weights that do not fit the configuration, and
-        VisionTowerError for a broken tower."""
+        UsageError for a broken tower."""
         place = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)

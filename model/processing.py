@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
-from .errors import UsageError, first_line
+from .errors import UsageError, check_fetched, first_line
 from .model_minimind import IGNORE_INDEX
 from .rendering import DEFAULT_SYSTEM, IMAGE_MARK, TYPED_MARK, Rendered, Renderer, Turn, parse_turns
 from .vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
@@ -28,6 +28,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of damaged files, all kinds
+        check_fetched(folder)
         raise UsageError(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {first_line(error)}. Fetch its files"
                          " again; the project's own lies in model/ (--tokenizer_path)") from error  # fmt: skip
 

@@ -16,16 +16,12 @@ from PIL import Image, ImageOps
 from torch import nn
 from transformers import CLIPVisionModel
 
-from .errors import first_line
+from .errors import UsageError, check_fetched, first_line
 
 IMAGE_SIZE = 224  # pixels a side
 # Mean and standard deviation of CLIP's training pixels per channel, of values in [0, 1] (arXiv 2103.00020's release).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class VisionTowerError(Exception):
-    """The folder of a vision tower is missing or does not hold one; the message says what to do."""
 
 
 class VisionProj(nn.Module):
@@ -43,11 +39,11 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
     """The frozen vision half of a CLIP folder in transformers format, in eval mode and fp32.
 
     A folder of a whole CLIPModel serves as well: its text half is never read into memory.
-    Raises VisionTowerError when the folder is missing, holds another kind of model, or lacks some of the weights.
+    Raises UsageError when the folder is missing, holds another kind of model, or lacks some of the weights.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise VisionTowerError(
+        raise UsageError(
             f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
             f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
             f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
@@ -56,16 +52,17 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
     try:
         tower, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     except Exception as error:  # of damaged files, all kinds
-        raise VisionTowerError(f"cannot load a CLIP vision tower from {folder}: {type(error).__name__}: {first_line(error)}") from error
+        check_fetched(folder)
+        raise UsageError(f"cannot load a CLIP vision tower from {folder}: {type(error).__name__}: {first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"])
-        raise VisionTowerError(
+        raise UsageError(
             f"{folder} is not a whole CLIP vision tower: {len(missing)} weights missing"
             f" (first: {missing[:3]}), wrong shapes: {sorted(info['mismatched_keys'])[:3]}."
             f" Fetch the folder again, or name another with --vision_model_path."
         )
     if tower.config.image_size != IMAGE_SIZE:
-        raise VisionTowerError(
+        raise UsageError(
             f"the tower in {folder} takes pictures of {tower.config.image_size} pixels, not {IMAGE_SIZE}"
         )
     return tower.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UsageError, first_line
+from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM
 from .storage import OutputLock, StorageError, Write, check_zip, finish_commit, write_set
 from .vision import tower_fingerprint
@@ -20,6 +20,7 @@ from .vision import tower_fingerprint
 
 def read_tensors(path: Path, what: str) -> Any:
     """What torch.save wrote, tensors and plain values only, every checksum compared; raises UsageError for anything else."""
+    check_fetched(path)
     try:
         if zipfile.is_zipfile(path):  # not so in torch's format before 1.6
             check_zip(path)
@@ -129,6 +130,7 @@ def read_sidecar(path: Path) -> dict | None:
     try:
         return parse_sidecar(sidecar)
     except ValueError as error:
+        check_fetched(sidecar)
         raise UsageError(f"{sidecar} is broken ({error}); remove it to load the weights without it") from error
 
 

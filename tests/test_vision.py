@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
-from model.vision import VisionTowerError, encode_images, load_vision_tower, tower_fingerprint
+from model.errors import UsageError
+from model.vision import encode_images, load_vision_tower, tower_fingerprint
 from tests.conftest import REPOSITORY, make_tower
 
 TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"
@@ -55,16 +56,16 @@ def test_a_whole_clip_model_gives_its_vision_half(clip_layout, clip_folder):
 
 
 def test_folders_that_hold_no_tower_say_so(tmp_path):
-    with pytest.raises(VisionTowerError, match="hf download openai/clip-vit-base-patch16"):
+    with pytest.raises(UsageError, match="hf download openai/clip-vit-base-patch16"):
         load_vision_tower(tmp_path / "nothing")
     make_tower().save_pretrained(tmp_path / "part")
     state = load_file(tmp_path / "part" / "model.safetensors")
     state.pop(next(name for name in state if name.endswith("k_proj.weight")))
     save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VisionTowerError, match="1 weights missing"):
+    with pytest.raises(UsageError, match="1 weights missing"):
         load_vision_tower(tmp_path / "part")
     (tmp_path / "part" / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(VisionTowerError, match="cannot load"):
+    with pytest.raises(UsageError, match="cannot load"):
         load_vision_tower(tmp_path / "part")
 
 

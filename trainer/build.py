@@ -23,7 +23,7 @@ from dataset.vlm_dataset import Batch, VLMDataset, collate
 from model import MiniMindVLM, VLMConfig
 from model.errors import first_line
 from model.processing import load_tokenizer
-from model.vision import VisionTowerError, attend_by_products, load_vision_tower, tower_patches
+from model.vision import attend_by_products, load_vision_tower, tower_patches
 from model.weights import fingerprints, load_weights
 
 from .config import TrainConfig, UsageError
@@ -72,7 +72,7 @@ def build_model(
             vision_hidden_size=tower.config.hidden_size,
         )  # fmt: skip
         return MiniMindVLM(config, tower)
-    except (VisionTowerError, ValueError) as error:
+    except ValueError as error:
         raise UsageError(str(error)) from error
     except RuntimeError as error:  # torch's word for memory that is not there
         raise UsageError(f"--hidden_size {hidden_size} and --num_hidden_layers {num_hidden_layers} make no model here:"

@@ -14,7 +14,6 @@ A slot counts as filled when its record fits both the picture's file and the fea
 power cut, or two processes writing at once cost no more than encoding a picture again, and a changed picture is noticed.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from model.storage import hold
 
 from .errors import DataError, SampleError
 from .sources import SampleSource
@@ -55,8 +56,8 @@ class FeatureCache:
     def __init__(self, folder: Path, key: CacheKey, samples: SampleSource):
         self.folder, self.key = Path(folder), key
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks and other runs wait until the first has made the files
+        lock = hold(self.folder / "lock", wait=True)  # ranks and other runs wait until the first has made the files
+        try:
             self.rebuilt_because = self._prepare(samples)
             try:
                 self._map_files()
@@ -67,6 +68,8 @@ class FeatureCache:
                 self.rebuilt_because = f"its files were damaged ({error})"
             # Held open: should another run remake the files, this one goes on with its own.
             self._files = [open(self.folder / name, "r+b", buffering=0) for name in ("features.bin", "filled.bin")]  # noqa: SIM115
+        finally:
+            lock.release()
         self.broken: OSError | None = None  # the error that ended writing
         self._writer, self._pending = None, []
 

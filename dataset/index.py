@@ -7,7 +7,6 @@ its records. Processes that map it share its pages. Where the data's folder is r
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from filelock import lock_descriptor
 
 from .errors import DataError
 
@@ -90,7 +90,7 @@ def alone(path: Path) -> Iterator[bool]:
     """Waits until no other process is in here with the same file. Tells whether it can be known: not on every network drive."""
     with open(path, "rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_descriptor(file.fileno())
         except OSError:
             yield False
         else:

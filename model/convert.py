@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM, VLMConfig
 from .processing import MiniMindVProcessor, load_tokenizer
-from .storage import OutputLock, StorageError
+from .storage import StorageError, hold
 from .vision import load_vision_tower
 from .weights import (
     check_fingerprints,
@@ -117,7 +117,7 @@ def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str |
         raise UsageError(f"{path} holds a language model without projector ({', '.join(fresh)} missing)")
     tokenizer = load_tokenizer(tokenizer_path)
     attach(path, model, read_tower(vision_model_path))
-    record = {key: value for key, value in sidecar.items() if key != "config"}
+    record = {key: value for key, value in sidecar.items() if key not in ("config", "weights")}
     check_made_for(path, model, tokenizer, record)
     return Loaded(model, tokenizer, record)
 
@@ -209,8 +209,7 @@ def write_native(path: Path, loaded: Loaded) -> None:
     for file in (path, path.with_suffix(".json")):
         if file.exists():
             raise UsageError(f"{file} exists already; name another file, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = OutputLock(lock_of(path))
+    lock = hold(lock_of(path), "name another file")
     try:
         save_weights(path, loaded.model, loaded.record)
     finally:

@@ -1,10 +1,8 @@
-"""Files of weights: the state dict in fp16 and its sidecar. Written as one, read strictly, and never by executing what
-they hold.
+"""Files of weights: the state dict in fp16 and its sidecar, read strictly, and never by executing what they hold.
 """
 
 import hashlib
 import json
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM
-from .storage import OutputLock, StorageError, Write, check_zip, finish_commit, write_set
+from .storage import write_atomically
 from .vision import tower_fingerprint
 
 
@@ -23,10 +21,10 @@ def read_tensors(path: Path, what: str) -> Any:
     check_fetched(path)
     try:
         if zipfile.is_zipfile(path):  # not so in torch's format before 1.6
-            check_zip(path)
+            with zipfile.ZipFile(path) as file:
+                if broken := file.testzip():
+                    raise ValueError(f"it is corrupt: the checksum of {broken} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except StorageError as error:
-        raise UsageError(f"{error}; fetch or make it again") from error
     except Exception as error:  # zip, pickle and unpickling errors share no base class
         if (wanted := foreign_globals(path)):
             raise UsageError(
@@ -75,23 +73,32 @@ def weight_name(weight: str, hidden_size: int, use_moe: bool) -> str:
     return f"{weight}_{hidden_size}{'_moe' if use_moe else ''}"
 
 
-def weight_files(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict) -> dict[Path, Write]:
-    """How to write the weights at `path` and the json file beside it, which holds what a reader needs to rebuild the
-    model."""
-    text = json.dumps({"config": config, **sidecar}, indent=2, ensure_ascii=False) + "\n"
-    return {path: lambda file: torch.save(weights, file),
-            path.with_suffix(".json"): lambda file: file.write(text.encode())}  # fmt: skip
+def tensors_fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """A short hash of names and fp16 values: the same weights give the same, however they were written."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict, before: str | None = None) -> str:
+    """Writes the sidecar, which holds what a reader needs to rebuild the model, and then the weights; returns their
+    fingerprint. `before` is that of the weights there until now, if the sidecar fits them as well: so the two files
+    belong together at every instant. Raises StorageError."""
+    config = {key: value for key, value in config.items() if key not in ("architectures", "dtype")}  # transformers' folders alone have these
+    fingerprint = tensors_fingerprint(weights)
+    content = {"config": config, **sidecar, "weights": [fingerprint, *([before] if before else [])]}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Names of files may hold bytes that are no UTF-8; json's own escape keeps them.
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode(errors="backslashreplace")))
+    write_atomically(path, lambda file: torch.save(weights, file))
+    return fingerprint
 
 
 def save_weights(path: Path, model: MiniMindVLM, sidecar: dict) -> None:
-    """Writes weights and sidecar as one; what only transformers' own folders have stays out of it. Raises FloatingPointError (see `half_weights`) and StorageError."""
-    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in ("architectures", "dtype")}
-    write_set(journal_of(path), weight_files(path, half_weights(model), config, sidecar), {})
-
-
-def journal_of(weight_file: Path) -> Path:
-    """The journal of a set of files that the weights belong to."""
-    return weight_file.with_name(f".{weight_file.stem}.commit")
+    """Writes weights and sidecar. Raises FloatingPointError (see `half_weights`) and StorageError."""
+    write_weights(path, half_weights(model), model.config.to_diff_dict(), sidecar)
 
 
 def lock_of(file: Path) -> Path:
@@ -99,31 +106,8 @@ def lock_of(file: Path) -> Path:
     return file.with_name(f".{file.stem}.lock")
 
 
-def finish_writing(weight_file: Path) -> None:
-    """For readers: weights and sidecar of one and the same update, also when their writer died between the two. Raises
-    UsageError when what it left cannot be read."""
-    journal = journal_of(weight_file)
-    if not journal.exists():
-        return
-    try:
-        lock = OutputLock(lock_of(weight_file))
-    except (StorageError, OSError):  # the writer lives and is about to finish, or this is not ours to mend
-        for _ in range(50):
-            if not journal.exists():
-                return
-            time.sleep(0.1)
-        return
-    try:
-        finish_commit(journal)
-    except StorageError as error:
-        raise UsageError(str(error)) from error
-    finally:
-        lock.release()
-
-
 def read_sidecar(path: Path) -> dict | None:
     """The json file beside the weights at `path`; None when there is none, as with published weights."""
-    finish_writing(path)
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         return None
@@ -139,6 +123,8 @@ def parse_sidecar(path: Path) -> dict:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"a json object is expected, not {type(content).__name__}")
+    if not isinstance(content.get("weights", []), list):
+        raise ValueError(f"'weights' should hold a list of fingerprints, not {content['weights']!r}")
     prints = content.get("fingerprints", {})
     if not isinstance(prints, dict) or not all(isinstance(value, str) for value in prints.values()):
         raise ValueError(f"'fingerprints' should hold texts by name, not {prints!r}")
@@ -166,7 +152,8 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
             f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
         )
-    check_fingerprints(path, expected or {}, (read_sidecar(path) or {}).get("fingerprints", {}))
+    sidecar = read_sidecar(path) or {}
+    check_fingerprints(path, expected or {}, sidecar.get("fingerprints", {}))
     state = read_tensors(path, "weight file")
     if not is_state_dict(state):
         raise UsageError(f"{path} is no state dict: it should hold names and tensors")
@@ -194,6 +181,11 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
             f" by another program; fetch or make it again."
         )
     refuse_non_finite(path, state)
+    if "weights" in sidecar and tensors_fingerprint(state) not in sidecar["weights"]:
+        raise UsageError(
+            f"{path.with_suffix('.json')} belongs to other weights than those in {path.name}: one of the two was exchanged, or a save was"
+            f" cut short. Put those together that belong together; training with --from_resume 1 writes both again."
+        )
     model.load_state_dict(state, strict=False)  # what strict would say is said above, and the fresh names are meant
     return fresh
 

@@ -8,7 +8,6 @@ samples repeated or skipped; ends with code 1 unless the last four are 0. `make 
 """
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from model.weights import finish_writing
+from model import MiniMindVLM, VLMConfig
+from model.weights import load_weights, read_sidecar, tensors_fingerprint
 from trainer.checkpoint import load_training_state
 
 from .conftest import kill_tree, make_data, make_tower, training_flags
@@ -75,16 +75,22 @@ class Storm:
         return killed
 
     def check_files(self, out: Path) -> bool:
-        """Whether there is a state; counts it when it, weights and sidecar are not all readable and of one update."""
+        """Whether there is a state; counts it when it or the weights cannot be read, or when weights and sidecar are of
+        another update than the state without being of an earlier one."""
         weight_file, state_file = out / "out" / f"{NAME}.pth", out / "checkpoints" / f"{NAME}_resume.pth"
-        finish_writing(weight_file)
-        if not state_file.exists() and not weight_file.exists():
+        if not state_file.exists():
+            self.counts["unreadable"] += weight_file.exists()  # the state comes first
             return False
         content, problem = load_training_state(state_file)
-        weights = torch.load(weight_file, weights_only=True)
-        sidecar = json.loads(weight_file.with_suffix(".json").read_text())
+        self.counts["unreadable"] += bool(problem)
+        if not weight_file.exists():
+            return True
+        sidecar, weights = read_sidecar(weight_file), torch.load(weight_file, weights_only=True)
+        load_weights(weight_file, MiniMindVLM(VLMConfig(**sidecar["config"])))  # they belong together
         same = all(torch.equal(content["model"][name].half(), tensor) for name, tensor in weights.items())
-        self.counts["unreadable"] += bool(problem) or not same or sidecar["progress"]["update"] != content["state"]["update"]
+        newest = sidecar["weights"][0] == tensors_fingerprint(weights)  # otherwise killed between sidecar and weights
+        lag = content["state"]["update"] - sidecar["progress"]["update"]
+        self.counts["unreadable"] += not (same if newest and lag == 0 else not same and lag >= 0)
         return True
 
     def check_samples(self, out: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset.conversation import IMAGE_MARK, Turn
 from eval_vlm import main
-from model.storage import OutputLock
+from model.storage import hold
 from model.vision import preprocess
 from model.weights import fingerprints, lock_of, save_weights
 from tests.conftest import DECODER, make_model, make_tower, run_script, write_jsonl
@@ -254,7 +254,7 @@ def talk(question: str, answer: str) -> dict:
 
 @contextmanager
 def closing_lock(file):
-    lock = OutputLock(lock_of(file))
+    lock = hold(lock_of(file))
     yield
     lock.release()
 

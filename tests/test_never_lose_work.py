@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from model import storage
-from model import weights as model_weights
-from model.storage import OutputLock, StorageError, finish_commit, write_set
-from model.weights import read_sidecar, read_tensors, save_weights
+from model.storage import StorageError, hold, write_atomically
+from model.weights import half_weights, load_weights, read_sidecar, read_tensors, save_weights, write_weights
 from tests.conftest import (
     REPOSITORY,
     children,
@@ -36,9 +35,10 @@ from tests.conftest import (
 from tests.storm import Storm
 from tests.test_speed import make_trainer
 from tests.test_training import NAME, assert_same, train, weights
-from trainer import checkpoint
-from trainer.config import UsageError
+from trainer import checkpoint, distributed
+from trainer.config import UsageError, parse_config
 from trainer.distributed import agree_on_name
+from trainer.main import claim_outputs
 from trainer.progress import Schedule, cosine
 
 STATE = f"{NAME}_resume.pth"
@@ -48,18 +48,15 @@ def put(text: str):
     return lambda file: file.write(text.encode())
 
 
-# --- sets of files ----------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------------------
 
 
 class Died(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("step", range(12))
-def test_a_set_is_old_or_new_as_a_whole_wherever_the_writer_dies(tmp_path, monkeypatch, step):
-    """Death at the n-th call that changes the disk; then whoever comes next looks."""
-    journal, a, b = tmp_path / ".run.commit", tmp_path / "x" / "a", tmp_path / "y" / "b"
-    write_set(journal, {a: put("1"), b: put("1")}, {})
+def dying_at(step: int, monkeypatch) -> None:
+    """The process dies at the n-th call that changes the disk, and cleans nothing up."""
     calls = 0
 
     def dying(function):
@@ -72,36 +69,46 @@ def test_a_set_is_old_or_new_as_a_whole_wherever_the_writer_dies(tmp_path, monke
 
         return call
 
+    for name in ("fsync", "replace", "link"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    monkeypatch.setattr(storage.Path, "unlink", dying(storage.Path.unlink))
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("step", range(9))
+def test_a_file_is_old_or_new_wherever_its_writer_dies(tmp_path, monkeypatch, step, links):
+    path, before = tmp_path / "a", tmp_path / "before"
+    for text in ("1", "2"):
+        write_atomically(path, put(text), before)
     with monkeypatch.context() as patch:
-        for name in ("fsync", "replace"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        # A dead process cleans nothing up.
-        patch.setattr(storage.Path, "unlink", dying(storage.Path.unlink))
+        if not links:
+            patch.setattr(os, "link", refuse_link)
+        dying_at(step, patch)
         with contextlib.suppress(Died):
-            write_set(journal, {a: put("2"), b: put("2")}, {a: tmp_path / "x" / "before"})
-    finish_commit(journal)
-    assert a.read_text() == b.read_text()
-    assert not journal.exists()
-    if a.read_text() == "2":
-        assert (tmp_path / "x" / "before").read_text() == "1"
-    for folder in (tmp_path / "x", tmp_path / "y"):
-        storage.remove_temporaries(folder, ["a", "b"])
-        assert {path.name for path in folder.iterdir()} <= {"a", "b", "before"}
+            write_atomically(path, put("3"), before)
+    assert (path.read_text(), before.read_text()) in [("2", "1"), ("2", "2"), ("3", "2")]
+    for file in (path, before):
+        storage.remove_temporaries(file)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "before"]
+
+
+def refuse_link(*_):
+    raise PermissionError(errno.EPERM, "no hard links here")
 
 
 @pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EIO, "check the disk"),
                                                 (errno.EROFS, "read-only"), (errno.EACCES, "permissions")])  # fmt: skip
 def test_a_disk_that_refuses_changes_nothing_and_leaves_nothing(tmp_path, number, remedy):
-    journal, a, b = tmp_path / ".run.commit", tmp_path / "a", tmp_path / "b"
-    write_set(journal, {a: put("1"), b: put("1")}, {})
+    path = tmp_path / "a"
+    write_atomically(path, put("1"))
 
     def refuse(file):
         file.write(b"half")
         raise OSError(number, os.strerror(number))
 
     with pytest.raises(StorageError, match=remedy):
-        write_set(journal, {a: put("2"), b: refuse}, {})
-    assert a.read_text() == b.read_text() == "1" and len(list(tmp_path.iterdir())) == 2
+        write_atomically(path, refuse)
+    assert path.read_text() == "1" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_file_too_large_for_the_disk_changes_nothing_and_leaves_nothing(tmp_path):
@@ -110,60 +117,116 @@ def test_a_file_too_large_for_the_disk_changes_nothing_and_leaves_nothing(tmp_pa
     script = f"""
 import resource, signal, sys, torch
 from pathlib import Path
-from model.storage import StorageError, write_set
+from model.storage import StorageError, write_atomically
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-folder = Path({str(tmp_path)!r})
 try:
-    write_set(folder / ".run.commit", {{folder / "w.json": lambda file: file.write(b"2"),
-                                       folder / "w.pth": lambda file: torch.save(torch.ones(10**6), file)}}, {{}})
+    write_atomically(Path({str(path)!r}), lambda file: torch.save(torch.ones(10**6), file))
 except StorageError as error:
     sys.exit(f"refused: {{error}}")
 """
-    write_set(tmp_path / ".run.commit", {path: lambda file: torch.save(torch.ones(3), file), tmp_path / "w.json": put("1")}, {})
+    write_atomically(path, lambda file: torch.save(torch.ones(3), file))
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert "refused: cannot write in" in done.stderr and "File too large" in done.stderr, done.stderr
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["w.json", "w.pth"] and (tmp_path / "w.json").read_text() == "1"
+    assert [item.name for item in tmp_path.iterdir()] == ["w.pth"]
     assert torch.equal(torch.load(path, weights_only=True), torch.ones(3))
 
 
-def test_what_was_written_wrong_is_noticed_before_the_old_goes(tmp_path, monkeypatch):
-    path = tmp_path / "w.pth"
-    write_set(tmp_path / ".run.commit", {path: lambda file: torch.save({"a": torch.ones(3)}, file)}, {})
-
-    def flip(file):
-        torch.save({"a": torch.zeros(5000)}, file)
-        file.seek(9000)
-        file.write(b"\x01")
-
-    with pytest.raises(StorageError, match="corrupt"):
-        write_set(tmp_path / ".run.commit", {path: flip}, {})
-    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
-
-
-def test_weights_and_sidecar_are_of_one_update_for_readers(tmp_path, monkeypatch):
-    """The writer dies between the renames of the two; eval_vlm.py and others read through these functions."""
-    path, model = tmp_path / "w_32.pth", make_model()
-    save_weights(path, model, {"progress": 1})
+@pytest.mark.parametrize("step", range(7))
+def test_weights_and_sidecar_belong_together_wherever_their_writer_dies(tmp_path, monkeypatch, step):
+    """Always readable by the strict reader, and it is one of the two saves that is read."""
+    path, models = tmp_path / "w_32.pth", [make_model(seed) for seed in (1, 2)]
+    before = write_weights(path, half_weights(models[0]), models[0].config.to_diff_dict(), {})
     with monkeypatch.context() as patch:
-        patch.setattr(model_weights, "finish_commit", lambda _: None)
-        patch.setattr(storage, "finish_commit", lambda _: None)
-        save_weights(path, model, {"progress": 2})
-    assert json.loads(path.with_suffix(".json").read_text())["progress"] == 1
-    assert read_sidecar(path)["progress"] == 2
-    assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".commit"))]
+        dying_at(step, patch)
+        with contextlib.suppress(Died):
+            write_weights(path, half_weights(models[1]), models[1].config.to_diff_dict(), {}, before)
+    read = make_model(3)
+    load_weights(path, read)
+    name = "model.embed_tokens.weight"
+    assert any(torch.equal(read.state_dict()[name], model.state_dict()[name].half().float()) for model in models)
 
 
-@pytest.mark.parametrize("content", ["", "{}", '""', "{}x", "[1]", '[{"from": "a", "to": "b", "keep": 7}]', '[{"from": 1, "to": "b", "keep": null}]', "\xff"], ids=repr)
-def test_a_damaged_list_of_a_save_is_named_and_nothing_is_touched(tmp_path, content):
-    path = tmp_path / "w_32.pth"
-    save_weights(path, make_model(), {})
-    (journal := tmp_path / ".w_32.commit").write_bytes(content.encode("latin-1"))
-    before = path.read_bytes()
-    for _ in range(2):  # its lock has been let go
-        with pytest.raises(UsageError, match=r"w_32\.commit.* is damaged.*Remove it"):
-            read_sidecar(path)
-    assert path.read_bytes() == before and journal.exists()
+def test_a_sidecar_of_other_weights_is_refused(tmp_path):
+    """Exchanged by hand; cut short at the first save over the weights of another run; and a sidecar as older versions wrote."""
+    paths = [tmp_path / f"{name}_32.pth" for name in "ab"]
+    for seed, path in enumerate(paths):
+        save_weights(path, make_model(seed), {})
+    sidecars = [path.with_suffix(".json") for path in paths]
+    texts = [sidecar.read_text() for sidecar in sidecars]
+    sidecars[0].write_text(texts[1])
+    with pytest.raises(UsageError, match=r"a_32\.json belongs to other weights .*--from_resume 1"):
+        load_weights(paths[0], make_model())
+    content = json.loads(texts[0])
+    del content["weights"]
+    sidecars[0].write_text(json.dumps(content))
+    load_weights(paths[0], make_model())
+    sidecars[0].write_text(json.dumps(content | {"weights": 3}))
+    with pytest.raises(UsageError, match=r"a_32\.json is broken"):
+        load_weights(paths[0], make_model())
+
+
+def test_names_that_are_no_utf_8_are_saved_and_read(data, tower_folder, tmp_path):
+    """A folder's name may be any bytes; it stands in the sidecar and in the state."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe9"))
+    odd.mkdir()
+    (odd / "data.jsonl").write_bytes(data[0].read_bytes())
+    train((odd / "data.jsonl", data[1]), tower_folder, odd)
+    sidecar = read_sidecar(odd / "out" / f"{NAME}.pth")
+    assert sidecar["training"]["data_path"] == str(odd / "data.jsonl")
+    done = train((odd / "data.jsonl", data[1]), tower_folder, odd, from_resume=1, epochs=2)
+    assert "11 updates done" in done.stderr and "does not hold" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["weights", "sidecar", "metrics", "state", "previous"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_the_first_update(data, tower_folder, tmp_path, place):
+    names = {"weights": f"out/{NAME}.pth", "sidecar": f"out/{NAME}.json", "metrics": f"out/{NAME}.metrics.jsonl",
+             "state": f"checkpoints/{STATE}", "previous": f"checkpoints/{NAME}_resume_previous.pth"}  # fmt: skip
+    config = parse_config("", {"save_weight": "sft_vlm"}, training_flags(data, tower_folder, tmp_path))
+    (tmp_path / names[place]).mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"{names[place]}: a folder"):
+        claim_outputs(config, distributed.start("cpu"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
+def test_a_file_system_without_locks_is_warned_of(data, tower_folder, tmp_path, monkeypatch, capsys, number):
+    """NFS, Lustre: training, the feature cache and indices go on."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    trainer = make_trainer(data, tower_folder, tmp_path, cache_features=1)
+    locks = claim_outputs(trainer.config, trainer.ranks)
+    assert trainer.train() == 0
+    for lock in locks:
+        lock.release()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "without locks" in line]
+    assert len(set(warnings)) == len(warnings) >= 2 and all("nothing keeps a second run" in line for line in warnings)
+
+
+def test_outputs_that_were_moved_are_resumed_in_their_new_place(data, tower_folder, tmp_path):
+    """Killed between state and weights; then both folders go elsewhere, and nothing is looked for in the old place."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    train(data, tower_folder, tmp_path / "whole", epochs=2)
+    train(data, tower_folder, old)
+    for name in (f"{NAME}.pth", f"{NAME}.json"):
+        (old / "out" / name).unlink()
+    old.rename(new)
+    train(data, tower_folder, new, from_resume=1)
+    load_weights(new / "out" / f"{NAME}.pth", make_trainer(data, tower_folder, tmp_path / "other").run.model)
+    assert not old.exists()
+    train(data, tower_folder, new, from_resume=1, epochs=2)
+    assert weights(new).keys() == weights(tmp_path / "whole").keys()
+
+
+def test_a_resume_with_nothing_to_do_writes_weights_that_are_older_than_the_state(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path)
+    expected, update = weights(tmp_path), read_sidecar(tmp_path / "out" / f"{NAME}.pth")["progress"]["update"]
+    save_weights(tmp_path / "out" / f"{NAME}.pth", make_trainer(data, tower_folder, tmp_path / "other").run.model, {"progress": {"update": 1}})
+    train(data, tower_folder, tmp_path, from_resume=1)
+    assert_same(expected, weights(tmp_path))
+    assert read_sidecar(tmp_path / "out" / f"{NAME}.pth")["progress"]["update"] == update
 
 
 def test_data_that_let_a_run_down_cost_none_of_it(tower_folder, tmp_path):
@@ -207,7 +270,7 @@ def test_a_second_process_on_the_same_output_is_refused(data, tower_folder, tmp_
 
 def test_a_lock_left_behind_is_no_obstacle(tmp_path):
     (tmp_path / ".lock").write_text("process 1 on elsewhere")
-    OutputLock(tmp_path / ".lock").release()
+    hold(tmp_path / ".lock").release()
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------
@@ -382,6 +445,28 @@ def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, tower_fol
             killed = True
     assert process.wait(timeout=300) == 0, "".join(seen[-30:])
     assert killed and any("resumed from" in line for line in seen)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, tower_folder, tmp_path, processes):
+    """A worker dies before the first save: the group starts again from scratch, and its result is that of the new run."""
+    flags = {"epochs": 2, "save_interval": 10**6}
+    train(data, tower_folder, tmp_path / "whole", processes=processes, **flags)
+    train(data, tower_folder, tmp_path / "part", processes=processes, epochs=1, seed=7)
+    old = (tmp_path / "part" / "checkpoints" / STATE).read_bytes()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--max_restarts", "2",
+               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path / "part", **flags)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seen, killed = [], False
+    for line in process.stderr:
+        seen.append(line)
+        if "update 2/" in line and not killed:
+            assert (tmp_path / "part" / "checkpoints" / f"{NAME}_resume_previous.pth").read_bytes() == old, "kept"
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
+            killed = True
+    assert process.wait(timeout=300) == 0, "".join(seen[-30:])
+    assert killed and not any("resumed from" in line for line in seen)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 

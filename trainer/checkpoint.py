@@ -1,30 +1,24 @@
-"""The training state: what it holds, and how it is written as one with weights and sidecar (model/weights.py)."""
+"""The training state: what it holds, and how it is written, before the weights and the sidecar that are made of it."""
 
-import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from model import MiniMindVLM
 from model.errors import UsageError
-from model.storage import BackgroundWriter
-from model.weights import half_weights, journal_of, read_tensors, weight_files
+from model.storage import write_atomically
+from model.weights import half_weights, read_sidecar, read_tensors, tensors_fingerprint, write_weights
 
 STATE_VERSION = 4
 
 
 def rng_state(device: torch.device) -> dict:
-    """The random states of this process, in types that a safe loader accepts."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "device": torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
-        "python": [version, list(internal), gauss],
-        "numpy": [keys.tolist(), position, has_gauss, cached],
-    }
+    """torch's random states of this process."""
+    accelerator = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
+    return {"torch": torch.get_rng_state(), "device": accelerator}
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
@@ -32,10 +26,6 @@ def set_rng_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state["device"] is not None and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
 def copy_to_cpu(value: Any) -> Any:
@@ -49,28 +39,60 @@ def copy_to_cpu(value: Any) -> Any:
     return value
 
 
-class Saver(BackgroundWriter):
-    """Writes weights, sidecar and training state as one, in the background, one set at a time."""
+class Saver:
+    """Writes training states and weights in the background, one after the other.
 
-    def __init__(self, weight_file: Path, state_file: Path):
-        super().__init__()
-        self.weight_file, self.state_file = weight_file, state_file
-        self.newest_is_torn = False  # then it is replaced, and not kept in place of the good one before it
+    The state is the truth; weights and sidecar are exports of it, written after it, and again by a resume that finds them
+    older.
+    """
 
-    def save(self, model: MiniMindVLM, sidecar: dict, objects: dict[str, Any], extra: dict) -> None:
-        """Takes a snapshot and returns. `objects` have a state_dict(); `extra` are plain values and tensors.
+    def __init__(self):
+        self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
+        self._exported: dict[Path, str] = {}  # fingerprints of the weights that this run wrote last
+        self.newest_is_corrupt = False  # then it is replaced, and not kept in place of the good one before it
 
-        Waits for the set before; raises StorageError when that could not be written, FloatingPointError for weights
+    def save(self, state_file: Path, objects: dict[str, Any], extra: dict, weight_file: Path, model: MiniMindVLM, sidecar: dict) -> None:
+        """Takes a snapshot and returns; then writes a training state and its export. `objects` have a state_dict();
+        `extra` are plain values and tensors. Otherwise as `export`."""
+        content = copy_to_cpu({name: item.state_dict() for name, item in objects.items()}) | {"version": STATE_VERSION, **extra}
+        keep = None if self.newest_is_corrupt else previous_state(state_file)
+        self.newest_is_corrupt = False
+        self._submit(weight_file, model, sidecar, lambda: write_atomically(state_file, lambda file: torch.save(content, file), keep))
+
+    def export(self, weight_file: Path, model: MiniMindVLM, sidecar: dict) -> None:
+        """Takes a snapshot and returns; then writes weights and sidecar.
+
+        Waits for the save before; raises StorageError when that could not be written, FloatingPointError for weights
         beyond fp16's range.
         """
-        weights = half_weights(model)
-        content = copy_to_cpu({name: item.state_dict() for name, item in objects.items()})
-        content |= {"version": STATE_VERSION, **extra}
-        files = weight_files(self.weight_file, weights, model.config.to_diff_dict(), sidecar)
-        files[self.state_file] = lambda file: torch.save(content, file)
-        keep = {} if self.newest_is_torn else {self.state_file: previous_state(self.state_file)}
-        self.newest_is_torn = False
-        self.submit(journal_of(self.weight_file), files, keep)
+        self._submit(weight_file, model, sidecar, lambda: None)
+
+    def _submit(self, weight_file: Path, model: MiniMindVLM, sidecar: dict, first: Callable[[], None]) -> None:
+        weights, config = half_weights(model), model.config.to_diff_dict()
+
+        def write() -> None:
+            first()
+            self._exported[weight_file] = write_weights(weight_file, weights, config, sidecar, self._exported.get(weight_file))
+
+        try:
+            self.wait()
+        finally:
+            self._task = self._executor.submit(write)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises StorageError when it could not be written."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
+
+
+def is_exported(weight_file: Path, update: int) -> bool:
+    """Whether the weights of `update` and their sidecar are on disk, both whole."""
+    try:
+        sidecar, weights = read_sidecar(weight_file) or {}, read_tensors(weight_file, "weight file")
+        return sidecar["progress"]["update"] == update and sidecar["weights"][0] == tensors_fingerprint(weights)
+    except (UsageError, KeyError, TypeError, AttributeError, IndexError):  # missing, corrupt, or written by others
+        return False
 
 
 def previous_state(path: Path) -> Path:

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.vlm_dataset import Batch
-from model.storage import BackgroundWriter, StorageError
-from model.weights import half_weights, journal_of, weight_files
+from model.storage import StorageError
 
 from .build import Run, batches_of, build_loader, worker_count
 from .checkpoint import Saver
@@ -48,11 +47,11 @@ class Trainer:
         self.saved_update = -1
         self.waits_for_pictures = self.config.freeze_llm == 1
         self.has_news = False  # trained or validated on something since the start: what is on disk is never replaced by less
-        self.saver = Saver(self.config.weight_file, self.config.resume_file)
+        self.saver, self.saves_first = Saver(), False
         if self.config.from_resume:
-            self.saver.newest_is_torn = restore(run, self.progress)
-            if not self.saver.newest_is_torn:  # otherwise `train` saves before anything else
-                self.saved_update = self.progress.state.update
+            self.saver.newest_is_corrupt, stale = restore(run, self.progress)
+            self.saves_first = self.saver.newest_is_corrupt or stale
+            self.saved_update = self.progress.state.update
         self.state, self.interval, self.scaler = self.progress.state, self.progress.interval, self.progress.scaler
         self.schedule, self.total = self.progress.schedule, self.progress.schedule.total
         self.model, self.objective = run.model, Objective(run)
@@ -62,14 +61,13 @@ class Trainer:
         self.began, self.began_update = time.monotonic(), self.state.update
         self.logged = self.began
         self.validation = Validation(run, self.workers) if self.config.eval_data_path else None
-        self.best = BackgroundWriter()  # of the best weights
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
         self.state.tracker_id = self.tracker.run_id
 
     def train(self) -> int:
         """Trains to the end, or until a signal asks to stop. Returns the process's exit code."""
         with StopRequest() as stop:
-            if self.saver.newest_is_torn:
+            if self.saves_first:
                 self.save()
             try:
                 self.validate_if_due(stop)  # a stop may have cut the last one short
@@ -216,7 +214,7 @@ class Trainer:
     def save(self) -> None:
         """Weights, sidecar and training state, by the first rank; the random states are everybody's.
 
-        A set that cannot be written is reported, and training goes on: the next one may.
+        A save that fails is reported, and training goes on: the next one may work.
         """
         self.finite.read()
         self.saved_update = self.state.update
@@ -230,7 +228,7 @@ class Trainer:
         content = snapshot(self.run, self.progress, sums, rng) | {"state": sidecar["progress"]}
         objects = {"model": self.run.model, "optimizer": self.run.optimizer, "scaler": self.scaler}
         try:
-            self.saver.save(self.run.model, sidecar, objects, content)
+            self.saver.save(self.config.resume_file, objects, content, self.config.weight_file, self.run.model, sidecar)
         except StorageError as error:
             self.ranks.warn(f"warning: a save failed, training goes on: {error}")
 
@@ -265,13 +263,11 @@ class Trainer:
         })  # fmt: skip
 
     def save_best(self) -> None:
-        """Weights and sidecar, by the first rank; a set that cannot be written is reported."""
+        """Weights and sidecar, by the first rank; what cannot be written is reported."""
         if not self.ranks.is_main:
             return
-        path, model = self.config.best_file, self.run.model
-        files = weight_files(path, half_weights(model), model.config.to_diff_dict(), self.sidecar())
         try:
-            self.best.submit(journal_of(path), files, {})
+            self.saver.export(self.config.best_file, self.run.model, self.sidecar())
         except StorageError as error:
             self.ranks.warn(f"warning: keeping the best weights failed, training goes on: {error}")
 
@@ -279,7 +275,6 @@ class Trainer:
         """Everything is on disk when this returns; raises StorageError when it cannot be."""
         try:
             self.saver.wait()
-            self.best.wait()
         finally:
             self.tracker.close()
 

@@ -4,11 +4,15 @@ import dataclasses
 import os
 import sys
 
-from model.storage import OutputLock, StorageError, check_writable, finish_commit, remove_temporaries
-from model.weights import journal_of, lock_of
+import torch.distributed as dist
+from filelock import FileLock
+
+from model.storage import StorageError, check_writable, hold, remove_temporaries
+from model.weights import lock_of
 
 from . import distributed
 from .build import build
+from .checkpoint import previous_state
 from .config import TrainConfig, UsageError, parse_config
 from .distributed import Ranks
 from .guards import TrainingFailed
@@ -44,32 +48,38 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
         return 130
 
 
-def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[OutputLock]:
-    """Before anything else, by the first rank: no other run writes these files, the folders can be written, what a
-    killed run left half done is finished or removed. Raises UsageError."""
+def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:
+    """Before anything else, by the first rank: no other run writes these files, they can be written, and what killed runs left
+    half written is removed. Raises UsageError."""
     if not ranks.is_main:
         return []
-    files = [config.weight_file, config.resume_file, *([config.best_file] if config.eval_data_path else [])]
+    weights = [config.weight_file, *([config.best_file] if config.eval_data_path else [])]
+    files = [config.resume_file, previous_state(config.resume_file), config.metrics_file,
+             *(file for weight in weights for file in (weight, weight.with_suffix(".json")))]  # fmt: skip
     try:
         for file in files:
-            check_writable(file.parent)
-        locks = [OutputLock(lock_of(file)) for file in files]
-        for file in files:
-            finish_commit(journal_of(file))
+            check_writable(file)
+        remedy = "give this one another --save_weight, or another --save_dir and --checkpoint_dir"
+        locks = [hold(lock_of(file), remedy) for file in (*weights, config.resume_file)]
     except StorageError as error:
         raise UsageError(str(error)) from error
     for file in files:
-        remove_temporaries(file.parent, [file.name, file.with_suffix(".json").name, journal_of(file).name])
+        remove_temporaries(file)
     return locks
 
 
 def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """torchrun that starts its workers again after a failure wants them to go on, not to begin anew.
+    """torchrun that starts its workers again after a failure wants them to resume what this run saved, and nothing else: where
+    it may do so, a run from scratch first puts the state of an older run of the same name in the place of its previous one.
 
     Decided by all ranks together: a machine that came back counts its own restarts from 0.
     """
-    there = float(ranks.is_main and config.resume_file.is_file())
-    restarts, there = ranks.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), there])
-    if restarts and there:
+    if config.from_resume or not dist.is_initialized():
+        return config
+    counts = [int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    restarts, may_restart, there = ranks.sum([*map(float, counts), float(ranks.is_main and config.resume_file.is_file())])
+    if there and restarts:
         return dataclasses.replace(config, from_resume=1)
+    if there and may_restart and ranks.is_main:
+        os.replace(config.resume_file, previous_state(config.resume_file))
     return config

@@ -1,5 +1,6 @@
 """What an interrupted run takes up again: the content of a training state, and the way back from it."""
 
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from model.weights import check_fingerprints
 
 from .build import Run
-from .checkpoint import load_training_state, previous_state, rng_state, set_rng_state
+from .checkpoint import is_exported, load_training_state, previous_state, rng_state, set_rng_state
 from .config import TrainConfig, UsageError, share_of
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState
@@ -56,10 +57,11 @@ def snapshot(run: Run, progress: Progress, sums: list[float], rng: list[dict]) -
     }  # fmt: skip
 
 
-def restore(run: Run, progress: Progress) -> bool:
+def restore(run: Run, progress: Progress) -> tuple[bool, bool]:
     """Brings everything back to where the saved state was; raises UsageError when flags or files do not allow.
 
-    Returns whether the newest state was torn: then the one before it is used, and the weights on disk are of the lost one.
+    Returns whether the newest state is corrupt, so that the one before it is used, and whether weights and sidecar on disk are
+    other than the state's, because a save was cut short between them or somebody took them away.
     """
     path, sampler, ranks = run.config.resume_file, run.sampler, run.ranks
     content, problem = load_training_state(path)
@@ -84,12 +86,14 @@ def restore(run: Run, progress: Progress) -> bool:
         progress.interval.sums[2:] = torch.tensor(content["interval"]["sums"][2:])
     if content["ranks"] == ranks.size:
         set_rng_state(content["rng"][ranks.rank], ranks.device)
+    used = previous_state(path) if problem else path
     left = (run.config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(
-        f"resumed from {previous_state(path) if problem else path}: {state.update} updates done, epoch {state.epoch + 1},"
+        f"resumed from {used} (saved {time.strftime('%Y-%m-%d %H:%M', time.localtime(used.stat().st_mtime))}): {state.update} updates done, epoch {state.epoch + 1},"
         f" sample {state.samples} of {sampler.size}; {left} to go"
     )
-    return problem is not None
+    (exported,) = ranks.sum([float(ranks.is_main and is_exported(run.config.weight_file, state.update))])
+    return problem is not None, not exported
 
 
 def check_settings(run: Run, content: dict) -> None:

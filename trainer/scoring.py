@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from dataset.conversation import IMAGE_MARK
@@ -28,7 +29,7 @@ from dataset.errors import SampleError
 from dataset.files import check_output
 from dataset.pictures import open_images
 from dataset.sources import open_samples
-from model.storage import OutputLock, write_atomically
+from model.storage import hold, write_atomically
 from model.vision import preprocess
 from model.weights import lock_of
 
@@ -209,12 +210,12 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
     return report
 
 
-def claim_files(job: ScoreJob) -> OutputLock:
+def claim_files(job: ScoreJob) -> FileLock:
     """Before the first answer: the files can be written, and nobody else writes them. Raises UsageError and StorageError."""
     for flag, file in (("--predictions", job.predictions), ("--report", job.report)):
         if file is not None:
             check_output(flag, file, replaced=True)
-    return OutputLock(lock_of(job.predictions), "give this one another --predictions")
+    return hold(lock_of(job.predictions), "give this one another --predictions")
 
 
 def write_predictions(answers: Iterable[tuple[Question, str]], count: int, target: Path) -> list[tuple[Question, str]]:

@@ -211,10 +211,7 @@ class TerminalChat:
             raise UsageError(f"{target} is a folder; /save needs a file name")
         if os.path.exists(target) and not (sys.stdin.isatty() and confirmed(f"{target} exists. Replace it? [y/N] ")):
             raise UsageError(f"not saved: {target} exists")
-        try:
-            write_atomically(target, lambda file: file.write(markdown(self.exchanges, target.parent).encode()))
-        except OSError as error:
-            raise UsageError(f"{target} cannot be written: {error.strerror}") from error
+        write_atomically(target, lambda file: file.write(markdown(self.exchanges, target.parent).encode()))
         self.screen.say(f"saved: {target}")
 
     def reset(self, _argument: str) -> None:

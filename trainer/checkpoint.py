@@ -48,8 +48,17 @@ class Saver:
 
     def __init__(self):
         self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
-        self._exported: dict[Path, str] = {}  # fingerprints of the weights that this run wrote last
+        self._exported: dict[Path, str] = {}  # fingerprints of the run's weights on disk
         self.newest_is_corrupt = False  # then it is replaced, and not kept in place of the good one before it
+
+    def find_export(self, weight_file: Path, update: int) -> bool:
+        """For a resumed run: whether the weights of `update` and their sidecar are on disk, both whole."""
+        try:
+            sidecar, weights = read_sidecar(weight_file) or {}, read_tensors(weight_file, "weight file")
+            self._exported[weight_file] = tensors_fingerprint(weights)
+            return sidecar["progress"]["update"] == update and sidecar["weights"][0] == self._exported[weight_file]
+        except (UsageError, KeyError, TypeError, AttributeError, IndexError):  # missing, corrupt, or written by others
+            return False
 
     def save(self, state_file: Path, objects: dict[str, Any], extra: dict, weight_file: Path, model: MiniMindVLM, sidecar: dict) -> None:
         """Takes a snapshot and returns; then writes a training state and its export. `objects` have a state_dict();
@@ -84,15 +93,6 @@ class Saver:
         task, self._task = self._task, None
         if task is not None:
             task.result()
-
-
-def is_exported(weight_file: Path, update: int) -> bool:
-    """Whether the weights of `update` and their sidecar are on disk, both whole."""
-    try:
-        sidecar, weights = read_sidecar(weight_file) or {}, read_tensors(weight_file, "weight file")
-        return sidecar["progress"]["update"] == update and sidecar["weights"][0] == tensors_fingerprint(weights)
-    except (UsageError, KeyError, TypeError, AttributeError, IndexError):  # missing, corrupt, or written by others
-        return False
 
 
 def previous_state(path: Path) -> Path:

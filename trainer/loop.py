@@ -49,9 +49,11 @@ class Trainer:
         self.has_news = False  # trained or validated on something since the start: what is on disk is never replaced by less
         self.saver, self.saves_first = Saver(), False
         if self.config.from_resume:
-            self.saver.newest_is_corrupt, stale = restore(run, self.progress)
-            self.saves_first = self.saver.newest_is_corrupt or stale
+            self.saver.newest_is_corrupt = restore(run, self.progress)
             self.saved_update = self.progress.state.update
+            files = [self.config.best_file, self.config.weight_file] if self.ranks.is_main else []
+            exported = [self.saver.find_export(file, self.saved_update) for file in files][-1:]
+            self.saves_first = self.saver.newest_is_corrupt or not self.ranks.sum([float(sum(exported))])[0]
         self.state, self.interval, self.scaler = self.progress.state, self.progress.interval, self.progress.scaler
         self.schedule, self.total = self.progress.schedule, self.progress.schedule.total
         self.model, self.objective = run.model, Objective(run)

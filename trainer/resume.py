@@ -9,7 +9,7 @@ import torch.distributed as dist
 from model.weights import check_fingerprints
 
 from .build import Run
-from .checkpoint import is_exported, load_training_state, previous_state, rng_state, set_rng_state
+from .checkpoint import load_training_state, previous_state, rng_state, set_rng_state
 from .config import TrainConfig, UsageError, share_of
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState
@@ -57,11 +57,10 @@ def snapshot(run: Run, progress: Progress, sums: list[float], rng: list[dict]) -
     }  # fmt: skip
 
 
-def restore(run: Run, progress: Progress) -> tuple[bool, bool]:
+def restore(run: Run, progress: Progress) -> bool:
     """Brings everything back to where the saved state was; raises UsageError when flags or files do not allow.
 
-    Returns whether the newest state is corrupt, so that the one before it is used, and whether weights and sidecar on disk are
-    other than the state's, because a save was cut short between them or somebody took them away.
+    Returns whether the newest state is corrupt, so that the one before it is used.
     """
     path, sampler, ranks = run.config.resume_file, run.sampler, run.ranks
     content, problem = load_training_state(path)
@@ -92,8 +91,7 @@ def restore(run: Run, progress: Progress) -> tuple[bool, bool]:
         f"resumed from {used} (saved {time.strftime('%Y-%m-%d %H:%M', time.localtime(used.stat().st_mtime))}): {state.update} updates done, epoch {state.epoch + 1},"
         f" sample {state.samples} of {sampler.size}; {left} to go"
     )
-    (exported,) = ranks.sum([float(ranks.is_main and is_exported(run.config.weight_file, state.update))])
-    return problem is not None, not exported
+    return problem is not None
 
 
 def check_settings(run: Run, content: dict) -> None:

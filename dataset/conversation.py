@@ -7,6 +7,7 @@ from model.model_minimind import IGNORE_INDEX
 from model.rendering import DEFAULT_SYSTEM, IMAGE_MARK, Rendered, Renderer, Turn, is_text, parse_turns
 
 from .errors import SampleError, shown
+from .foreign import remedy
 
 __all__ = ["DEFAULT_SYSTEM", "IGNORE_INDEX", "IMAGE_MARK", "Rendered", "Renderer", "Sample", "Turn", "is_text",
            "parse_images", "parse_sample", "parse_turns"]  # fmt: skip
@@ -23,12 +24,19 @@ class Sample:
     kind: str = ""  # of the answers, for scoring; optional
 
 
-def parse_sample(row: Any, where: str = "", pictures: tuple[bytes, ...] | None = None) -> Sample:
+def parse_sample(row: Any, where: str = "", pictures: tuple[str | bytes, ...] | None = None) -> Sample:
     """A decoded json line as a Sample; `pictures` replace its field `image` where a format holds them itself.
 
     Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> marks that do
-    not match the pictures.
+    not match the pictures; of a format that convert knows it names the command.
     """
+    try:
+        return _parse(row, where, pictures)
+    except SampleError as error:
+        raise SampleError(error.problem + remedy(row, where), where) from error
+
+
+def _parse(row: Any, where: str, pictures: tuple[str | bytes, ...] | None) -> Sample:
     if not isinstance(row, dict):
         raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
     turns = parse_turns(row.get("conversations"), where)
@@ -38,7 +46,7 @@ def parse_sample(row: Any, where: str = "", pictures: tuple[bytes, ...] | None =
         raise SampleError(f"{marks} {IMAGE_MARK} marks in the user's turns, but {len(images)} pictures", where)
     if not any(turn.role == "assistant" for turn in turns):
         raise SampleError("no assistant turn: nothing to learn from", where)
-    return Sample(turns, images, where, str(row.get("kind", "")))
+    return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))
 
 
 def parse_images(value: Any, where: str = "") -> tuple[str, ...]:

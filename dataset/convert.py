@@ -1,23 +1,25 @@
-"""Turns jsonl and pictures into parquet shards, and back.
+"""Turns jsonl and images into parquet shards, and back; other projects' formats into either.
 
     python -m dataset.convert dataset/sft_data.jsonl --images_path dataset/sft_images --out shards        # to parquet
     python -m dataset.convert "shards/*.parquet" --out back                                               # to jsonl
+    python -m dataset.convert --from llava llava.json --images_path coco --out shards                     # dataset/foreign.py
 
-Nothing is lost either way: conversations, further fields and the bytes of the pictures come back as they were, under their
-names; --resize alone changes pictures. A column of foreign parquet that jsonl has no place for ends the work. A sample that
-training could not use ends the work with its place, or is left out and counted with --skip_bad. Parquet has the published columns, `conversations` (json text) and `image_bytes` (list of
-bytes), and two of ours, `image` (names) and `more` (further fields, json text).
+Nothing is lost either way: conversations, further fields and the bytes of the images come back as they were, under their
+names; --resize alone changes images. Further columns of others' parquet become fields, but for those of bytes. A sample that
+training could not use ends the work with its place, or is left out and counted with --skip_bad. Parquet has the published
+columns, `conversations` (json text) and `image_bytes` (list of bytes), and one of ours, `more` (all other fields, json text).
 """
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,110 +28,75 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
-from model.storage import write_temporary
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError, reason, shown
-from .jsonl import JsonlSamples, parse_json
-from .parquet import check_columns, picture_bytes, shows_pictures
-from .pictures import ImageSource, load_picture, open_images
+from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
+from .parquet import PICTURES, find_columns, parsed, read_batches, row_of
+from .pictures import ImageSource, open_images
 from .sources import find_files, open_file, split_entries
 from .validate import REPOSITORY, counted
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
-                       "image": arrow.list_(arrow.string()), "more": arrow.string()})  # fmt: skip
+                       "more": arrow.string()})  # fmt: skip
 GROUP_BYTES, SHARD_BYTES = 32 * 2**20, 512 * 2**20  # of pictures, of a row group and of a file at most
 Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its pictures
 
 
-def rows_of_jsonl(source: JsonlSamples, images: ImageSource, skip_bad: list[str] | None) -> Iterator[Row]:
-    """All samples of a jsonl file with their pictures; bad ones raise SampleError or are noted in `skip_bad`."""
-    for index in range(len(source)):
-        where = source.where(index)
-        try:
-            row = source.row(index)
-            sample = parse_sample(row, where)
-            for name in sample.images:
-                images.load(name, where)
-            yield row, [images.read(name, where) for name in sample.images]
-        except SampleError as error:
-            note(error, skip_bad)
-
-
 @contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Arrow's errors with the name of the file that they are about, as DataError."""
+def noted(skip_bad: list[str] | None) -> Iterator[None]:
+    """Remembers a bad sample in `skip_bad`; without that list it is an error."""
     try:
         yield
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    except SampleError as error:
+        if skip_bad is None:
+            raise
+        skip_bad.append(str(error))
 
 
-def count_rows(path: Path) -> int:
-    """Samples of a parquet file; raises DataError."""
-    with named(path):
-        return parquet.read_metadata(path).num_rows
-
-
-def rows_of_parquet(path: Path, skip_bad: list[str] | None) -> Iterator[Row]:
-    """All samples of a parquet file; a picture without a name is called by its content. Raises DataError for a damaged file."""
-    with named(path), parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # row groups are not held as a whole
-        check_columns(path, file.schema_arrow)
-        cells = (batch.slice(number, 1) for batch in file.iter_batches(batch_size=256) for number in range(len(batch)))
-        for number, record in enumerate(cells, start=1):
-            where = f"{path}:{number}"
-            try:
-                yield row_of_cells(decoded(record, where), where)
-            except SampleError as error:
-                note(error, skip_bad)
-
-
-def row_of_cells(cell: dict[str, Any], where: str) -> Row:
-    """One row of parquet, checked; raises SampleError."""
-    conversations, pictures = cell.pop("conversations"), cell.pop("image_bytes", None)
-    row = {"conversations": parse_json(conversations, where) if isinstance(conversations, str) else conversations}
-    blobs = list(picture_bytes(pictures, where)) if shows_pictures(row["conversations"]) else []  # else a placeholder
-    parse_sample(row, where, tuple(blobs))
-    for blob in blobs:
-        load_picture(io.BytesIO(blob), "of the row", where)
-    image, text = cell.pop("image", None), cell.pop("more", None) or "{}"
-    more = parse_json(text, where) if isinstance(text, str) else None
-    if cell or not isinstance(more, dict) or "conversations" in more:
-        raise SampleError(f"columns that jsonl has no place for: {', '.join(cell) or 'more'}", where)
-    names = parse_images(image or more.get("image") or None, where) or names_inside(pictures, blobs)
-    if len(names) != len(blobs):
-        raise SampleError(f"{len(names)} names for {len(blobs)} pictures", where)
-    if "image" in more and parse_images(more["image"], where) != names:
-        raise SampleError(f"'more' calls the pictures {shown(more['image'])}, the row {shown(list(names))}", where)
-    return row | ({"image": spelled(names)} if names else {}) | more, blobs
-
-
-def spelled(names: tuple[str, ...]) -> str | list[str]:
-    """The field `image`, as names that come back are written."""
-    return list(names) if len(names) > 1 or "," in names[0] else names[0]
-
-
-def names_inside(pictures: Any, blobs: list[bytes]) -> tuple[str, ...]:
-    """Names of pictures from the field `path` that the datasets library writes beside `bytes`, or else from their content."""
-    cells = [cell for cell in (pictures if isinstance(pictures, list) else [pictures]) if isinstance(cell, dict) and cell.get("bytes")]
-    paths = [cell.get("path") for cell in cells] or [None] * len(blobs)
-    return tuple(path or name_for(blob) for path, blob in zip(paths, blobs, strict=False))
-
-
-def decoded(record: arrow.RecordBatch, where: str) -> dict[str, Any]:
-    """The cells of one row by column; raises SampleError for text that is none."""
+def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]], tuple[str, str | None] | None]:
+    """How many rows a file has; the place of each with what reads it; in parquet of ours the columns of text and images."""
+    if path.suffix.lower() != ".parquet":
+        source = open_file(path)
+        return len(source), ((source.where(number), partial(source.row, number)) for number in range(len(source))), None
     try:
-        return record.to_pylist()[0]
+        with parquet.ParquetFile(path) as file:
+            count, schema = file.metadata.num_rows, file.schema_arrow
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise DataError(f"{path} is no readable parquet file: {error}") from error
+    own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema)
+    kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *PICTURES) or "binary" not in str(schema.field(name).type)]
+    if lost := [name for name in schema.names if name not in kept]:
+        print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
+    records = (batch.slice(number, 1) for batch in read_batches(path, kept) for number in range(len(batch)))
+    places = (f"{path}:{number}" for number in itertools.count(1))
+    return count, ((where, partial(cells_of, record, where)) for where, record in zip(places, records)), own  # noqa: B905
+
+
+def cells_of(record: arrow.RecordBatch, where: str) -> dict[str, Any]:
+    """One row of parquet by column, json text decoded; raises SampleError."""
+    try:
+        (cells,) = record.to_pylist()
     except UnicodeDecodeError as error:
         raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
+    return {name: parsed(cell, where) if name in TEXT_COLUMNS else cell for name, cell in cells.items()}
 
 
-def note(error: SampleError, skip_bad: list[str] | None) -> None:
-    """Remembers a bad sample, or raises it."""
-    if skip_bad is None:
-        raise error
-    skip_bad.append(str(error))
+def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, images: ImageSource, where: str) -> Row:
+    """A row as a line of jsonl has it, and its images; raises SampleError for what training could not use."""
+    row, refs = raw, None  # None: those that the row names
+    if form := form or detect(raw):
+        row, refs = to_ours(raw, form, where)
+    elif own:
+        row, refs = row_of(raw, *own, where)
+    sample = parse_sample(row, where, refs)
+    for ref in sample.images:
+        images.load(ref, where)
+    blobs = [ref if isinstance(ref, bytes) else images.read(ref, where) for ref in sample.images]
+    if len(parse_images(row.get("image"), where)) != len(blobs):  # names of some alone, or of a placeholder
+        row = {key: value for key, value in row.items() if key != "image"} | ({"image": [name_for(blob) for blob in blobs]} if blobs else {})
+    return row, blobs
 
 
 def name_for(blob: bytes) -> str:
@@ -155,7 +122,7 @@ class ParquetShards:
     """Writes rows to out/00000.parquet and on, a row group at a time; a file appears when it is whole."""
 
     # Picture files do not shrink any further.
-    COMPRESSION = {"conversations": "zstd", "image": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
+    COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
 
     def __init__(self, out: Path, shard_rows: int, group_rows: int):
         self.out, self.shard_rows, self.group_rows, self.shards = out, shard_rows, group_rows, 0
@@ -165,13 +132,9 @@ class ParquetShards:
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
-        more = {key: value for key, value in row.items() if key not in ("conversations", "image")}
-        names = parse_images(row.get("image"))
-        if "image" in row and not (names and row["image"] == spelled(names)):
-            more["image"] = row["image"]  # "a.jpg, b.jpg", null
+        more = {key: value for key, value in row.items() if key != "conversations"}
         # Escaped: json can spell halves of characters, which UTF-8 cannot.
-        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "image": list(names),
-                           "more": json.dumps(more)})  # fmt: skip
+        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "more": json.dumps(more, default=str)})
         self._bytes += sum(map(len, blobs))
         full = self._shard_count + len(self._rows) >= self.shard_rows or self._shard_bytes + self._bytes > SHARD_BYTES
         if full or len(self._rows) >= self.group_rows or self._bytes > GROUP_BYTES:
@@ -205,23 +168,27 @@ class JsonlFolder:
         self._file = open(out / "data.tmp", "w", encoding="utf-8")  # noqa: SIM115  (closed in close)
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
-        """One more sample; raises DataError for two different pictures of one name, and for a name that leads out of the folder."""
-        for name, blob in zip(parse_images(row.get("image")), blobs, strict=True):
-            try:
-                path = (self.images / name).resolve()
-                there = path.exists()
-            except (OSError, ValueError) as error:  # too long, a NUL
-                raise DataError(f"picture {shown(name)} is no file name: {reason(error)}") from error
-            if not path.is_relative_to(self.images.resolve()):
-                raise DataError(f"picture {shown(name)} leads out of {self.images}")
-            if there:
-                if path.read_bytes() != blob:
-                    raise DataError(f"two different pictures are called {shown(name)}: convert the files into folders of their own")
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(blob)
-        text = json.dumps(row, ensure_ascii=False)
-        self._file.write((text if is_text(text) else json.dumps(row)) + "\n")
+        """One more sample; raises DataError for a name that leads out of the folder."""
+        names = list(parse_images(row.get("image")))
+        written = [self._write(name, blob) for name, blob in zip(names, blobs, strict=True)]
+        row = row if written == names else row | {"image": written}
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        self._file.write((text if is_text(text) else json.dumps(row, default=str)) + "\n")
+
+    def _write(self, name: str, blob: bytes) -> str:
+        """Writes an image; its name, which is another where a different image is called so."""
+        try:
+            path = (self.images / name).resolve()
+            there = path.exists()
+        except (OSError, ValueError) as error:  # too long, a NUL
+            raise DataError(f"picture {shown(name)} is no file name: {reason(error)}") from error
+        if not path.is_relative_to(self.images.resolve()):
+            raise DataError(f"picture {shown(name)} leads out of {self.images}")
+        if there:
+            return name if path.read_bytes() == blob else self._write(name_for(blob), blob)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(blob)
+        return name
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -244,27 +211,26 @@ def files_of(entries: str) -> list[Path]:
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
     """A new or empty folder that no second conversion writes into; raises DataError."""
-    with contextlib.ExitStack() as held:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            folder = os.open(out, os.O_RDONLY)
-            held.callback(os.close, folder)
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if any(out.iterdir()):
-                raise DataError(f"--out {out} is not empty" + (", it holds what a conversion left half done (*.tmp): remove it, or name another folder" if list(out.glob("*.tmp")) else ""))
-            write_temporary(out / "probe", lambda file: None).unlink()
-        except BlockingIOError as error:
-            raise DataError(f"another conversion writes into --out {out}") from error
-        except OSError as error:
-            raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one, new or empty") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise DataError(f"--out {out} is not empty" + (": another conversion writes there, or left it half done (*.tmp); remove it, or name another folder" if list(out.glob("*.tmp")) else ""))
+        open(out / "claim.tmp", "x").close()
+    except OSError as error:
+        raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one, new or empty") from error
+    try:
         yield
+    finally:
+        (out / "claim.tmp").unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 when the data cannot be converted, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", help="what --data_path of training takes: jsonl is turned into parquet, parquet into jsonl")
-    parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training; for jsonl alone")
+    parser.add_argument("data", help="what --data_path of training takes, or a file of another format")
+    parser.add_argument("--from", dest="form", choices=FORMATS, help="the format, where rows do not show it (dataset/foreign.py)")
+    parser.add_argument("--to", choices=("parquet", "jsonl"), help="parquet, but jsonl for parquet of ours")
+    parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("--shard_rows", type=int, default=20_000, help="samples of a parquet file")
     parser.add_argument("--group_rows", type=int, default=500, help="samples of a row group")
@@ -276,17 +242,16 @@ def main(argv: list[str] | None = None) -> int:
     out, skipped, count = Path(args.out), [] if args.skip_bad else None, 0
     try:
         paths, images = files_of(args.data), open_images(args.images_path)
-        to_parquet = paths[0].suffix.lower() != ".parquet"
-        sources = [open_file(path) for path in paths] if to_parquet else paths
-        total = sum(len(source) if to_parquet else count_rows(source) for source in sources)
-        with claimed(out), tqdm(total=total, unit="sample", disable=not sys.stderr.isatty()) as bar:
-            writer = ParquetShards(out, args.shard_rows, args.group_rows) if to_parquet else JsonlFolder(out)
-            for source in sources:
-                rows = rows_of_jsonl(source, images, skipped) if to_parquet else rows_of_parquet(source, skipped)
-                for row, blobs in rows:
+        to = args.to or ("jsonl" if paths[0].suffix.lower() == ".parquet" and not args.form else "parquet")
+        sources = [open_rows(path) for path in paths]
+        with claimed(out), tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
+            writer = ParquetShards(out, args.shard_rows, args.group_rows) if to == "parquet" else JsonlFolder(out)
+            for where, read, own in ((where, read, own) for _, rows, own in sources for where, read in rows):
+                with noted(skipped):
+                    row, blobs = read_row(read(), args.form, own, images, where)
                     writer.add(row, [resized(blob, args.resize) for blob in blobs] if args.resize else blobs)
                     count += 1
-                    bar.update()
+                bar.update()
             writer.close()
     except (DataError, SampleError, OSError, arrow.ArrowInvalid) as error:
         print(f"error: {error}" + (f"\n(what is in {out} is not all)" if count else ""), file=sys.stderr)

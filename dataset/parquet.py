@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import re
 import sys
 from array import array
 from collections import OrderedDict
@@ -17,10 +18,16 @@ from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
+from .foreign import as_list, picture_of, remedy, with_pictures
 from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
 
-TEXT, PICTURES = "conversations", "image_bytes"  # columns
+TEXTS, PICTURES = ("conversations", "messages"), ("image_bytes", "images", "image")  # columns; the first that is there counts
+FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
+TEXT_TYPE = r"(large_)?(string|binary)|list<[^:]*: struct<"  # how types of these columns begin
+BYTES_TYPE = r"(list<[^:]*: )?((large_|fixed_size_)?binary|null|struct<.*\b(bytes|path): )"
+NAMES_TYPE = rf"(list<[^:]*: )?(large_)?string|{BYTES_TYPE}"
+BATCH_ROWS, BATCH_BYTES = 1024, 32 * 2**20  # to read at a time, at most
 WINDOW_BYTES = 64 * 2**20  # of row groups whose samples are shuffled together; each loader process keeps twice as much
 LARGEST_GROUP = 2 * WINDOW_BYTES  # of a file that is read by row groups
 
@@ -49,9 +56,10 @@ KEPT = KeptGroups(2 * WINDOW_BYTES)
 
 class ParquetSamples(DataFile):
     """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with `role` and
-    `content`) and `image_bytes` (a picture file's bytes, or a list of such).
+    `content`) and `image_bytes` (a picture file's bytes, or a list of such); or as the datasets library writes it: `messages`,
+    and `images` or `image` of structs with `bytes` or `path`. A path, or text in place of bytes, is a file's name.
 
-    Such rows always hold a picture; where no <image> mark shows it, it is a placeholder of a text-only sample and left out.
+    Published rows always hold a picture; where no <image> mark shows it, it is a placeholder of a text-only sample and left out.
 
     A row group is read when one of its samples is wanted, and kept for a while; `blocks` lets the order of samples keep to
     that. Where row groups are too large for it (many writers make one of a whole file), a copy of the two columns is made
@@ -65,27 +73,24 @@ class ParquetSamples(DataFile):
         try:
             with parquet.ParquetFile(self.path) as file:
                 self._metadata, schema = file.metadata, file.schema_arrow
-            self._columns = check_columns(self.path, schema)
+            self._text, self._pictures = find_columns(self.path, schema)
+            wanted = (self._text, self._pictures, *FURTHER)
+            self._columns = [name for name in dict.fromkeys(schema.names) if name in wanted and schema.names.count(name) == 1]
             groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
-            largest = max(map(self._group_bytes, groups), default=0)
-        except (ValueError, OSError) as error:  # ArrowInvalid is a ValueError
+            largest = max((group_bytes(group, self._columns) for group in groups), default=0)
+            if not self._metadata.num_rows:
+                raise DataError(f"{self.path} holds no samples")
+            self._copy = self._open_copy(schema, largest) if largest > LARGEST_GROUP else None
+        except (ValueError, OSError, arrow.ArrowException) as error:  # ArrowInvalid is a ValueError
             raise DataError(f"{self.path} is no readable parquet file: {error}") from error
-        if not self._metadata.num_rows:
-            raise DataError(f"{self.path} holds no samples")
-        self._copy = self._open_copy(schema, largest) if largest > LARGEST_GROUP else None
         self.block_bytes = largest if self._copy is None else 0
         rows = [group.num_rows for group in groups] if self._copy is None else [self._metadata.num_rows]
         self.blocks = np.concatenate([[0], np.cumsum(rows)])
         self._records, extra = open_index(self.path, self.RECORD, self._read_text)
         self._fingerprint = extra["fingerprint"]
 
-    def _group_bytes(self, group: parquet.RowGroupMetaData) -> int:
-        chunks = map(group.column, range(group.num_columns))
-        return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in self._columns)
-
     def _open_copy(self, schema: arrow.Schema, largest: int) -> arrow.Table:
-        plain = [(name, kind.value_type if arrow.types.is_dictionary(kind := schema.field(name).type) else kind) for name in self._columns]
-        fields = arrow.schema(plain, {"source": json.dumps([*self._state, self._metadata.num_rows])})
+        fields = arrow.schema([(name, plain(schema.field(name).type)) for name in self._columns], {"source": json.dumps([*self._state, self._metadata.num_rows])})
         table = keep(self.path, "rows", lambda place: map_table(place, fields), lambda place: self._write_copy(place, fields))
         if table is None:
             raise DataError(
@@ -98,20 +103,20 @@ class ParquetSamples(DataFile):
         print(f"notice: {self.path} has row groups too large to hold; its rows are copied to {place.with_suffix('')} once", file=sys.stderr)
         with arrow.ipc.new_file(str(place), schema) as writer:
             for batch in self._batches(self._columns, f"copy of {self.path.name}"):
-                writer.write_batch(batch.cast(schema))
+                columns = zip(batch.columns, schema.types, strict=True)  # what arrow casts list views to is too short
+                parts = [arrow.array(column.to_pylist(), kind) if "list_view" in str(column.type) else column.cast(kind) for column, kind in columns]
+                writer.write_batch(arrow.record_batch(parts, schema=schema))
 
     def _batches(self, columns: list[str], doing: str) -> Iterator[arrow.RecordBatch]:
-        """All rows, 1,024 at a time, with a progress bar on a terminal; memory does not depend on the row groups."""
-        try:
-            with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
-                batches = file.iter_batches(batch_size=1024, columns=columns, use_threads=False)
-                yield from tqdm(batches, total=-(-self._metadata.num_rows // 1024), desc=doing, delay=3, disable=None)
-        except (ValueError, OSError) as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from error
+        """All rows, with a progress bar on a terminal."""
+        with tqdm(total=self._metadata.num_rows, unit="row", desc=doing, delay=3, disable=None) as bar:
+            for batch in read_batches(self.path, columns):
+                yield batch
+                bar.update(len(batch))
 
     def _read_text(self) -> tuple[np.ndarray, dict]:
         sizes, marks, digest = array("q"), array("q"), hashlib.blake2b(str(self._state[0]).encode(), digest_size=16)
-        for batch in self._batches([TEXT], f"index of {self.path.name}"):
+        for batch in self._batches([self._text], f"index of {self.path.name}"):
             for text in cell_bytes(batch.column(0)):
                 digest.update(text)
                 sizes.append(len(text))
@@ -142,14 +147,11 @@ class ParquetSamples(DataFile):
         table = self._copy if self._copy is not None else KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
         row = index - int(self.blocks[group])
         try:
-            conversations = table.column(TEXT)[row].as_py()
+            cells = {name: table.column(name)[row].as_py() for name in self._columns}
         except UnicodeDecodeError as error:
             raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
-        if isinstance(conversations, str):
-            conversations = parse_json(conversations, where)
-        pictures = table.column(PICTURES)[row].as_py() if PICTURES in self._columns else None
-        blobs = picture_bytes(pictures, where) if shows_pictures(conversations) else ()
-        return parse_sample({"conversations": conversations}, where, blobs)
+        fields, pictures = row_of(cells, self._text, self._pictures, where)
+        return parse_sample(fields, where, pictures)
 
     def _read_group(self, number: int, where: str) -> Any:
         try:
@@ -161,7 +163,7 @@ class ParquetSamples(DataFile):
         try:
             with parquet.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False) as file:
                 return file.read_row_group(number, columns=self._columns, use_threads=False)
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        except (OSError, ValueError, arrow.ArrowException) as error:
             raise SampleError(f"row group {number} cannot be read: {error}", where) from error
 
 
@@ -176,42 +178,91 @@ def map_table(place: Path, schema: arrow.Schema) -> arrow.Table | None:
         return None
 
 
-def check_columns(path: Path, schema: arrow.Schema) -> list[str]:
-    """The columns to read, in the file's order; raises DataError for others than are wanted."""
-    names = schema.names
-    if names.count(TEXT) != 1 or names.count(PICTURES) > 1:
-        raise DataError(f"{path} has columns {', '.join(names)}; wanted are one {TEXT!r} and at most one {PICTURES!r}")
-    for name, wanted, fits in ((TEXT, "text, or lists of structs", is_conversation), (PICTURES, "bytes, or lists of bytes", is_pictures)):
-        if name in names and not fits(kind := schema.field(name).type):
-            raise DataError(f"{path} has {kind} in column {name!r}; wanted are {wanted}")
-    return [name for name in names if name in (TEXT, PICTURES)]
+def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[arrow.RecordBatch]:
+    """All rows, some at a time; memory does not depend on the row groups. Raises DataError."""
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+            rows, done = batch_rows(file.metadata, columns), 0
+            while done < file.metadata.num_rows:
+                at = 0
+                try:
+                    for batch in file.iter_batches(rows, columns=columns, use_threads=False):
+                        begin, at = at, at + len(batch)
+                        if at > done:
+                            part, done = batch.slice(max(0, done - begin)), at
+                            yield part
+                except arrow.ArrowNotImplementedError:  # lists of more than 2 GB: large rows that stand together
+                    if rows == 1:
+                        raise
+                    rows = max(1, rows // 16)
+    except (ValueError, OSError, arrow.ArrowException) as error:  # ArrowInvalid is a ValueError
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def is_conversation(kind: arrow.DataType) -> bool:
-    """Text, also by a dictionary or marked as json, or lists of structs."""
-    kind = kind.value_type if arrow.types.is_dictionary(kind) else getattr(kind, "storage_type", kind)
-    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
-        return arrow.types.is_struct(kind.value_type)
-    return any(fits(kind) for fits in (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view))
+def batch_rows(metadata: parquet.FileMetaData, columns: list[str] | None = None) -> int:
+    """Rows to read at a time, so that those of the average size fit in BATCH_BYTES."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    fitting = (BATCH_BYTES * group.num_rows // max(1, group_bytes(group, columns)) for group in groups if group.num_rows)
+    return max(1, min((BATCH_ROWS, *fitting)))
 
 
-def is_pictures(kind: arrow.DataType) -> bool:
-    """Bytes, structs with a field `bytes`, lists of either, or nothing but nulls."""
-    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
-        kind = kind.value_type
-    if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return any(fits(kind) for fits in (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_binary_view, arrow.types.is_null))
+def group_bytes(group: parquet.RowGroupMetaData, columns: list[str] | None = None) -> int:
+    """Size of a row group's columns, or of some of them, in memory."""
+    chunks = map(group.column, range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns)
 
 
-def picture_bytes(value: Any, where: str) -> tuple[bytes, ...]:
-    """The pictures in a cell of parquet: bytes, a list of such, none; or structs with a field `bytes`, as the datasets
-    library writes them."""
-    cells = value if isinstance(value, list) else [] if value is None else [value]
-    pictures = tuple(cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells)
-    if not all(isinstance(picture, bytes) for picture in pictures):
-        raise SampleError("'image_bytes' holds something other than bytes", where)
-    return tuple(picture for picture in pictures if picture)
+def find_columns(path: Path, schema: arrow.Schema) -> tuple[str, str | None]:
+    """The columns of conversations and of pictures, if there are any; raises DataError for others than are wanted."""
+    found, names = [], schema.names
+    for known, wanted in ((TEXTS, "text, or lists of structs"), (PICTURES, "bytes, structs of them, or lists of either")):
+        there = [name for name in known if name in names]
+        if names.count(known[0]) > 1 or (known is TEXTS and not there):
+            raise DataError(f"{path} has columns {', '.join(names)}; wanted are one {TEXTS[0]!r} and at most one {PICTURES[0]!r}"
+                            + remedy(dict.fromkeys(names), str(path)))  # fmt: skip
+        forms = {name: TEXT_TYPE if known is TEXTS else BYTES_TYPE if name == PICTURES[0] else NAMES_TYPE for name in there}
+        fitting = [name for name in there if names.count(name) == 1 and re.match(forms[name], str(plain(schema.field(name).type)))]
+        if not fitting and there and (known is TEXTS or there[0] == known[0]):
+            raise DataError(f"{path} has {schema.field(there[0]).type} in column {there[0]!r}; wanted are {wanted}")
+        found.append(fitting[0] if fitting else None)
+    return tuple(found)
+
+
+def plain(kind: arrow.DataType) -> arrow.DataType:
+    """The type of the same values without dictionaries and extensions, and with lists of one kind."""
+    kind = getattr(kind, "storage_type", kind)
+    if arrow.types.is_struct(kind):
+        return arrow.struct([field.with_type(plain(field.type)) for field in kind])
+    if arrow.types.is_dictionary(kind):
+        return plain(kind.value_type)
+    return arrow.list_(plain(kind.value_type)) if hasattr(kind, "value_type") else kind
+
+
+def row_of(cells: dict[str, Any], text: str, pictures: str | None, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
+    """A row of parquet, as a line of jsonl would have it, and the pictures that it shows: bytes, or names. Raises SampleError."""
+    conversations, held = parsed(cells.pop(text), where), as_list(cells.pop(pictures, None))
+    row = cells | fields_of(cells.pop("more", None)) | {"conversations": conversations}
+    if pictures == PICTURES[0] and not shows_pictures(conversations):
+        return row, ()  # the published data set has a placeholder in such rows
+    return with_pictures(row, [picture_of(cell, where) for cell in held])
+
+
+def parsed(value: Any, where: str) -> Any:
+    """A cell that may hold json text, decoded; raises SampleError."""
+    try:
+        value = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
+    return parse_json(value, where) if isinstance(value, str) else value
+
+
+def fields_of(more: Any) -> dict:
+    """The fields in convert's column `more`; what others call so is a field itself."""
+    try:
+        fields = json.loads(more or "{}")
+    except (TypeError, ValueError, RecursionError):
+        fields = None
+    return fields if isinstance(fields, dict) else {"more": more}
 
 
 def shows_pictures(conversations: Any) -> bool:

@@ -1,0 +1,154 @@
+"""Conversation formats of other projects, a row at a time; `python -m dataset.convert --from` turns whole files into ours.
+
+    llava, sharegpt   {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": ...}], "image": "a.jpg"}
+    openai            {"messages": [{"role": "user", "content": "What?", or [{"type": "text", "text": "What?"},
+                          {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]}, ...], "images": [...]}
+    alpaca            {"instruction": "What?", "input": ..., "output": ..., "history": [["Hi", "Hello"]], "image": "a.jpg"}
+    cauldron          {"images": [...], "texts": [{"user": "What?", "assistant": ...}, ...]}, FineVision's as well
+
+Images that no <image> mark places stand before the first question. What a tool returns is read like a user's turn: without
+loss. A mark in an answer, or beside images that are parts of a message, is text (TYPED_MARK).
+"""
+
+import base64
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from model.rendering import IMAGE_MARK, ROLES, TYPED_MARK
+
+from .errors import SampleError, shown
+
+Picture = tuple[bytes | None, str | None]  # the bytes of an image's file, its name: one of them at least
+
+FORMATS = ("llava", "sharegpt", "openai", "alpaca", "cauldron")
+TEXT_COLUMNS = ("conversations", "messages", "texts")  # which may be json text in parquet
+USED = {*TEXT_COLUMNS, "instruction", "input", "output", "history", "system", "image", "images"}
+OUR_ROLE = {role: role for role in ROLES} | {
+    "human": "user", "question": "user", "tool": "user", "function": "user", "observation": "user", "function_response": "user",
+    "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "answer": "assistant", "ai": "assistant",
+    "function_call": "assistant", "developer": "system",
+}  # fmt: skip
+
+
+def detect(row: Any) -> str | None:
+    """The format of a row; None for ours, and for what is none of these."""
+    if not isinstance(row, dict):
+        return None
+    for form, keys in (("cauldron", {"texts"}), ("alpaca", {"instruction", "output"}), ("openai", {"messages"})):
+        if keys <= row.keys():
+            return form
+    turns = row.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    if any("value" in turn for turn in turns):
+        return "llava" if "image" in row else "sharegpt"
+    roles = (turn["role"] for turn in turns if isinstance(turn.get("role"), str))
+    parts = any(isinstance(turn.get("content"), list) for turn in turns)
+    named = any(role not in ROLES and role.strip().lower() in OUR_ROLE for role in roles)
+    return "openai" if turns and (named or parts or ("images" in row and "image" not in row)) else None
+
+
+def remedy(row: Any, where: str) -> str:
+    """What an error about a row of another format adds; empty for other rows."""
+    form, path = detect(row), re.sub(r":\d+$", "", where)
+    return f"; it looks like {form}: python -m dataset.convert --from {form} {shlex.quote(path)} --out shards" if form else ""
+
+
+def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
+    """A row of a format as one of ours, and its images by name or bytes; further fields are kept. Raises SampleError."""
+    turns, placed = [], []
+    try:
+        for role, content in TURNS[form](row):
+            role = OUR_ROLE.get(str(role).strip().lower(), role)
+            if isinstance(content, list):
+                content = "\n".join(part_of(part, placed, where) for part in content)
+            if role != "user" and isinstance(content, str):
+                content = content.replace(IMAGE_MARK, TYPED_MARK)
+            turns.append({"role": role, "content": content})
+        images = iter(as_list(row.get("images") or row.get("image")))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SampleError(f"no row of the format {form} ({type(error).__name__}: {error})", where) from error
+    found = [value if value is not None else next(images, None) for value in placed] or list(images)
+    question = next((turn for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)), None)
+    if question and not any(IMAGE_MARK in str(turn["content"]) for turn in turns):
+        question["content"] = f"{IMAGE_MARK}\n" * len(found) + question["content"]
+    rest = {key: value for key, value in row.items() if key not in USED}
+    return with_pictures(rest | {"conversations": turns}, [picture_of(value, where) for value in found])
+
+
+def _from_value(row: dict) -> Iterator[tuple[Any, Any]]:
+    yield from system_of(row)
+    yield from ((turn["from"], turn["value"]) for turn in row["conversations"])
+
+
+def _messages(row: dict) -> Iterator[tuple[Any, Any]]:
+    yield from ((turn["role"], turn["content"]) for turn in row.get("messages") or row["conversations"])
+
+
+def _alpaca(row: dict) -> Iterator[tuple[Any, Any]]:
+    yield from system_of(row)
+    for question, answer in row.get("history") or []:
+        yield from (("user", question), ("assistant", answer))
+    yield "user", "\n".join(filter(None, (row["instruction"], row.get("input"))))
+    yield "assistant", row["output"]
+
+
+def _texts(row: dict) -> Iterator[tuple[Any, Any]]:
+    for pair in row["texts"]:
+        yield from (("user", pair["user"]), ("assistant", pair["assistant"]))
+
+
+TURNS = dict(zip(FORMATS, (_from_value, _from_value, _messages, _alpaca, _texts), strict=True))
+
+
+def system_of(row: dict) -> Iterator[tuple[str, str]]:
+    """The system's turn that stands in a field of its own."""
+    if row.get("system"):
+        yield "system", row["system"]
+
+
+def part_of(part: Any, placed: list, where: str) -> str:
+    """The text of a message's part; of an image a mark, and in `placed` what it is: None for the next of the row's images."""
+    kind = "text" if isinstance(part, str) else part.get("type")
+    if kind in ("text", "input_text", "output_text"):
+        return (part if isinstance(part, str) else part["text"]).replace(IMAGE_MARK, TYPED_MARK)
+    if kind not in ("image", "image_url", "input_image"):
+        raise SampleError(f"a message has a part of type {shown(kind)}; known are text, image and image_url", where)
+    held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes"))
+    value = next((value for value in held if value is not None), None)
+    placed.append(value["url"] if isinstance(value, dict) and "url" in value else value)
+    return IMAGE_MARK
+
+
+def picture_of(value: Any, where: str) -> Picture:
+    """An image from its bytes, a file name, a data URL, or a struct with `bytes` and `path` as the datasets library writes it.
+    Raises SampleError."""
+    blob, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(blob, str):
+        blob, name = None, blob
+    if blob is None and isinstance(name, str):
+        if re.match(r"https?://", name, re.IGNORECASE):
+            raise SampleError(f"image {shown(name)} lies on the web: download it into --images_path, and give its file name", where)
+        head, comma, text = name.partition(",")
+        if comma and re.fullmatch(r"data:.*;base64", head, re.IGNORECASE):
+            try:
+                blob, name = base64.b64decode(text), None
+            except ValueError as error:
+                raise SampleError(f"image {shown(name)} is no data URL: {error}", where) from error
+        else:
+            name = name.removeprefix("file://")
+    if not isinstance(blob, bytes | None) or not isinstance(name, str | None) or (blob is None and not name):
+        raise SampleError(f"an image is something other than bytes or a file name: {shown(value)}", where)
+    return blob, name
+
+
+def with_pictures(row: dict, found: list[Picture]) -> tuple[dict, tuple[str | bytes, ...]]:
+    """A row, with its images' names where it has none, and the images."""
+    names = [name for _, name in found]
+    return ({"image": names} if names and all(names) else {}) | row, tuple(name if blob is None else blob for blob, name in found)
+
+
+def as_list(value: Any) -> list:
+    """A value, several, or none."""
+    return value if isinstance(value, list) else [] if value is None or value == "" else [value]

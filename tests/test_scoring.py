@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
+from dataset import convert
 from dataset.conversation import Turn
 from dataset.errors import SampleError
-from tests.conftest import make_model, write_jsonl
+from dataset.sources import open_samples
+from tests.conftest import make_model, make_tower, write_jsonl
 from trainer import scoring
 from trainer.config import UsageError
 from trainer.inference import Assistant, Question
@@ -116,12 +118,13 @@ def test_kinds_of_answers():
 def test_questions_of_a_conversation(tmp_path):
     turns = [("assistant", "Welcome."), ("user", "<image>\nWhat?"), ("assistant", "A cat."), ("user", "<image> and <image>?"), ("assistant", "7")]
     row = {"conversations": [{"role": role, "content": content} for role, content in turns], "image": "a.png, b.png, c.png"}
-    first, second = read_questions(str(write_jsonl(tmp_path / "test.jsonl", [row])))
+    (first, second), places = read_questions(open_samples(write_jsonl(tmp_path / "test.jsonl", [row])))
     assert first.images == ("a.png",) and first.answer == "A cat." and second.images == ("a.png", "b.png", "c.png")
+    assert places == {"a.png": (0, 0), "b.png": (0, 1), "c.png": (0, 2)}
     assert second.kind == "number" and [turn.content for turn in second.turns][-2:] == ["A cat.", "<image> and <image>?"]
     row["conversations"], row["image"] = row["conversations"][:1], ""
     with pytest.raises(SampleError, match=r"test2\.jsonl:1: no answer stands after a user's turn"):
-        read_questions(str(write_jsonl(tmp_path / "test2.jsonl", [row])))
+        read_questions(open_samples(write_jsonl(tmp_path / "test2.jsonl", [row])))
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +165,29 @@ def test_a_missing_picture_is_told_before_the_first_answer(assistant, tmp_path, 
     with pytest.raises(SampleError, match=r"test\.jsonl:4: picture 'no\.png' is not in"):
         scoring.score(assistant, ScoreJob(str(write_jsonl(tmp_path / "test.jsonl", lines)), str(tmp_path), tmp_path / "p.jsonl"))
     assert not list(tmp_path.glob("p.jsonl*"))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [({}, "other"), ({"kind": None}, "other"), ({"kind": "colour"}, "colour"), ({"kind": 7}, "7"), ({"kind": 0}, "0")])
+def test_kinds_that_rows_name_or_do_not(tmp_path, kind, expected):
+    path = write_jsonl(tmp_path / "a.jsonl", [rows(1)[0] | {"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a cat"}]} | kind])
+    assert convert.main([str(path), "--out", str(tmp_path / "shards")]) == 0
+    assert [read_questions(open_samples(place))[0][0].kind for place in (path, tmp_path / "shards")] == [expected] * 2
+
+
+def test_parquet_is_scored_like_the_images_it_was_made_of(data, tokenizer, tmp_path, monkeypatch):
+    """Predictions, kinds and intervals; and no question holds an image's bytes."""
+    lines = [json.loads(line) | {"kind": f"kind {number % 3}"} for number, line in enumerate(data[0].read_text().splitlines())] * 2
+    plain = write_jsonl(tmp_path / "plain.jsonl", lines)
+    assert convert.main([str(plain), "--images_path", str(data[1]), "--out", str(tmp_path / "shards"), "--group_rows", "5"]) == 0
+    assistant, reports, predictions = Assistant(make_model(tower=make_tower()), tokenizer), [], []
+    for path in (plain, tmp_path / "shards"):
+        job = ScoreJob(str(path), str(data[1]), tmp_path / "p.jsonl", max_new_tokens=3, batch_size=4)
+        reports.append(scoring.score(assistant, job) | {"data": ""})
+        predictions.append([json.loads(line) for line in job.predictions.read_text().splitlines()])
+    assert reports[0]["kinds"].keys() == {"kind 0", "kind 1", "kind 2"} and reports[0]["total"]["questions"] == 44
+    assert [{**row, "images": 0} for row in predictions[0]] == [{**row, "images": 0} for row in predictions[1]]
+    assert predictions[1][-1]["images"] == [f"of {tmp_path}/shards/00000.parquet:44"] * len(predictions[0][-1]["images"])
+    for kind in ("exact", "rouge_l"):
+        assert reports[0]["total"][kind]["value"] == reports[1]["total"][kind]["value"]
+    questions, places = read_questions(open_samples(tmp_path / "shards"))  # whose bytes are read when their turn comes
+    assert {image for question in questions for image in question.images} == places.keys() and all(len(image) == 16 for image in places)

@@ -1,11 +1,13 @@
 """Data at scale: indices, zips, parquet, mixtures, and orders that need no memory."""
 
+import base64
 import io
 import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -30,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from dataset import convert, index, jsonl, pictures, sources, validate
+from dataset import convert, foreign, index, jsonl, pictures, sources, validate
 from dataset import parquet as parquet_samples
 from dataset.conversation import Renderer, parse_sample
 from dataset.errors import DataError, SampleError
@@ -963,3 +965,140 @@ def test_large_rows_that_stand_together_are_read_in_smaller_parts(data, tmp_path
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, size, **rest: limited(self, 50, **rest))
     with pytest.raises(DataError, match=r"a\.parquet cannot be read: Nested data"):
         list(parquet_samples.read_batches(path))
+
+
+# --- other projects' formats ----------------------------------------------------------------------------------------------
+
+HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}
+SEEN = [("user", "<image>\nWhat?"), ("assistant", "A cat.")]
+TEXT, ANSWER = {"type": "text", "text": "What?"}, {"role": "assistant", "content": "A cat."}
+
+
+def pixel(colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+DATA_URL = f"data:image/png;base64,{base64.b64encode(pixel()).decode()}"
+FOREIGN = {  # format, row, turns, images
+    "llava": ("llava", {"id": 1, "image": "a.png", "conversations": [HUMAN, GPT]}, SEEN, ("a.png",)),
+    "llava, mark at the end": ("llava", {"image": "a.png", "conversations": [{"from": "human", "value": "What?\n<image>"}, GPT]},
+                               [("user", "What?\n<image>"), SEEN[1]], ("a.png",)),
+    "llava without image": ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, GPT]}, [("user", "Hi"), SEEN[1]], ()),
+    "llava with a comma": ("llava", {"image": "a, b.png", "conversations": [HUMAN, GPT]}, SEEN, ("a, b.png",)),
+    "llava, mark in an answer": ("llava", {"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image> is a mark"}]},
+                                 [SEEN[0], ("assistant", "<\u200bimage> is a mark")], ("a.png",)),
+    "sharegpt": ("sharegpt", {"system": "Be kind.", "images": ["a.png"], "conversations": [
+        HUMAN, {"from": "function_call", "value": "f()"}, {"from": "observation", "value": "7"}, GPT]},
+        [("system", "Be kind."), SEEN[0], ("assistant", "f()"), ("user", "7"), SEEN[1]], ("a.png",)),
+    "sharegpt, roles": ("sharegpt", {"conversations": [{"from": "system", "value": "S"}, {"from": "User", "value": "Hi"}, {"from": "Bot", "value": "Yo"}]},
+                        [("system", "S"), ("user", "Hi"), ("assistant", "Yo")], ()),
+    "openai": ("openai", {"messages": [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {"url": DATA_URL}}]}, ANSWER]},
+               [("user", "What?\n<image>"), SEEN[1]], (pixel(),)),
+    "openai, a name": ("openai", {"messages": [{"role": "developer", "content": "S"}, {"role": "user", "content": [
+        {"type": "image_url", "image_url": "a.png"}, {"type": "input_image", "image_url": {"url": "b.png", "detail": "low"}}, TEXT]}, ANSWER]},
+        [("system", "S"), ("user", "<image>\n<image>\nWhat?"), SEEN[1]], ("a.png", "b.png")),
+    "openai, text": ("openai", {"messages": [{"role": "user", "content": "Hi"}, ANSWER]}, [("user", "Hi"), SEEN[1]], ()),
+    "openai, a typed mark": ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": "file://a.png"}, {"type": "text", "text": "<image>?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}, "B"]}]}, [("user", "<image>\n<\u200bimage>?"), ("assistant", "A\nB")], ("a.png",)),
+    "qwen": ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": DATA_URL}, TEXT]}, ANSWER]}, SEEN, (pixel(),)),
+    "chat template": ("openai", {"images": ["a.png", "b.png"], "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "What?", "index": None}, {"type": "image", "text": None, "index": 0}]}, ANSWER,
+        {"role": "user", "content": [{"type": "image"}]}, ANSWER]},
+        [("user", "What?\n<image>"), SEEN[1], ("user", "<image>"), SEEN[1]], ("a.png", "b.png")),
+    "llama-factory": ("openai", {"messages": [{"role": "user", "content": "<image>\nWhat?"}, ANSWER], "images": ["a.png"]}, SEEN, ("a.png",)),
+    "our turns, others' roles": ("openai", {"conversations": [{"role": "Human", "content": "<image>\nWhat?"}, {"role": "ASSISTANT", "content": "A cat."}],
+                                            "image": "a.png"}, SEEN, ("a.png",)),
+    "our turns, others' images": ("openai", {"conversations": [{"role": "user", "content": "What?"}, ANSWER], "images": ["a.png"]}, SEEN, ("a.png",)),
+    "alpaca": ("alpaca", {"instruction": "What?", "input": "", "output": "A cat.", "image": "a.png"}, SEEN, ("a.png",)),
+    "alpaca, all": ("alpaca", {"system": "S", "instruction": "Add", "input": "1, 2", "output": "3", "history": [["Hi", "Yo"]], "images": ["a.png"]},
+                    [("system", "S"), ("user", "<image>\nHi"), ("assistant", "Yo"), ("user", "Add\n1, 2"), ("assistant", "3")], ("a.png",)),
+    "cauldron": ("cauldron", {"images": [{"bytes": pixel(), "path": None}, {"bytes": pixel("blue"), "path": None}],
+                              "texts": [{"user": "What?", "assistant": "A cat.", "source": "x"}, {"user": "And?", "assistant": ""}]},
+                 [("user", "<image>\n<image>\nWhat?"), SEEN[1], ("user", "And?"), ("assistant", "")], (pixel(), pixel("blue"))),
+    "cauldron, text": ("cauldron", {"images": [], "texts": [{"user": "Hi", "assistant": "Yo"}]}, [("user", "Hi"), ("assistant", "Yo")], ()),
+}  # fmt: skip
+
+
+@pytest.fixture
+def coloured(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png", "a, b.png"):
+        (tmp_path / "images" / name).write_bytes(pixel())
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_rows_of_other_formats(name, coloured, tmp_path, capsys):
+    """Found out or named, to parquet and to jsonl; and the error of training gives the command."""
+    form, own, turns, images = FOREIGN[name]
+    if name == "cauldron":
+        kind = {"images": arrow.list_(PAIR), "texts": arrow.list_(arrow.struct([(key, arrow.string()) for key in ("user", "assistant", "source")]))}
+        path = tmp_path / "a.parquet"
+        parquet.write_table(arrow.Table.from_pylist([own], arrow.schema(kind)), path)
+    else:
+        path = write_jsonl(tmp_path / "a.jsonl", [own])
+    blobs = [image if isinstance(image, bytes) else (coloured / image).read_bytes() for image in images]
+    for number, flags in enumerate(([], ["--from", form], ["--to", "jsonl"], ["--from", form, "--to", "jsonl"])):
+        out = tmp_path / f"out{number}"
+        assert convert.main([str(path), "--images_path", str(coloured), "--out", str(out), *flags]) == 0, capsys.readouterr().err
+        (sample,) = map(open_samples(out).__getitem__, range(1))
+        assert [(turn.role, turn.content) for turn in sample.turns] == turns
+        assert [image if isinstance(image, bytes) else (out / "images" / image).read_bytes() for image in sample.images] == blobs
+    if name != "our turns, others' images":  # which are text without image, to training
+        command = f"python -m dataset.convert --from {form} {path} --out shards"
+        with pytest.raises((SampleError, DataError), match=re.escape(command)):
+            open_samples(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "own", "problem"),
+    [("llava", {"conversations": [HUMAN, GPT]}, "1 <image> marks .* 0 pictures"),
+     ("llava", {"image": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}, "1 <image> marks .* 2 pictures"),
+     ("llava", {"image": "none.png", "conversations": [HUMAN, GPT]}, "is not in"),
+     ("llava", {"image": "a.png", "conversations": "Hi"}, "no row of the format llava"),
+     ("llava", {"image": "a.png", "conversations": [HUMAN, {"from": "gpt"}]}, "no row of the format llava .*value"),
+     ("llava", {"image": "a.png", "conversations": [{"from": "narrator", "value": "Hi"}, GPT]}, "role 'narrator'"),
+     ("llava", {"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": None}]}, "content of type NoneType"),
+     ("llava", [HUMAN, GPT], "no row of the format llava"),
+     ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}]}, ANSWER]}, "lies on the web: download"),
+     ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}}]}, ANSWER]}, "is no data URL"),
+     ("openai", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ANSWER]}, "a part of type 'input_audio'"),
+     ("openai", {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "something other than bytes or a file name: None"),
+     ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": {"url": 7}}]}, ANSWER]}, "something other than bytes"),
+     ("openai", {"messages": [{"role": "user", "content": [7]}, ANSWER]}, "no row of the format openai"),
+     ("alpaca", {"instruction": "What?", "output": "A cat.", "history": ["Hi"], "input": 7}, "no row of the format alpaca"),
+     ("cauldron", {"images": [], "texts": None}, "no row of the format cauldron"),
+     ("cauldron", {"images": [], "texts": []}, "'conversations' is missing, empty")],
+)  # fmt: skip
+def test_rows_of_other_formats_that_cannot_be_used_say_why(form, own, problem, coloured, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"image": "a.png", "conversations": [HUMAN, GPT]} if form == "llava" else FOREIGN[form][1] if form != "cauldron" else FOREIGN["cauldron, text"][1], own])
+    flags = [str(path), "--from", form, "--images_path", str(coloured), "--out", str(tmp_path / "out")]
+    assert convert.main(flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path}:2: ") and re.search(problem, said) and "Traceback" not in said
+    assert convert.main([*flags[:-1], str(tmp_path / "rest"), "--skip_bad"]) == 0 and "1 bad left out" in capsys.readouterr().out
+    assert len(open_samples(tmp_path / "rest")) == 1
+
+
+def test_parquet_and_fields_of_other_formats(tmp_path, capsys):
+    """Llava's turns as structs and as json text; OpenAI's parts as structs; and fields that nobody knows stay."""
+    turn = arrow.struct([("role", arrow.string()), ("content", arrow.list_(arrow.struct([("type", arrow.string()), ("text", arrow.string()), ("image", PAIR)])))])
+    parts = [{"role": "user", "content": [{"type": "image", "text": None, "image": {"bytes": pixel(), "path": None}}, TEXT]},
+             {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]  # fmt: skip
+    images = arrow.array([[{"bytes": pixel(), "path": "a.png"}]], arrow.list_(PAIR))
+    for number, columns in enumerate([{"messages": arrow.array([parts], arrow.list_(turn))}, {"conversations": [[HUMAN, GPT]], "images": images},
+                                      {"conversations": [json.dumps([HUMAN, GPT])], "images": images}]):  # fmt: skip
+        path, out = tmp_path / f"{number}.parquet", tmp_path / f"out{number}"
+        parquet.write_table(arrow.table(columns | {"id": [7]}), path)
+        with pytest.raises(SampleError, match=r"python -m dataset\.convert --from (openai|llava|sharegpt)"):
+            open_samples(path)[0]
+        assert convert.main([str(path), "--out", str(out)]) == 0, capsys.readouterr().err
+        (found,) = read_rows(out / "data.jsonl")
+        assert [tuple(turn.values()) for turn in found["conversations"]] == SEEN and found["id"] == 7
+        assert [path.read_bytes() for path in (out / "images").iterdir()] == [pixel()]
+
+
+def test_rows_that_are_ours_are_no_other_format(data):
+    assert {foreign.detect(own) for own in [*read_rows(data[0]), None, [], {}, {"conversations": 1}, {"conversations": [7]}, row("x", "a.png")]} == {None}

@@ -260,10 +260,10 @@ class Chat:
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its history, pictures (by name) and reference answer."""
+    """One question with its history, pictures (by name, or what else tells them apart) and reference answer."""
 
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     answer: str
     kind: str
     where: str = ""  # "file:line"

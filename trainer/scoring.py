@@ -12,6 +12,7 @@ conversations where there is no picture: questions about one picture are right o
 Legend: Q questions, G groups of questions about the same pictures, S statistics of a question.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -28,9 +30,8 @@ from dataset.conversation import IMAGE_MARK
 from dataset.errors import SampleError
 from dataset.files import check_output
 from dataset.pictures import open_images
-from dataset.sources import open_samples
+from dataset.sources import Mixture, open_samples
 from model.storage import hold, write_atomically
-from model.vision import preprocess
 from model.weights import lock_of
 
 from .config import UsageError
@@ -143,23 +144,27 @@ def summarize(statistics: dict[str, np.ndarray], groups: list, metrics: dict[str
     return summary
 
 
-def read_questions(path: str) -> list[Question]:
-    """Every answer to a user's turn of the file as a question, its history being the conversation before it.
+def read_questions(samples: Mixture) -> tuple[list[Question], dict[str | bytes, tuple[int, int]]]:
+    """Every answer to a user's turn as a question, its history being the conversation before it; and of each image the sample
+    and the place in it that show it first. An image that the data hold is called by a digest of its bytes.
 
-    Raises SampleError for a conversation without one, DataError for a file that cannot be used.
+    Raises SampleError for a conversation without one.
     """
-    samples, questions = open_samples(path), []
+    questions, places = [], {}
     for number in range(len(samples)):
         sample, before = samples[number], len(questions)
+        images = tuple(ref if isinstance(ref, str) else hashlib.blake2b(ref, digest_size=16).digest() for ref in sample.images)
         for at, turn in enumerate(sample.turns):
             if turn.role == "assistant" and at and sample.turns[at - 1].role == "user":
                 history = sample.turns[:at]
                 shown = sum(t.content.count(IMAGE_MARK) for t in history if t.role == "user")
                 kind = sample.kind or kind_of(turn.content)
-                questions.append(Question(history, sample.images[:shown], turn.content, kind, sample.where))
+                questions.append(Question(history, images[:shown], turn.content, kind, sample.where))
+                for place, image in enumerate(images[:shown]):
+                    places.setdefault(image, (number, place))
         if len(questions) == before:
             raise SampleError("no answer stands after a user's turn: nothing to score", sample.where)
-    return questions
+    return questions, places
 
 
 def kind_of(answer: str) -> str:
@@ -188,13 +193,18 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
     Raises UsageError, DataError and SampleError for what the files lack, before the first answer where possible.
     """
     lock = claim_files(job)
-    questions, images = read_questions(job.data), open_images(job.image_dir)
+    samples, images = open_samples(job.data), open_images(job.image_dir)
+    questions, places = read_questions(samples)
     metrics = make_metrics(job.metrics, [question.answer for question in questions])
-    where = {ref: question.where for question in reversed(questions) for ref in question.images}
-    for ref in where:
+    for ref, (number, _) in places.items():
         if isinstance(ref, str):
-            images.state(ref, where[ref])  # raises when there is no such picture
-    answers = answer_in_batches(assistant, questions, lambda ref: preprocess(images.load(ref, where[ref])),
+            images.state(ref, samples.where(number))  # raises when there is no such picture
+
+    def load(image: str | bytes) -> torch.Tensor:
+        number, place = places[image]
+        return images.pixels(image if isinstance(image, str) else samples[number].images[place], samples.where(number))
+
+    answers = answer_in_batches(assistant, questions, load,
                                 job.batch_size, job.max_new_tokens)  # fmt: skip
     answered = write_predictions(answers, len(questions), job.predictions)
     report = make_report(answered, metrics, job)
@@ -237,7 +247,7 @@ def write_predictions(answers: Iterable[tuple[Question, str]], count: int, targe
 def prediction_row(question: Question, prediction: str) -> dict:
     """One line of the file of predictions."""
     return {
-        "images": [ref if isinstance(ref, str) else f"{len(ref)} bytes" for ref in question.images],
+        "images": [ref if isinstance(ref, str) else f"of {question.where}" for ref in question.images],
         "question": question.turns[-1].content.replace(f"{IMAGE_MARK}\n", ""), "answer": question.answer,
         "prediction": prediction, "kind": question.kind, "correct": bool(exact_match(prediction, question.answer)),
     }  # fmt: skip

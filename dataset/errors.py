@@ -17,4 +17,4 @@ def shown(value: object) -> str:
 
 def reason(error: Exception) -> str:
     """What went wrong, in the system's words where it was the system's no: its whole message names the file once more."""
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -33,7 +33,7 @@ from .sources import SampleSource
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
 MOST_PENDING = 16  # batches that wait to be written
-PREPROCESSING = 1  # raised when the same file gives other pixels than before
+PREPROCESSING = 2  # raised when the same file gives other pixels than before
 
 
 @dataclass(frozen=True)

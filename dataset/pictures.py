@@ -9,7 +9,6 @@ import io
 import os
 import posixpath
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,10 +17,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from model.vision import preprocess
 
+from .decode import ImageRefused, decode
 from .errors import DataError, SampleError, reason, shown
 from .files import is_regular
 from .index import DataFile, open_index
@@ -36,19 +36,21 @@ MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
 class ImageSource:
     """Pictures by name; a subclass says where they lie. What a sample holds itself is decoded here."""
 
-    def load(self, ref: Ref, where: str = "") -> Image.Image:
-        """The decoded picture; raises SampleError."""
+    def load(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
+        """The decoded picture; raises SampleError. `notes` is told of a file that ends early."""
         if isinstance(ref, bytes):
-            return load_picture(io.BytesIO(ref), f"of {len(ref)} bytes", where)
-        return load_picture(self.open(ref, where), ref, where)
+            return load_picture(io.BytesIO(ref), f"of {len(ref)} bytes", where, notes)
+        return load_picture(self.open(ref, where), ref, where, notes)
 
-    def pixels(self, ref: Ref, where: str = "") -> torch.Tensor:
-        """What the model sees of the picture, uint8 [3, 224, 224]; raises SampleError."""
-        picture = self.load(ref, where)
+    def pixels(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> torch.Tensor:
+        """What the model sees of the picture, uint8 [3, 224, 224]; as `load` otherwise."""
+        picture = self.load(ref, where, notes)
         try:
             return preprocess(picture)
+        except MemoryError:
+            raise
         except Exception as error:  # as decoders do: all kinds
-            raise SampleError(f"picture {shown(ref if isinstance(ref, str) else 'of the row')} cannot be converted: {error}", where) from error
+            raise SampleError(f"picture {shown(ref if isinstance(ref, str) else 'of the row')} cannot be converted: {reason(error)}", where) from error
 
     def read(self, name: str, where: str = "") -> bytes:
         """The bytes of the picture's file; raises SampleError."""
@@ -223,27 +225,21 @@ class NoImages(ImageSource):
         raise SampleError(f"picture {shown(name)}: there is no folder {self.folder}", where)
 
 
-def load_picture(file: Path | BinaryIO, name: str, where: str = "") -> Image.Image:
-    """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason."""
+def load_picture(file: Path | BinaryIO, name: str, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
+    """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason. `notes` is told of a
+    file that ends early."""
     try:
-        if isinstance(file, Path):
-            if not is_regular(file):
-                raise SampleError(f"picture {shown(name)} cannot be read: it is a folder, a pipe or a device", where)
-            file = io.BytesIO(file.read_bytes())  # at once: a decoder asks for a few bytes at a time
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
-            picture = Image.open(file)
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise SampleError(f"picture {shown(name)} has {width} x {height} pixels, more than {MAX_PIXELS:,}", where)
-        picture.load()
-    except SampleError:
+        if isinstance(file, Path) and not is_regular(file):
+            raise ImageRefused("it is a folder, a pipe or a device")
+        picture, cut = decode(file.read_bytes() if isinstance(file, Path) else file.read(), MAX_PIXELS)
+    except MemoryError:
         raise
-    except UnidentifiedImageError as error:  # its own words are an address in memory
-        kind = "of no known kind of picture" if file.seek(0, os.SEEK_END) else "empty"
-        raise SampleError(f"picture {shown(name)} cannot be read: it is {kind}", where) from error
+    except ImageRefused as error:
+        raise SampleError(f"picture {shown(name)} cannot be read: {error}", where) from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
         raise SampleError(f"picture {shown(name)} cannot be read: {reason(error)}", where) from error
+    if cut and notes is not None:
+        notes.append(SampleError(f"picture {shown(name)} is truncated; used, for nearly all of it is there", where))
     return picture
 
 

@@ -49,6 +49,7 @@ class Report:
     samples: int = 0
     pictures: int = 0
     bad: dict[str, int] = field(default_factory=dict)  # bad samples by kind
+    remarks: dict[str, int] = field(default_factory=dict)  # good samples that something is to be said of, by kind
     places: dict[str, list[str]] = field(default_factory=dict)  # the first of each kind
     supervised: int = 0  # tokens
     used: int = 0  # tokens that max_seq_len leaves
@@ -57,9 +58,9 @@ class Report:
     lengths: array = field(default_factory=lambda: array("I"))  # their tokens
     hashes: array = field(default_factory=lambda: array("Q"))  # of their content
 
-    def note(self, kind: str, count: int, places: list[str]) -> None:
-        """`count` more bad samples of a kind, and where the first of them are."""
-        self.bad[kind] = self.bad.get(kind, 0) + count
+    def note(self, counts: dict[str, int], kind: str, count: int, places: list[str]) -> None:
+        """`count` more samples of a kind in `bad` or `remarks`, and where the first of them are."""
+        counts[kind] = counts.get(kind, 0) + count
         known = self.places.setdefault(kind, [])
         known += places[: SHOWN - len(known)]
 
@@ -67,8 +68,9 @@ class Report:
         """Takes up what another report found."""
         for name in ("samples", "pictures", "supervised", "used", "cut", "numbers", "lengths", "hashes"):
             setattr(self, name, iadd(getattr(self, name), getattr(other, name)))  # arrays grow in place
-        for kind, count in other.bad.items():
-            self.note(kind, count, other.places[kind])
+        for ours, theirs in ((self.bad, other.bad), (self.remarks, other.remarks)):
+            for kind, count in theirs.items():
+                self.note(ours, kind, count, other.places[kind])
 
     def duplicates(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of samples whose conversation and pictures came before, and of those they repeat."""
@@ -95,15 +97,18 @@ class Checker:
         """A report on the samples with these numbers."""
         report = Report(samples=len(span))
         for index in span:
+            notes: list[SampleError] = []
             try:
                 sample = self.samples[index]
                 whole = self.renderer.render(sample)
                 used = self.renderer.render(sample, self.max_length)
                 for ref in sample.images:
-                    self.images.pixels(ref, sample.where)
+                    self.images.pixels(ref, sample.where, notes)
             except SampleError as error:
-                report.note(kind_of(error), 1, [str(error)])
+                report.note(report.bad, kind_of(error), 1, [str(error)])
                 continue
+            for note in notes:
+                report.note(report.remarks, kind_of(note), 1, [str(note)])
             report.pictures += len(sample.images)
             report.supervised += int((used.labels[1:] != -100).sum())
             report.used += len(used)
@@ -174,7 +179,7 @@ def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
     """Prints the report, but for times."""
     bad = sum(report.bad.values())
     print(f"{counted(report.samples, 'sample')}, {counted(report.pictures, 'picture')}; {bad:,} bad ({bad / max(1, report.samples):.2%})")
-    for kind, count in sorted(report.bad.items(), key=lambda item: -item[1]):
+    for kind, count in sorted((report.bad | report.remarks).items(), key=lambda item: (item[0] in report.remarks, -item[1])):
         print(f"  {count:,} x {kind}")
         for place in report.places[kind]:
             print(f"      {place}")

@@ -31,6 +31,7 @@ class Picture:
     features: torch.Tensor | None = None  # bf16 [P, W]
     slot: int = -1  # place in the feature cache; -1 without one
     signature: int = 0  # of the picture's file, for the cache
+    note: str = ""  # of a file that ends early, and that is used
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Example:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be trained on, and why."""
+    """A sample that cannot be trained on, or not on the whole of it, and why."""
 
     index: int
     reason: str
@@ -91,7 +92,8 @@ class VLMDataset(Dataset):
         features = self.cache.read(slot, signature) if self.cache else None
         if features is not None:
             return Picture(features=features, slot=slot, signature=signature)
-        return Picture(pixels=self.images.pixels(ref, where), slot=slot, signature=signature)
+        notes: list[SampleError] = []
+        return Picture(pixels=self.images.pixels(ref, where, notes), slot=slot, signature=signature, note="".join(map(str, notes)))
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Batch:
     tokens: int = 0  # real ones, padding apart
     supervised: int = 0  # tokens that carry loss
     bad: tuple[BadSample, ...] = field(default=())
+    truncated: tuple[BadSample, ...] = ()  # good ones, of which a picture's file ends early
 
     def _map(self, function) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -165,4 +168,5 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         image_positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         indices=tuple(example.index for example in examples),
         tokens=int(mask.sum()), supervised=len(loss_positions), bad=bad,
+        truncated=tuple(BadSample(example.index, note) for example in examples if (note := "; ".join(p.note for p in example.pictures if p.note))),
     )  # fmt: skip

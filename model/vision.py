@@ -83,14 +83,16 @@ def tower_fingerprint(tower: CLIPVisionModel) -> str:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any PIL picture as RGB, upright, transparency on white; the first frame of an animation, 16 bits scaled to 8."""
+    """Any PIL picture as RGB, upright, transparency on white; the first frame of an animation, 16 and 32 bits scaled to 8."""
     picture.seek(0)
     try:
         picture = ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
     except Exception:  # a damaged EXIF block raises all kinds, and tells nothing of how the picture is turned
         picture.load()
     picture = eight_bits(picture)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+    if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         picture = Image.alpha_composite(white, rgba)
@@ -98,10 +100,18 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits as one of 8; any other as it is."""
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        return picture.convert("I").point(lambda value: value / 257).convert("L")
-    return picture
+    """A grey picture of 16 or 32 bits as one of 8; any other as it is.
+
+    No file says what white is in 32 bits: 1, 255 or 65535, the least whose double the brightest pixel stays below (filters
+    overshoot), or else that pixel. What is no number is black.
+    """
+    if picture.mode[0] not in "FI":
+        return picture
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0, neginf=0)
+    highest = values.max()
+    tops = (65535,) if picture.mode.startswith("I;16") else (1, 255, 65535)
+    top = next((top for top in tops if highest < 2 * top), highest)
+    return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
 
 
 def preprocess(picture: Image.Image) -> torch.Tensor:

@@ -29,8 +29,12 @@ class BadSampleGuard:
     def __init__(self, ranks: Ranks, stops_at_first: bool):
         self.ranks, self.stops_at_first, self.reported = ranks, stops_at_first, set()
 
-    def report(self, bad: list[BadSample]) -> None:
+    def report(self, bad: list[BadSample], truncated: list[BadSample]) -> None:
         """Names this rank's samples that were not named before."""
+        for sample in truncated:
+            if sample.index not in self.reported:
+                self.reported.add(sample.index)
+                self.ranks.warn(f"notice: {sample.reason}")
         for sample in bad[:1] if self.stops_at_first else bad:
             if sample.index not in self.reported:
                 self.reported.add(sample.index)

@@ -110,17 +110,20 @@ class Trainer:
         Counts bad samples on the way; raises TrainingFailed when there are too many.
         """
         bad = [sample for batch in micro_batches for sample in batch.bad]
-        self.bad_samples.report(bad)
+        truncated = [sample for batch in micro_batches for sample in batch.truncated]
+        self.bad_samples.report(bad, truncated)
         read = len(bad) + sum(len(batch.indices) for batch in micro_batches)
         sums = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
             float(sum(len(batch.image_index) for batch in micro_batches)), float(read), float(len(bad)), float(signum),
+            float(len(truncated)),
         ])  # fmt: skip
-        supervised, tokens, pictures, read, bad_count, any_signal = sums
+        supervised, tokens, pictures, read, bad_count, any_signal, truncated_count = sums
         self.waits_for_pictures = self.waits_for_pictures and not pictures
         self.has_news = self.has_news or bool(supervised and not any_signal)
         if any_signal:  # these samples wait for the resume, which counts them then
             return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
+        self.state.truncated += int(truncated_count)
         self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
         epoch_done = self.state.samples + read >= self.run.sampler.size
         self.bad_samples.judge(self.state, int(bad_count), epoch_done)
@@ -196,6 +199,7 @@ class Trainer:
             "learning_rate": learning_rate, "tokens_per_second": self.interval.tokens / max(elapsed, 1e-9),
             "seconds": self.state.seconds + now - self.began, "seconds_left": per_update * (self.total - update),
             "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad,
+            "truncated_samples": self.state.truncated,
         })  # fmt: skip
         if self.waits_for_pictures and update != 1:
             self.waits_for_pictures = False

@@ -116,7 +116,7 @@ class Validation:
         for batch in batches_of(self.loader):
             if stop.signum:
                 break
-            self.bad_samples.report(list(batch.bad))
+            self.bad_samples.report(list(batch.bad), list(batch.truncated))
             loss, _ = self.objective(self.run.model, batch)
             total, supervised = total + loss.item() * batch.supervised, supervised + batch.supervised
             read, bad = read + len(batch.indices) + len(batch.bad), bad + len(batch.bad)

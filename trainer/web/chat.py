@@ -226,7 +226,7 @@ def bottom(visitor: Visitor, labels: Labels) -> None:
             with st.popover(labels("pictures"), icon=":material/add_photo_alternate:"):
                 picture_sources(visitor, labels)
         show_tray(visitor, labels)
-        st.chat_input(labels("question"), key="question", accept_file="multiple", file_type=list(pictures.SUFFIXES),
+        st.chat_input(labels("question"), key="question", accept_file="multiple",
                       max_chars=4000, max_upload_size=pictures.MAX_MEGABYTES,
                       on_submit=visitor.once("question", lambda: submit(visitor, labels)))  # fmt: skip
 

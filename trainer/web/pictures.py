@@ -5,16 +5,15 @@ import contextlib
 import functools
 import io
 import threading
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from dataset.decode import ImageRefused, decode, image_files
+
 from .models import importing
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no other decoder sees a visitor's bytes
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_MEGABYTES = 20  # of a file
 MAX_PIXELS = 64_000_000  # a camera's 50 megapixels pass; at three bytes each, one picture takes 200 MB while it is decoded
 MAX_PICTURES = 6  # with a question: 196 tokens each
@@ -68,63 +67,59 @@ class Picture:
         return self._pixels
 
     def _convert(self):
-        from model.vision import preprocess  # not above: the page is there before torch is
+        from model.errors import first_line  # not above: the page is there before torch is
+        from model.vision import preprocess
 
-        picture = decode(self.data, self.name)
+        picture = decoded(self.data, self.name)
         try:
             return preprocess(picture)
         except MemoryError:
             raise
         except Exception as error:  # decoders and conversions raise all kinds
-            raise PictureError(f"picture {self.name!r} cannot be converted: {str(error).rstrip('.')}. Open it in a viewer and save it anew.") from error
+            raise PictureError(f"picture {self.name!r} cannot be converted: {first_line(error).rstrip('.')}. Open it in a viewer and save it anew.") from error
 
 
 def take(data: bytes, name: str) -> Picture:
     """A checked picture; raises PictureError that says what is wrong with it and what to do."""
     if len(data) > MAX_MEGABYTES * 2**20:
         raise PictureError(f"picture {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}. Save it smaller.")
-    picture = decode(data, name)
-    picture.thumbnail((PREVIEW, PREVIEW))
+    picture = decoded(data, name)
+    if not (deep := picture.mode[0] in "FI"):  # of more than 8 bits; others are quicker to turn when they are small
+        picture.thumbnail((PREVIEW, PREVIEW))
     with contextlib.suppress(Exception):  # a damaged EXIF block raises all kinds, and tells nothing of how the picture is turned
         picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
+    if deep:
         with importing:
             from model.vision import eight_bits  # not above: only such a picture, and few are, waits for torch
         picture = eight_bits(picture)
+        picture.thumbnail((PREVIEW, PREVIEW))
     if picture.mode not in ("RGB", "RGBA", "L"):
-        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # leaves behind what is no pixel
     file = io.BytesIO()
     clean.save(file, "PNG")
     return Picture(name, file.getvalue(), data)
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """The first frame, decoded; raises PictureError for other formats, broken files and too many pixels."""
+def decoded(data: bytes, name: str) -> Image.Image:
+    """The first frame; raises PictureError for broken files, for what is no picture, and for too many pixels."""
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # our own limit stands below
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise PictureError(f"picture {name!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}. Save it smaller.")
         with _decoding:
-            picture.load()
-    except (PictureError, MemoryError):
+            return decode(data, MAX_PIXELS)[0]
+    except MemoryError:
         raise
-    except Image.DecompressionBombError as error:
-        raise PictureError(f"picture {name!r} has more than {MAX_PIXELS:,} pixels. Save it smaller.") from error
+    except ImageRefused as error:
+        raise PictureError(f"picture {name!r} cannot be read: {error}.") from error
     except Exception as error:  # decoders raise all kinds
-        raise PictureError(f"picture {name!r} cannot be read: it is broken, or none of {', '.join(FORMATS)}."
-                           " Open it in a viewer and save it anew.") from error  # fmt: skip
-    return picture
+        raise PictureError(f"picture {name!r} cannot be read: it is broken. Open it in a viewer and save it anew.") from error
 
 
 @functools.cache
 def examples(folder: Path) -> tuple[Picture, ...]:
     """The first pictures of the owner's folder, by name; what is no picture is left out."""
     found = []
-    for path in sorted(folder.iterdir()):
-        if len(found) < MAX_EXAMPLES and path.suffix.lower().removeprefix(".") in SUFFIXES and path.is_file():
+    for path in image_files(folder):
+        if len(found) < MAX_EXAMPLES and path.is_file():
             try:
                 found.append(take(path.read_bytes(), path.name))
             except (PictureError, OSError):

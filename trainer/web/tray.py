@@ -39,7 +39,7 @@ def picture_sources(visitor: Visitor, labels: Labels) -> None:
         state.uploads += 1  # a new, empty place for the next ones
 
     st.file_uploader(
-        labels("upload"), list(pictures.SUFFIXES), True, key=key, on_change=visitor.once(key, uploaded),
+        labels("upload"), accept_multiple_files=True, key=key, on_change=visitor.once(key, uploaded),
         max_upload_size=pictures.MAX_MEGABYTES,
         help=labels("upload_help", count=pictures.MAX_PICTURES, megabytes=pictures.MAX_MEGABYTES,
                     megapixels=pictures.MAX_PIXELS // 10**6),

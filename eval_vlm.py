@@ -17,6 +17,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from dataset.decode import IMAGE_SUFFIXES, image_files
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
 from model.storage import StorageError
@@ -25,7 +26,7 @@ from trainer.console import Screen
 from trainer.distributed import default_device
 from trainer.inference import Assistant, Chat, Sampling, load_assistant
 from trainer.scoring import ScoreJob, score
-from trainer.terminal import PICTURE_SUFFIXES, TerminalChat
+from trainer.terminal import TerminalChat
 
 FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."
 
@@ -74,9 +75,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def describe_folder(assistant: Assistant, folder: Path, sampling: Sampling, screen: Screen) -> None:
     """Streams a description of every picture in the folder; a broken one is reported and skipped."""
-    names = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES) if folder.is_dir() else []
+    names = image_files(folder) if folder.is_dir() else []
     if not names:
-        raise UsageError(f"--image_dir {folder}: no pictures there ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise UsageError(f"--image_dir {folder}: no pictures there (.jpg, .png, .webp and {len(IMAGE_SUFFIXES) - 3} more kinds)")
     for path in names:
         screen.write(f"\n[{path.name}] ")
         try:

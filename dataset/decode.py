@@ -35,6 +35,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ou
 class ImageRefused(Exception):
     """Says in words of ours why a file is not taken."""
 
+    strerror = property(str)  # which stand without the exception's name, see `errors.reason`
+
 
 def image_files(folder: Path) -> list[Path]:
     """The files of a folder that are named like images, in order; hidden ones are companions of others."""

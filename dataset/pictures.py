@@ -234,8 +234,6 @@ def load_picture(file: Path | BinaryIO, name: str, where: str = "", notes: list[
         picture, cut = decode(file.read_bytes() if isinstance(file, Path) else file.read(), MAX_PIXELS)
     except MemoryError:
         raise
-    except ImageRefused as error:
-        raise SampleError(f"picture {shown(name)} cannot be read: {error}", where) from error
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
         raise SampleError(f"picture {shown(name)} cannot be read: {reason(error)}", where) from error
     if cut and notes is not None:

@@ -1,11 +1,13 @@
 """A video as pictures: frames evenly spaced in time, each with its time.
 
-Decoding is PyAV's (FFmpeg), an optional requirement: requirements-video.txt. The packets' times are read first, without
+Moving images are Pillow's. Decoding of all else is PyAV's (FFmpeg), an optional requirement: requirements-video.txt. The packets' times are read first, without
 decoding: they are exact where a file's header is wrong or silent (recordings of browsers, variable frame rates). Then only
 the frames asked for are decoded, each from the key frame before it.
 """
 
+import math
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +16,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from model.vision import to_rgb
+
+from .decode import open_image
 from .errors import DataError, SampleError, reason, shown
 from .files import is_regular
 from .pictures import MAX_PIXELS
 
+ANIMATED_SUFFIXES = {".gif", ".webp", ".png", ".apng", ".avif", ".avifs"}
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp", ".wmv"}
 
 
@@ -37,22 +43,24 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
     """
     if count < 1:
         raise ValueError(f"{count} frames of a video")
-    try:
-        import av
-    except ImportError as error:
-        raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
     name = shown(str(path))
     try:
         if not is_regular(path):
             raise SampleError(f"video {name} cannot be read: it is a folder, a pipe or a device")
         if not os.path.getsize(path):
             raise SampleError(f"video {name} cannot be read: it is empty")
+        if frames := _animation(path, count):
+            return frames
+        import av
+
         # What a playlist disguised as a video names stays closed: no protocol is allowed but the file given.
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
             return _frames(container, _picture_stream(container, name), count, name)
-    except SampleError:
+    except (SampleError, MemoryError):
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except ImportError as error:
+        raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
+    except Exception as error:  # decoders raise all kinds
         raise SampleError(f"video {name} cannot be read: {reason(error)}") from error
 
 
@@ -85,31 +93,58 @@ def _picture_stream(container, name: str):
 
 def _frames(container, stream, count: int, name: str) -> list[Frame]:
     """Chooses by the packets' times, in ticks of the stream's time base, and decodes what was chosen."""
-    packets = sorted((packet.pts, packet.duration or 0, packet.is_keyframe) for packet in container.demux(stream)
-                     if packet.size and packet.pts is not None and not packet.is_discard)  # fmt: skip
+    packets = sorted((packet.pts, packet.duration or 0, packet.is_keyframe, packet.pts if packet.dts is None else packet.dts)
+                     for packet in container.demux(stream) if packet.size and packet.pts is not None and not packet.is_discard)  # fmt: skip
     if not packets:
         raise SampleError(f"video {name} has no frame with a time; a raw stream needs a container (mp4, mkv) around it")
-    ticks = [tick for tick, _, _ in packets]
+    ticks = [packet[0] for packet in packets]
     last = packets[-1][1] or (ticks[-1] - ticks[0]) / max(len(ticks) - 1, 1)  # as long as the others, where no one says
-    length = max(ticks[-1] - ticks[0] + last, 1)
-    middles = [ticks[0] + length * (2 * part + 1) / (2 * count) for part in range(count)]
-    wanted = sorted({ticks[bisect_right(ticks, middle) - 1] for middle in middles})
-    keys = [tick for tick, _, is_key in packets if is_key]
+    keys = [(tick, read_at) for tick, _, is_key, read_at in packets if is_key] or [(ticks[0], packets[0][3])]
     frames = [Frame(_upright(frame, stream), float((frame.pts - ticks[0]) * stream.time_base))
-              for frame in _decode(container, stream, wanted, keys)]  # fmt: skip
+              for frame in _decode(container, stream, _shown(ticks, ticks[-1] + last, count), keys)]  # fmt: skip
     if not frames:
         raise SampleError(f"video {name} cannot be read: no frame of it decodes")
     return frames
 
 
-def _decode(container, stream, wanted: list[int], keys: list[int]) -> Iterator:
-    """The first decodable frame at or after each wanted tick (ascending), none twice."""
+def _shown(ticks: list[float], end: float, count: int) -> list[float]:
+    """Those of the frames' times (ascending) that are on show in the middle of `count` equal parts of the time until `end`."""
+    length = max(end - ticks[0], 1)
+    middles = [ticks[0] + length * (2 * part + 1) / (2 * count) for part in range(count)]
+    return sorted({ticks[bisect_right(ticks, middle) - 1] for middle in middles})
+
+
+def _animation(path: str | Path, count: int) -> list[Frame]:
+    """The frames of a GIF, WebP, PNG or AVIF that moves; none of other files."""
+    with open(path, "rb") as file:
+        if not re.match(rb"GIF8|\x89PNG|RIFF....WEBP|....ftypavis", file.read(12), re.DOTALL):
+            return []
+        file.seek(0)
+        image, ticks = open_image(file.read(), MAX_PIXELS), [0]
+    frames = range(getattr(image, "n_frames", 1))
+    for number in frames:
+        image.seek(number)
+        image.load()  # which some formats' durations wait for
+        ticks.append(ticks[-1] + (image.info.get("duration") or 100))  # ms; as browsers do where none is given
+    wanted = set(_shown(ticks[:-1], ticks[-1], count))
+    chosen = []
+    for number in frames:
+        if ticks[number] in wanted:
+            image.seek(number)
+            chosen.append(Frame(to_rgb(image.copy()), ticks[number] / 1000))
+    return chosen
+
+
+def _decode(container, stream, wanted: list[int], keys: list[tuple[int, int]]) -> Iterator:
+    """The first decodable frame at or after each wanted tick (ascending), none twice. Containers are searched by the times at
+    which packets are read, which are earlier than those of pictures: `keys` has both, of key frames."""
     frames, at = iter(()), None
     for tick in wanted:
         if at is not None and at >= tick:
             continue  # what stood between could not be decoded
-        if at is None or bisect_right(keys, tick) > bisect_right(keys, at):
-            frames = _after_seek(container, stream, tick)
+        key = bisect_right(keys, (tick, math.inf))
+        if at is None or key > bisect_right(keys, (at, math.inf)):
+            frames = _after_seek(container, stream, tick, (keys[max(0, key - 1)][1], min(keys)[1]))
         for frame in frames:
             at = frame.pts
             if at >= tick:
@@ -117,10 +152,11 @@ def _decode(container, stream, wanted: list[int], keys: list[int]) -> Iterator:
                 break
 
 
-def _after_seek(container, stream, tick: int) -> Iterator:
-    """Frames from the key frame before `tick` on; from the beginning where the container finds no way there."""
+def _after_seek(container, stream, tick: int, starts: tuple[int, int]) -> Iterator:
+    """Frames from the key frame before `tick` on, which is read at the first of `starts`; from the second, the beginning,
+    where the container finds no way there."""
     frames = iter(())
-    for start in (tick, stream.start_time or 0):
+    for start in starts:
         container.seek(start, stream=stream)
         frames = _decodable(container, stream)
         first = next(frames, None)

@@ -127,10 +127,10 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
-def text_bomb() -> bytes:
-    """A PNG whose comment unfolds to many megabytes."""
+def text_comment(length: int) -> bytes:
+    """A PNG with a packed comment."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("comment", "a" * 3_000_000, zip=True)
+    info.add_text("comment", "a" * length, zip=True)
     return encoded(RED, pnginfo=info)
 
 
@@ -143,15 +143,26 @@ PICTURES = {
     "zero bytes": (b"", "cannot be read: it is empty"),
     "truncated png": (encoded(RED)[:60], "cannot be read"),
     "truncated jpeg": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:900], "cannot be read"),
-    "only a header": (b"\x89PNG\r\n\x1a\n", "cannot be read"),
-    "text": (b"this is no picture", "cannot be read"),
-    "html": (b"<html><body>404 Not Found</body></html>", "cannot be read"),
+    "jpeg cut by a few bytes": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:-9], None),
+    "only a header": (b"\x89PNG\r\n\x1a\n", "it is an image, but damaged or cut short"),
+    "text": (b"this is no picture", "it is text, not an image"),
+    "html": (b"<html><body>404 Not Found</body></html>", "it is a web page, perhaps an error that was saved in place"),
+    "another html": (b"\n<!DOCTYPE html>\n<head>", "it is a web page"),
+    "error of a store": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "it is text"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "it is a PDF"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+    "mp4": (b"\0\0\0\x20ftypisom\0\0\2\0" + bytes(50), "it is a video"),
+    "matroska": (b"\x1aE\xdf\xa3" + bytes(50), "it is a video"),
+    "heic": (b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(50), "it is HEIC|cannot be read"),
+    "jpeg xl": (b"\xff\x0a\xe80" + bytes(50), "it is JPEG XL|cannot be read"),
     "zeros": (b"\0" * 5000, "cannot be read"),
     "noise": (np.random.default_rng(0).bytes(5000), "cannot be read"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "cannot be read"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "it is an SVG drawing"),
+    "svg with a head": (b'<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x">\n<svg/>', "it is an SVG drawing"),
     "a bit flipped in a png": (encoded(RED)[:45] + b"\xff" + encoded(RED)[46:], "cannot be read"),
-    "bomb": (bomb(), "DecompressionBombError"),
-    "text bomb": (text_bomb(), "cannot be read"),
+    "bomb": (bomb(), "more than 90,000,000 pixels"),
+    "a long comment": (text_comment(3_000_000), None),
+    "text bomb": (text_comment(70_000_000), "Decompressed data too large"),
     "jpeg called png": (encoded(RED, "JPEG"), None),
     "16 bit": (encoded(Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16))), None),
     "32 bit float": (encoded(Image.fromarray(np.full((20, 20), 0.5, dtype=np.float32)), "TIFF"), None),

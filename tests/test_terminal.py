@@ -160,6 +160,11 @@ def test_ctrl_c_before_the_first_word_keeps_the_question(talk, monkeypatch):
     assert talk("/retry") and talk.chat.exchanges[0].question == "What?" and not talk.chat.queue
 
 
+def test_memory_that_runs_out_is_told_and_the_chat_lives_on(talk, monkeypatch):
+    monkeypatch.setattr(terminal, "load_picture", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    assert "MemoryError" in talk("/image red.png") and not talk.chat.queue
+
+
 def test_ctrl_c_ends_a_command(talk, monkeypatch):
     monkeypatch.setattr(terminal, "load_picture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert "(stopped)" in talk("/image red.png") and not talk.chat.queue
@@ -290,6 +295,11 @@ def test_completion(folder, monkeypatch, tmp_path):
     (folder / "notes.md").touch()
     assert complete("/i") == ["/image "] and complete("/re") == ["/retry ", "/reset "] and complete("/image") == ["/image "]
     assert complete("what") == complete("") == complete("/undo x") == []
+    for name in ("phone.heic", "a.AVIF", "b.tga", "c.jp2", "moves.webp"):
+        (folder / name).touch()
+        assert complete(f"/image {name[:2]}") == [f"/image {name}"]
+        assert complete(f"/video {name[:2]}") == ([f"/video {name}"] if name in ("moves.webp", "a.AVIF") else [])
+        (folder / name).unlink()
     assert complete("/image ") == ["/image broken.png", "/image my blue.png", "/image pictures/", "/image red.png"]
     assert complete("/image my b") == ["/image my blue.png"] and complete("/image .h") == ["/image .hidden.png"]
     assert complete(f"/video {folder}/") == [f"/video {folder}/pictures/", f"/video {folder}/v.mp4"]
@@ -433,11 +443,13 @@ def test_a_person_at_the_terminal(folder, tower_folder, tokenizer, tmp_path):
     person.reads("changes that)\x1b[0m\r\n")
     assert (again := person.reads("\r\n")) and said.startswith(again)
     person.reads(">\x1b[0m ")
-    person.types("half a line")
-    person.reads("half a line")
-    time.sleep(1)  # a signal between readline's last key and its wait for the next would be answered with that one only
-    person.types("\x03")
-    person.reads("Ctrl-D or /exit leaves")
+    for typed, answer in (("", "Ctrl-D or /exit leaves"), ("half a line", "\r\n"), ("half a line", "\r\n"), ("", "Ctrl-D or /exit leaves")):
+        person.types(typed)
+        person.reads(typed)
+        time.sleep(1)  # a signal between readline's last key and its wait for the next would be answered with that one only
+        person.types("\x03")
+        assert "leaves" not in person.reads(answer)
+        person.reads(">\x1b[0m ")
     person.types("/exit\n")
     assert person.process.wait(timeout=60) == 0
     os.close(person.screen)

@@ -17,12 +17,12 @@ from dataset.video import Frame, clock, labels, read_frames
 SIZE = (96, 64)
 
 
-def make_video(path: Path, ticks: list[int], rate: int = 10, codec: str = "mpeg4", draw=None, **options) -> Path:
+def make_video(path: Path, ticks: list[int], rate: int = 10, codec: str = "mpeg4", draw=None, group: int = 12, **options) -> Path:
     """Frame number k (its red says which: 255 * k / all) appears at tick k, `rate` ticks a second; B-frames, key frames
-    every 12."""
+    every `group`."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={"bf": "2", **options})
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = *SIZE, "yuv420p", 12
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = *SIZE, "yuv420p", group
         stream.codec_context.time_base, stream.bit_rate = Fraction(1, rate), 4_000_000
         for number, tick in enumerate(ticks):
             colour = (255 * number // len(ticks), 0, 255 - 255 * number // len(ticks))
@@ -68,12 +68,24 @@ def test_time_decides_where_the_rate_varies(tmp_path):
     assert len(read_frames(path, 20_000)) == 42, "parts of half a millisecond: all frames"
 
 
-def test_an_animation_is_a_video(tmp_path):
+@pytest.mark.parametrize(("suffix", "codec"), [("ts", "libx264"), ("m2ts", "libx264"), ("ts", "mpeg2video"), ("mp4", "libx264"), ("mkv", "libx264")])
+@pytest.mark.parametrize(("there", "group"), [(60, 1000), (120, 50)])
+def test_the_first_group_of_pictures_is_not_lost(tmp_path, suffix, codec, there, group):
+    frames = read_frames(make_video(tmp_path / f"v.{suffix}", list(range(there)), codec=codec, group=group, sc_threshold="0"), 6)
+    middles = [there * (2 * part + 1) // 12 for part in range(6)]
+    assert [frame.seconds for frame in frames] == pytest.approx([number / 10 for number in middles], abs=0.002)
+    assert numbers(frames, there) == pytest.approx(middles, abs=2)
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("gif", {}), ("webp", {"lossless": True}), ("png", {}), ("apng", {}), ("avif", {"quality": 95})])
+def test_an_animation_is_a_video(tmp_path, suffix, options):
     colours = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
-    colours[0].save(tmp_path / "v.gif", save_all=True, append_images=colours[1:], duration=[1000, 200, 5000])
-    frames = read_frames(tmp_path / "v.gif", 40)
-    assert [frame.picture.getpixel((5, 5)) for frame in frames] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    colours[0].save(tmp_path / f"v.{suffix}", save_all=True, append_images=colours[1:], duration=[1000, 200, 5000], **options)
+    frames = read_frames(tmp_path / f"v.{suffix}", 40)
+    assert [frame.picture.getpixel((5, 5)) for frame in frames] == [pytest.approx(colour, abs=6) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     assert labels(frames) == ["0:00.0", "0:01.0", "0:01.2"]
+    (frame,) = read_frames(tmp_path / f"v.{suffix}", 1)
+    assert frame.picture.getpixel((5, 5))[2] > 240, "on show in the middle"
 
 
 @pytest.mark.parametrize(("there", "asked"), [(1, 8), (1, 1), (3, 8), (5, 5)])
@@ -151,8 +163,11 @@ def test_a_giant_is_refused(tmp_path, monkeypatch):
 
 def test_without_pyav_the_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "v.mp4").write_bytes(b"\0\0\0\x20ftypisom")
     with pytest.raises(DataError, match=r"pip install -r requirements-video\.txt"):
         read_frames(tmp_path / "v.mp4", 1)
+    Image.new("L", (9, 9)).save(tmp_path / "v.gif", save_all=True, append_images=[Image.new("L", (9, 9), 9)], duration=50)
+    assert len(read_frames(tmp_path / "v.gif", 2)) == 2, "moving images need none"
 
 
 def test_times_as_text():

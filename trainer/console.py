@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -121,3 +122,9 @@ def use_readline(history: Path | None, complete: Callable[[str], list[str]]) -> 
                     readline.append_history_file(1, history)
 
     return remember
+
+
+def half_typed() -> str:
+    """The line that Ctrl-C left unfinished, as far as readline knows."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""

@@ -12,17 +12,17 @@ from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from dataset.decode import IMAGE_SUFFIXES
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
-from dataset.video import VIDEO_SUFFIXES, labels, read_frames
+from dataset.video import ANIMATED_SUFFIXES, VIDEO_SUFFIXES, labels, read_frames
 from model.storage import StorageError, write_atomically
 
 from .config import UsageError
-from .console import STYLES, Screen, complete_path, history_file, use_readline
+from .console import STYLES, Screen, complete_path, half_typed, history_file, use_readline
 from .inference import Chat, Sampling
 from .markdown import escape
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 COMMANDS = {
     "/image": ("PATH", "show a picture with the next question; several: repeat it"),
     "/video": ("PATH", "show frames of a video with the next question"),
@@ -34,7 +34,7 @@ COMMANDS = {
     "/help": ("", "this list"),
     "/exit": ("", "leave; Ctrl-D does, too"),
 }
-FOLLOWED_BY = {"/image": PICTURE_SUFFIXES, "/video": VIDEO_SUFFIXES | {".gif"}, "/save": {".md"}}  # files to complete
+FOLLOWED_BY = {"/image": IMAGE_SUFFIXES, "/video": VIDEO_SUFFIXES | ANIMATED_SUFFIXES, "/save": {".md"}}  # files to complete
 PARAMETERS = {field.name: field.type for field in dataclasses.fields(Sampling)}
 
 
@@ -69,7 +69,7 @@ class TerminalChat:
         self.unanswered: str | None = None  # the last question, when no answer came
 
     def run(self, title: str = "") -> None:
-        """Until /exit, the end of input, or Ctrl-C twice in a row."""
+        """Until /exit, the end of input, or Ctrl-C twice in a row at an empty prompt."""
         prompt, remember = "", None
         if interactive := sys.stdin.isatty():
             prompt, remember = self._prompt(), use_readline(history_file(os.environ), complete)
@@ -83,11 +83,11 @@ class TerminalChat:
                 self.screen.write("\n" if interactive else "")
                 return
             except KeyboardInterrupt:
-                if interrupted or not interactive:
+                if not interactive or (interrupted and not half_typed()):
                     self.screen.write("\n")
                     return
-                self.screen.say("\n(Ctrl-C again, Ctrl-D or /exit leaves)")
-                interrupted = True
+                interrupted = not half_typed()
+                self.screen.say("\n(Ctrl-C again, Ctrl-D or /exit leaves)" if interrupted else "")
                 continue
             interrupted = False
             if line and remember:
@@ -108,8 +108,8 @@ class TerminalChat:
                 self.screen.say(f"no such command: {command}; /help lists them{shown}", "error")
             elif line:
                 self.ask(line)
-        except (UsageError, SampleError, DataError, StorageError, OSError, RuntimeError) as error:
-            self.screen.say(str(error), "error")  # RuntimeError: memory ran out, or a ~name nobody has
+        except (UsageError, SampleError, DataError, StorageError, OSError, RuntimeError, MemoryError) as error:
+            self.screen.say(str(error) or type(error).__name__, "error")  # RuntimeError: memory ran out, or a ~name nobody has
         except KeyboardInterrupt:
             self.screen.say("\n(stopped)")
         return True

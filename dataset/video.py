@@ -23,7 +23,7 @@ from .errors import DataError, SampleError, reason, shown
 from .files import is_regular
 from .pictures import MAX_PIXELS
 
-ANIMATED_SUFFIXES = {".gif", ".webp", ".png", ".apng", ".avif", ".avifs"}
+ANIMATED_SUFFIXES = {".gif", ".webp", ".apng", ".avif", ".avifs"}
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp", ".wmv"}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -132,6 +133,29 @@ def test_long_words_of_questions_and_answers_stay_in_their_places(figures, token
     for text in figure.axes[0].texts:
         assert not any(text.get_window_extent(renderer).overlaps(picture) for picture in pictures), text.get_text()
     assert "corresponding" in [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_no_word_becomes_boxes(figures, tokenizer, tmp_path, monkeypatch, installed):
+    """By whatever fonts there are; without any for it, a character is written as its code."""
+    if not installed:
+        usual = [font for font in canvas.font_manager.fontManager.ttflist if font.name.startswith(canvas.FONT)]
+        monkeypatch.setattr(canvas.font_manager.fontManager, "ttflist", usual)
+    canvas.font_of.cache_clear()
+    assistant = Assistant(make_model(tower=make_tower()), tokenizer)
+    monkeypatch.setattr(Assistant, "generate", lambda *_: ["一隻貓 \U0001F408"])
+    run = tmp_path / "訓練_$1$_32.metrics.jsonl"
+    run.write_text('{"update": 1, "loss": 8.5}\n{"update": 2, "loss": 8.0}\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a glyph that is missing
+        attention.draw_attention(tmp_path / "a.png", assistant, [CAT], "這是什麼？")
+        loss.draw_loss(tmp_path / "b.png", [run])
+    canvas.font_of.cache_clear()
+    words = [text.get_text() for text in figures[0][0].axes[0].texts]
+    if not installed:
+        assert any(word.startswith(r"\u9019\u662f") for word in words)
+    elif canvas.font_of("貓"):
+        assert "這是什麼？" in words
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -25,7 +25,7 @@ from tests.browser import CHROMIUM, Guest, chromium, free_port, serve
 from tests.conftest import COLOURS, REPOSITORY, make_model, make_tower, run_script, training_flags, write_jsonl
 from trainer.inference import Sampling
 from trainer.web import engine as engine_module
-from trainer.web import pictures
+from trainer.web import pictures, tray
 from trainer.web.engine import Engine
 from trainer.web.models import Loading, ModelShelf
 from trainer.web.problems import explain
@@ -169,6 +169,32 @@ def test_a_picture_of_16_bits_is_shown_as_the_model_sees_it(form, mode):
     assert [preview.getpixel((x, 9)) for x in range(224)] == taken.pixels()[0, 9].tolist() and preview.getextrema() == (0, 255)
 
 
+@pytest.mark.parametrize(("form", "options"), [("AVIF", {"quality": 100}), ("TGA", {}), ("JPEG2000", {}), ("ICO", {"sizes": [(64, 64)]}), ("PPM", {}), ("TIFF", {}), ("QOI", {}), ("PCX", {})])
+def test_the_page_takes_what_training_takes(form, options):
+    taken = pictures.take(picture_bytes("red", form=form, **options), "photo")
+    assert Image.open(io.BytesIO(taken.preview)).convert("RGB").getpixel((9, 9)) == pytest.approx((255, 0, 0), abs=4)
+    assert taken.pixels()[:, 100, 100].tolist() == pytest.approx([255, 0, 0], abs=4)
+
+
+def test_a_picture_short_of_a_few_bytes_is_taken():
+    assert Image.open(io.BytesIO(pictures.take(picture_bytes("red", form="JPEG")[:-2], "p.jpg").preview)).getpixel((9, 60))[0] > 250
+
+
+def test_a_picture_of_floats_is_shown_as_the_model_sees_it():
+    file = io.BytesIO()
+    Image.fromarray(np.tile(np.linspace(0, 1, 224, dtype=np.float32), (224, 1))).save(file, "TIFF")
+    taken = pictures.take(file.getvalue(), "p.tif")
+    preview = Image.open(io.BytesIO(taken.preview))
+    assert [preview.getpixel((x, 9)) for x in range(224)] == taken.pixels()[0, 9].tolist() and preview.getextrema() == (0, 255)
+
+
+def test_companions_are_no_examples(tmp_path):
+    for name in ("a.png", "._a.png", ".b.png", "c.tga"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    assert [picture.name for picture in pictures.examples(tmp_path)] == ["a.png", "c.tga"]
+
+
 def test_pictures_are_taken_without_torch():
     """The page is shown before torch is there; examples are on it."""
     code = ("import io, sys; from PIL import Image; from trainer.web import pictures; file = io.BytesIO(); "
@@ -306,6 +332,19 @@ def test_labels_are_whole_in_both_languages():
         assert set(places.findall(english)) == set(places.findall(chinese)), key
     assert set(re.findall(r'labels\("(\w+)"', source)) <= set(TEXTS)
     assert Labels("zh")("stop") == "停止" and preferred("zh-TW") == "zh" and preferred("de") == preferred(None) == "en"
+
+
+@pytest.mark.parametrize(("url", "allowed"), [
+    ("http://192.168.1.7:8501/chat", False), ("http://gpu.example.org", False), ("http://localhost.example.org", False), ("http://[2001:db8::1]:8501", False),
+    ("http://localhost:8501", True), ("http://127.0.0.1:8501/chat", True), ("http://[::1]:8501", True), ("http://page.localhost", True),
+    ("https://gpu.example.org", True), (None, True),
+])  # fmt: skip
+def test_the_camera_is_offered_where_browsers_give_it(url, allowed, monkeypatch):
+    shown: dict = {}
+    monkeypatch.setattr(tray.st, "context", types.SimpleNamespace(url=url))
+    monkeypatch.setattr(tray.st, "toggle", lambda label, **options: shown.update(options))
+    tray.camera(None, Labels("zh"))
+    assert shown["disabled"] != allowed and ("https://" in (shown["help"] or "")) != allowed
 
 
 def test_text_stays_itself_in_markdown():

@@ -1,22 +1,47 @@
 """What the drawings share: a sheet with boxes, arrows and words, and colours. Needs matplotlib (requirements-dev.txt)."""
 
+import functools
 import io
 from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
 matplotlib.use("Agg")
+FONT = "DejaVu Sans"  # comes with matplotlib
 INK, PAPER = "#1c2733", "white"
 TEXT, PICTURE, FROZEN, EXPERT, PLAIN, LOSS = (  # (face, edge) of boxes
     ("#dce9f8", "#2a63a5"), ("#fde6cd", "#c4670f"), ("#eceef0", "#6b7683"), ("#dff0df", "#3a8044"),
     ("#f7f8fa", "#8a94a0"), ("#fadcdc", "#b23a3a"),
 )  # fmt: skip
 UNIT, DOTS = 1 / 92, 166  # inches of a unit of length, and dots an inch: 1,000 units are 1,800 pixels
+
+
+@functools.cache
+def font_of(character: str) -> str | None:
+    """The family of an installed font that has the character, the usual one if it does."""
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name != FONT, font.name)):
+        if not font.name.startswith("Last Resort") and ord(character) in charmap(font.fname):  # that one has boxes for all
+            return font.name
+    return None
+
+
+@functools.cache
+def charmap(file: str) -> dict[int, int]:
+    """The characters of a font."""
+    return font_manager.get_font(file).get_charmap()
+
+
+def drawable(words: str) -> tuple[str, list[str]]:
+    """Words that come out as they are rather than as boxes, and the fonts for it: what no font has is written as its code."""
+    fonts = {character: FONT if character.isspace() else font_of(character) for character in words}
+    words = "".join(character if fonts[character] else character.encode("unicode_escape").decode() for character in words)
+    return words, list(dict.fromkeys([FONT, *filter(None, fonts.values())]))
 
 
 class Canvas:
@@ -30,13 +55,16 @@ class Canvas:
 
     def text(self, x: float, y: float, words: str, size: float = 10, **style) -> None:
         """Words centred at (x, y)."""
-        self.axes.text(x, y, words, fontsize=size, parse_math=False, **{"ha": "center", "va": "center", "color": INK} | style)
+        words, fonts = drawable(words)
+        style = {"ha": "center", "va": "center", "color": INK, "family": fonts} | style
+        self.axes.text(x, y, words, fontsize=size, parse_math=False, **style)
 
     def line(self, x: float, y: float, words: str, width: float, size: float = 10, **style) -> None:
         """Words from x on, in one line, without the last ones where they would take more than `width` units."""
         words = " ".join(words.split())
         self.text(x, y, words, size, ha="left", **style)
         text = self.axes.texts[-1]
+        words = text.get_text()
         while words and text.get_window_extent(self.figure.canvas.get_renderer()).width > width * UNIT * self.figure.dpi:
             words = words[:-1]
             text.set_text(f"{words}…")

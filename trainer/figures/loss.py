@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from model import VLMConfig
 from trainer.config import UsageError
 
-from .canvas import INK, PAPER, PICTURE, TEXT, UNIT, save_figure
+from .canvas import INK, PAPER, PICTURE, TEXT, UNIT, drawable, save_figure
 
 
 def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -48,7 +48,8 @@ def draw_loss(path: Path, files: list[Path]) -> None:
             axis.legend(loc="lower left", frameon=False)
         axis.axhline(math.log(vocabulary), color="#8a94a0", linestyle="--", linewidth=1)
         axis.set_yscale("log")
-        axis.set_title(f"{file.name.removesuffix('.metrics.jsonl')}: {curves['loss'][-1][1]:.2g} at the end", fontsize=11, fontweight="bold", color=INK)
+        title, fonts = drawable(f"{file.name.removesuffix('.metrics.jsonl')}: {curves['loss'][-1][1]:.2g} at the end")
+        axis.set_title(title, fontsize=11, fontweight="bold", color=INK, fontfamily=fonts, parse_math=False)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss")

@@ -37,7 +37,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "upload_help": ("Up to {count} pictures a question, {megabytes} MB and {megapixels} megapixels each.", "每個問題最多 {count} 張圖片，每張最多 {megabytes} MB、{megapixels} 百萬像素。"),
     "examples": ("Or take an example:", "或選一個範例："),
     "camera": ("Camera", "相機"),
-    "camera_close": ("Close the camera", "關閉相機"),
+    "camera_closed": ("Browsers give the camera to pages at https:// or on this very machine only. Open the page that way (an ssh tunnel to localhost does), or drop pictures.", "瀏覽器只允許 https:// 或本機的網頁使用相機。請改用那樣的網址（用 ssh 通道連到 localhost 也行），或直接拖放圖片。"),
     "pictures": ("Pictures", "圖片"),
     "remove": ("Remove {name}", "移除 {name}"),
     "lost": ("A picture was lost on its way here. Drop it again.", "有一張圖片在傳送途中遺失了，請再拖放一次。"),

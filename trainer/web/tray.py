@@ -1,5 +1,8 @@
 """Where pictures come from, and those that the next question shows."""
 
+import re
+from urllib.parse import urlsplit
+
 import streamlit as st
 from streamlit.runtime import get_instance
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -53,10 +56,17 @@ def picture_sources(visitor: Visitor, labels: Labels) -> None:
     camera(visitor, labels)
 
 
+def may_film(url: str | None) -> bool:
+    """Whether browsers let the page at this address ask for a camera: over https, or from the visitor's own machine."""
+    place = urlsplit(url or "")
+    return place.scheme != "http" or bool(re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1", place.hostname or ""))
+
+
 def camera(visitor: Visitor, labels: Labels) -> None:
     """The camera, asked for only when it is wanted: browsers ask for permission as soon as it is there."""
     state = st.session_state
-    if not st.toggle(labels("camera"), key="camera"):
+    allowed = may_film(st.context.url)
+    if not st.toggle(labels("camera"), key="camera", disabled=not allowed, help=None if allowed else labels("camera_closed")):
         return
     key = f"shot_{state.setdefault('shots', 0)}"
 

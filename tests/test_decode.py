@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from torch.utils.data import DataLoader
 
 from dataset import decode as decoding
 from dataset.decode import IMAGE_SUFFIXES, ImageRefused, decode, image_files
@@ -19,6 +20,9 @@ from tests.conftest import write_jsonl
 
 GRAIN = np.random.default_rng(0).normal(0, 8, (300, 400, 3))
 PHOTO = Image.fromarray((np.indices((300, 400))[[0, 1, 0]].transpose(1, 2, 0) % 200 + 30 + GRAIN).clip(0, 255).astype(np.uint8))
+
+
+ROW = {"conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}], "image": "a.png"}
 
 
 def encoded(image: Image.Image, form: str, **options) -> bytes:
@@ -67,11 +71,10 @@ def test_much_that_is_missing_is_not_hidden_in_few_rows():
 
 
 def test_a_truncated_image_is_used_named_and_counted(renderer, tmp_path):
-    turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]
     data = encoded(PHOTO, "JPEG")
     for name, content in (("a.jpg", data), ("b.jpg", data[:-10]), ("c.jpg", data[:-9000])):
         (tmp_path / name).write_bytes(content)
-    samples = [{"conversations": turns, "image": name} for name in ("a.jpg", "b.jpg", "c.jpg")]
+    samples = [ROW | {"image": name} for name in ("a.jpg", "b.jpg", "c.jpg")]
     path = write_jsonl(tmp_path / "data.jsonl", samples)
     dataset = VLMDataset(open_samples(path), open_images(tmp_path), renderer, 640)
     batch = collate(dataset.__getitems__([0, 1, 2]), 0, 196)
@@ -165,7 +168,7 @@ def test_suffixes_are_those_of_what_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["decode", "preprocess"])
-def test_memory_that_runs_out_is_no_bad_sample(step, tmp_path, monkeypatch):
+def test_memory_that_runs_out_is_no_bad_sample(step, renderer, tmp_path, monkeypatch):
     RED.save(tmp_path / "a.png")
 
     def run_out(*_):
@@ -174,6 +177,9 @@ def test_memory_that_runs_out_is_no_bad_sample(step, tmp_path, monkeypatch):
     monkeypatch.setattr(f"dataset.pictures.{step}", run_out)
     with pytest.raises(MemoryError):
         open_images(tmp_path).pixels("a.png")
+    dataset = VLMDataset(open_samples(write_jsonl(tmp_path / "a.jsonl", [ROW])), open_images(tmp_path), renderer, 640)
+    with pytest.raises(MemoryError):  # also out of a loader process
+        next(iter(DataLoader(dataset, num_workers=1, collate_fn=lambda items: collate(items, 0, 196))))
     assert reason(MemoryError()) == "MemoryError" and reason(ValueError("odd")) == "ValueError: odd"
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from model import MiniMindVLM, VLMConfig, storage
 from model.weights import load_weights, save_weights
@@ -292,6 +293,18 @@ def test_a_bad_sample_is_skipped_named_and_counted(data, tower_folder, tmp_path)
         [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 130)])  # fmt: skip
     done = train((plain, data[1]), tower_folder, tmp_path / "c", batch_size=16)
     assert "plain.jsonl:1" in done.stderr and read_metrics(tmp_path / "c", NAME)[-1]["bad_samples"] == 1
+
+
+def test_a_truncated_picture_is_used_named_once_and_counted(tower_folder, tmp_path):
+    for name in ("whole.jpg", "cut.jpg"):
+        Image.effect_noise((90, 60), 40).save(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-5])
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "noise"}]
+    rows = write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns, "image": name} for name in ("whole.jpg", "cut.jpg")])
+    done = train((rows, tmp_path), tower_folder, tmp_path / "a", epochs=2, on_bad_sample="raise")
+    assert done.stderr.count("data.jsonl:2: picture 'cut.jpg' is truncated; used") == 1
+    line = read_metrics(tmp_path / "a", NAME)[-1]
+    assert (line["update"], line["truncated_samples"], line["bad_samples"]) == (2, 2, 0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path, capsys):

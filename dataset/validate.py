@@ -4,7 +4,7 @@
     python -m dataset.validate "shards/*.parquet" --plot lengths.png
 
 Every sample is checked, tokenized and its pictures decoded, in several processes. Prints what is wrong by kind, with the
-first places of each; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
+first places of each; what is odd about good ones; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
 and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from operator import iadd
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from model.errors import UsageError
 from model.processing import load_tokenizer
 
-from .conversation import Renderer
+from .conversation import Renderer, Turn
 from .errors import DataError, SampleError
 from .files import check_plot
 from .pictures import ImageSource, open_images
@@ -39,6 +40,7 @@ from .sources import Mixture, open_samples
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 256  # samples that a process checks at a time
 SHOWN = 5  # places named for each kind of trouble
+STAGES = {640: "train_pretrain_vlm.py", 1536: "train_sft_vlm.py"}  # by their --max_seq_len
 WIDTH = 50  # characters of the longest bar
 
 
@@ -53,7 +55,6 @@ class Report:
     places: dict[str, list[str]] = field(default_factory=dict)  # the first of each kind
     supervised: int = 0  # tokens
     used: int = 0  # tokens that max_seq_len leaves
-    cut: int = 0  # samples longer than max_seq_len that can still be used
     numbers: array = field(default_factory=lambda: array("Q"))  # of the good samples
     lengths: array = field(default_factory=lambda: array("I"))  # their tokens
     hashes: array = field(default_factory=lambda: array("Q"))  # of their content
@@ -66,7 +67,7 @@ class Report:
 
     def add(self, other: "Report") -> None:
         """Takes up what another report found."""
-        for name in ("samples", "pictures", "supervised", "used", "cut", "numbers", "lengths", "hashes"):
+        for name in ("samples", "pictures", "supervised", "used", "numbers", "lengths", "hashes"):
             setattr(self, name, iadd(getattr(self, name), getattr(other, name)))  # arrays grow in place
         for ours, theirs in ((self.bad, other.bad), (self.remarks, other.remarks)):
             for kind, count in theirs.items():
@@ -85,6 +86,18 @@ def kind_of(error: SampleError) -> str:
     """The problem without the values in it: names and numbers differ from sample to sample, but not those of a path."""
     problem = re.sub(r"'[^']*'|b'[^']*'|\"[^\"]*\"", "...", error.problem)
     return re.sub(r"\S*/[^:]*|\d+", lambda found: found[0] if "/" in found[0] else "N", problem)[:100]
+
+
+def oddities(turns: tuple[Turn, ...]) -> Iterator[str]:
+    """What is trained on as it stands, though it is seldom meant."""
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    if roles[0] == "assistant":
+        yield "the assistant speaks first"
+    for role in ("user", "assistant"):
+        if (role, role) in pairwise(roles):
+            yield f"two turns of the {role} in a row"
+    if any(turn.role == "assistant" and not turn.content.strip() for turn in turns):
+        yield "an empty answer"
 
 
 class Checker:
@@ -107,12 +120,12 @@ class Checker:
             except SampleError as error:
                 report.note(report.bad, kind_of(error), 1, [str(error)])
                 continue
+            notes += (SampleError(kind, sample.where) for kind in oddities(sample.turns))
             for note in notes:
                 report.note(report.remarks, kind_of(note), 1, [str(note)])
             report.pictures += len(sample.images)
             report.supervised += int((used.labels[1:] != -100).sum())
             report.used += len(used)
-            report.cut += len(whole) > len(used)
             content = hashlib.blake2b(repr([sample.turns, sample.images]).encode(errors="surrogatepass"), digest_size=8)
             report.numbers.append(index)
             report.lengths.append(len(whole))
@@ -190,7 +203,9 @@ def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
     print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest}; {report.supervised / report.used:.1%}"
           " of those trained on carry loss")  # fmt: skip
     print(histogram(lengths))
-    print(f"--max_seq_len {args.max_seq_len} cuts {report.cut:,} of them ({report.cut / len(lengths):.2%})")
+    for limit in sorted({*STAGES, args.max_seq_len}):
+        cut = int((lengths > limit).sum())
+        print(f"--max_seq_len {limit} cuts {cut:,} of them ({cut / len(lengths):.2%})" + (f", the default of {STAGES[limit]}" if limit in STAGES else ""))
     again, first = report.duplicates()
     print(f"{counted(len(again), 'sample')} standing there more than once" + "".join(
         f"\n      {samples.where(int(b))} is {samples.where(int(a))}" for a, b in zip(first[:SHOWN], again[:SHOWN], strict=True)))  # fmt: skip
@@ -212,11 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", help="what --data_path of training takes")
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
     parser.add_argument("--tokenizer_path", default=str(REPOSITORY / "model"))
-    parser.add_argument("--max_seq_len", type=int, default=1536)
+    parser.add_argument("--max_seq_len", type=int, default=1536, help="as SFT has it; samples are bad that do not fit, so give 640 for captions")
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")
     parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--plot", help="file for a picture of the lengths")
+    parser.add_argument("--plot", help="file for a picture of the lengths; needs matplotlib (pip install matplotlib)")
     args = parser.parse_args(argv)
     if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:
         parser.error("--max_seq_len, --batch_size, --processes and --tokens_per_second are greater than 0")

@@ -32,6 +32,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+import train_pretrain_vlm
+import train_sft_vlm
 from dataset import convert, foreign, index, jsonl, pictures, sources, validate
 from dataset import parquet as parquet_samples
 from dataset.conversation import Renderer, parse_sample
@@ -45,6 +47,7 @@ from dataset.vlm_dataset import VLMDataset, collate
 from model.vision import preprocess
 from tests.conftest import REPOSITORY, make_data, read_until, start_on_disk, write_jsonl
 from tests.test_training import assert_same, train, weights
+from trainer.config import TrainConfig
 from trainer.sampler import ResumableSampler
 
 
@@ -670,6 +673,30 @@ def test_kinds_of_trouble_and_small_numbers_are_told_as_people_read_them(tmp_pat
     assert "1 sample, 1 picture; 0 bad" in said and "an epoch: 1 sample, 1 update of 4" in said and "with 1 process\n" in said
     assert convert.main([str(path), "--images_path", str(pictures), "--out", str(tmp_path / "shards")]) == 0
     assert capsys.readouterr().out.startswith("1 sample in ")
+
+
+def test_validation_counts_what_is_trained_on_but_seldom_meant(tmp_path, capsys):
+    talks = ["ua", "uua", "aua", "uaa", "sua", "sau", "ue", "uaue", "suuae"]
+    made = {"u": ("user", "What?"), "a": ("assistant", "A cat."), "e": ("assistant", " \n"), "s": ("system", "S")}
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [dict(zip(("role", "content"), made[letter], strict=True)) for letter in talk]} for talk in talks])
+    assert validate.main([str(path), "--processes", "1"]) == 0, "good samples all"
+    said = capsys.readouterr().out
+    assert "9 samples, 0 pictures; 0 bad (0.00%)\n" in said
+    for kind, lines in (("two turns of the user in a row", [2, 9]), ("two turns of the assistant in a row", [4, 9]), ("the assistant speaks first", [3, 6]), ("an empty answer", [7, 8, 9])):
+        assert f"  {len(lines)} x {kind}\n" + "".join(f"      {path}:{line}: {kind}\n" for line in lines) in said
+
+
+def test_validation_knows_the_limits_of_both_stages(tmp_path, capsys):
+    defaults = {script: {"max_seq_len": TrainConfig().max_seq_len} | module.DEFAULTS
+                for script, module in (("train_pretrain_vlm.py", train_pretrain_vlm), ("train_sft_vlm.py", train_sft_vlm))}  # fmt: skip
+    talks = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "word " * words}] for words in (1, 700, 1700)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": talk} for talk in talks])
+    for flags, lines in ([], 2), (["--max_seq_len", "100"], 3):
+        assert validate.main([str(path), "--processes", "1", *flags]) == 0
+        said = re.findall(r"--max_seq_len (\d+) cuts (\d) of them \(\S+\)(?:, the default of (.*))?\n", capsys.readouterr().out)
+        found = {script: (int(limit), int(count)) for limit, count, script in said}
+        assert {script: limit for script, (limit, _) in found.items() if script} == {script: own["max_seq_len"] for script, own in defaults.items()}
+        assert [count for _, count in found.values()] == [2, 2, 1][-lines:]
 
 
 def test_data_and_pictures_that_are_not_there_are_told_alike(tmp_path, monkeypatch, capsys):

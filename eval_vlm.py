@@ -21,7 +21,8 @@ from dataset.decode import IMAGE_SUFFIXES, image_files
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
 from model.storage import StorageError
-from trainer.config import REPOSITORY, UsageError, weight_name
+from model.weights import find_weights, weight_name
+from trainer.config import REPOSITORY, UsageError
 from trainer.console import Screen
 from trainer.distributed import default_device
 from trainer.inference import Assistant, Chat, Sampling, load_assistant
@@ -33,14 +34,13 @@ FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Flags of the published interface, and those that chat and scoring need."""
-    clip = REPOSITORY / "model" / "vision_model" / "clip-vit-base-patch16"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_from", default="model", help="'model' for native weights, or a transformers folder")
     parser.add_argument("--save_dir", default=str(REPOSITORY / "out"), help="folder of the weights")
     parser.add_argument("--weight", default="sft_vlm", help="prefix of the weight file")
-    parser.add_argument("--hidden_size", type=int, default=512, help="part of the weight file's name")
+    parser.add_argument("--hidden_size", type=int, help="width, where there are several weight files of that name (default: the only one, or 512)")
     parser.add_argument("--num_hidden_layers", type=int, default=8, help="for old commands: the weights tell it")
-    parser.add_argument("--use_moe", type=int, default=0, choices=(0, 1))
+    parser.add_argument("--use_moe", type=int, choices=(0, 1), help="likewise; 1: Mixture of Experts")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.65, help="0: greedy")
     parser.add_argument("--top_p", type=float, default=0.85)
@@ -52,10 +52,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--video", metavar="FILE", help="a video for the first question of a chat, or to be described")
     parser.add_argument("--video_frames", type=int, default=8, help="frames that stand for a video, if as many fit")
     parser.add_argument("--device", default=None, help="default: cuda:0, mps or cpu, the best there is")
-    parser.add_argument("--vision_model_path", default=str(clip), help="CLIP folder in transformers format")
-    parser.add_argument("--tokenizer_path", default=str(REPOSITORY / "model"))
+    parser.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
+    parser.add_argument("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
     parser.add_argument("--use_compile", type=int, default=0, choices=(0, 1), help="1: compile a chat's step; for GPUs")
     parser.add_argument("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
+    parser.add_argument("--prompt", help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
     parser.add_argument("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
     parser.add_argument("--metrics", default="exact,rouge_l", help="of --score: exact, rouge_l, chrf, bleu, with commas between")
     parser.add_argument("--predictions", help="where --score writes every answer")
@@ -66,18 +67,21 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         args.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
     except ValueError as error:
         parser.error(f"--{error}")
-    if min(args.batch_size, args.hidden_size, args.num_hidden_layers, args.video_frames) < 1:
+    if min(args.batch_size, args.hidden_size or 1, args.num_hidden_layers, args.video_frames) < 1:
         parser.error("--batch_size, --hidden_size, --num_hidden_layers and --video_frames are at least 1")
+    if args.prompt is not None and (args.score or args.mode == "chat"):
+        parser.error("--prompt goes with folder mode")
     if args.max_seq_len < 512:
         parser.error("--max_seq_len below 512 leaves no room for a picture and an answer")
     return args
 
 
-def describe_folder(assistant: Assistant, folder: Path, sampling: Sampling, screen: Screen) -> None:
-    """Streams a description of every picture in the folder; a broken one is reported and skipped."""
+def describe_folder(assistant: Assistant, folder: Path, question: str, sampling: Sampling, screen: Screen) -> None:
+    """Streams the answer about every picture in the folder; a broken one is reported and skipped."""
     names = image_files(folder) if folder.is_dir() else []
     if not names:
         raise UsageError(f"--image_dir {folder}: no pictures there (.jpg, .png, .webp and {len(IMAGE_SUFFIXES) - 3} more kinds)")
+    screen.write(f"{question}\n")
     for path in names:
         screen.write(f"\n[{path.name}] ")
         try:
@@ -87,25 +91,25 @@ def describe_folder(assistant: Assistant, folder: Path, sampling: Sampling, scre
             continue
         chat = Chat(assistant, sampling)
         chat.add_picture(picture)
-        with closing(chat.stream(FOLDER_QUESTION)) as pieces:
+        with closing(chat.stream(question)) as pieces:
             for piece in pieces:
                 screen.write(piece)
         screen.write("\n")
 
 
-def talk(assistant: Assistant, args: argparse.Namespace, screen: Screen) -> None:
+def talk(assistant: Assistant, weight_file: Path, args: argparse.Namespace, screen: Screen) -> None:
     """Folder, video or chat, as the flags or the person say."""
     mode = args.mode
     if mode is None:
         mode = "chat" if sys.stdin.isatty() and (args.video or choose_chat()) else "folder"
     if mode == "folder" and not args.video:
-        return describe_folder(assistant, Path(args.image_dir), args.sampling, screen)
+        return describe_folder(assistant, Path(args.image_dir), args.prompt or FOLDER_QUESTION, args.sampling, screen)
     chat = TerminalChat(Chat(assistant, args.sampling, args.max_seq_len), screen, args.video_frames)
     if args.video:
         chat.queue_video(args.video)
     if mode == "folder":
-        return chat.ask(VIDEO_QUESTION)
-    return chat.run(f"{args.weight if args.load_from == 'model' else args.load_from} on {assistant.model.device}")
+        return chat.ask(args.prompt or VIDEO_QUESTION)
+    return chat.run(f"{weight_file.stem if args.load_from == 'model' else args.load_from} on {assistant.model.device}")
 
 
 def choose_chat() -> bool:
@@ -119,9 +123,12 @@ def choose_chat() -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 for a user's mistake, 1 for a failure of the machine, 130 after Ctrl-C."""
     args = parse_flags(argv)
-    weight_file = Path(args.save_dir) / f"{weight_name(args.weight, args.hidden_size, bool(args.use_moe))}.pth"
     sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     try:
+        if args.load_from == "model":
+            weight_file = find_weights(Path(args.save_dir), args.weight, args.hidden_size, args.use_moe)
+        else:  # its name goes to the predictions
+            weight_file = Path(args.save_dir) / weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))
         assistant = load_assistant(
             args.load_from, weight_file, args.device or default_device(), args.vision_model_path,
             args.tokenizer_path, bool(args.use_compile),
@@ -133,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.seed or 0, args.batch_size, args.max_new_tokens,
             ))  # fmt: skip
         else:
-            talk(assistant, args, Screen(sys.stdout))
+            talk(assistant, weight_file, args, Screen(sys.stdout))
     except (UsageError, DataError, SampleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,7 +29,8 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 DESCRIBE = "Describe the image."
 NEGATED_SHARE = 0.4  # of the negated questions that the text-only stage keeps
-DECODER = ["--hidden_size", "256", "--num_hidden_layers", "4"]
+WIDTH = ["--hidden_size", "256"]
+DECODER = [*WIDTH, "--num_hidden_layers", "4"]
 STAGES = {
     "llm": ["train_sft_vlm.py", "--from_weight", "none", "--data_path", "llm.jsonl", "--epochs", "1",
             "--batch_size", "32", "--learning_rate", "1e-3"],
@@ -209,7 +210,7 @@ def report(seconds: float, timings: dict[str, float]) -> None:
     print(f"accuracy by kind: {', '.join(f'{kind} {value:.3f}' for kind, value in by_kind.items())}")
     print(f"weights: {OUT}/sft_vlm_256.pth, predictions: {OUT}/demo_predictions.jsonl, data: {FOLDER}")
     print("chat with it (inside make's environment: . .venv/bin/activate):")
-    print(f"  python eval_vlm.py --weight sft_vlm {' '.join(DECODER)} --vision_model_path {TOWER} --mode chat")
+    print(f"  python eval_vlm.py --weight sft_vlm {' '.join(WIDTH)} --mode chat")
     print(f"or in a browser: python web_demo_vlm.py --image_dir {FOLDER / 'images' / 'test'}")
     print(f"demo: accuracy {right / len(rows):.3f} on {len(rows)} test questions, {seconds:.0f} s")
 
@@ -226,8 +227,7 @@ def main() -> None:
         return
     steps = {stage: lambda stage=stage: train_stage(stage) for stage in STAGES}
     steps["score"] = lambda: run_script([
-        "eval_vlm.py", "--weight", "sft_vlm", *DECODER, "--vision_model_path", str(TOWER),
-        "--score", str(FOLDER / "test.jsonl"), "--image_dir", str(FOLDER / "images"),
+        "eval_vlm.py", "--weight", "sft_vlm", *WIDTH, "--score", str(FOLDER / "test.jsonl"), "--image_dir", str(FOLDER / "images"),
         "--predictions", str(OUT / "demo_predictions.jsonl"),
     ])  # fmt: skip
     for name, step in steps.items():

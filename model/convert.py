@@ -11,6 +11,7 @@ Writes  the folder: model.safetensors, config.json, tokenizer, processor, genera
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -27,18 +28,18 @@ from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM, VLMConfig
 from .processing import MiniMindVProcessor, load_tokenizer
 from .storage import StorageError, hold
-from .vision import load_vision_tower
+from .vision import CLIP_FOLDER, load_vision_tower
 from .weights import (
     check_fingerprints,
     fingerprints,
     half_weights,
-    is_state_dict,
     load_weights,
     lock_of,
     parse_sidecar,
     read_sidecar,
-    read_tensors,
+    read_state,
     refuse_non_finite,
+    refuse_untied,
     save_weights,
     sizes_of,
     weight_name,
@@ -46,7 +47,6 @@ from .weights import (
 
 MODEL_FOLDER = Path(__file__).resolve().parent
 SIDECAR = "sidecar.json"  # of a folder: what stands in the sidecar beside native weights, but for the configuration
-CLIP_FOLDER = MODEL_FOLDER / "vision_model" / "clip-vit-base-patch16"
 
 
 @dataclass
@@ -58,9 +58,28 @@ class Loaded:
     record: dict
 
 
-def read_tower(folder: str | Path) -> CLIPVisionModel | None:
-    """The vision tower in `folder`, None for "none"; raises UsageError."""
+def find_tower(path: str | Path | None, record: dict) -> CLIPVisionModel | None:
+    """The vision encoder in the folder at `path`; None: the one that the weights were trained with; "none": none. Raises
+    UsageError."""
+    folder = path or recorded(record, "vision_model_path", "config.json", CLIP_FOLDER)
     return None if str(folder) == "none" else load_vision_tower(folder)
+
+
+def recorded(record: dict, name: str, file: str, default: Path) -> Path:
+    """The folder that the weights were trained with, by the setting `name` in their record; it holds `file`. Where another
+    machine's folder is recorded, the same one of this repository; `default` where none is."""
+    training = record.get("training")
+    path = training.get(name) if isinstance(training, dict) else None
+    if not path or not isinstance(path, str):
+        return default
+    parts = Path(path).parts
+    places = [Path(path), *(MODEL_FOLDER.parent.joinpath(*parts[start:]) for start in range(len(parts))), default]
+    return next((place for place in places if os.path.isfile(place / file)), Path(path))
+
+
+def find_tokenizer(path: str | Path | None, record: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder at `path`; None: the one that the weights were trained with. Raises UsageError."""
+    return load_tokenizer(path or recorded(record, "tokenizer_path", "tokenizer.json", MODEL_FOLDER))
 
 
 def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> dict[str, str]:
@@ -91,8 +110,7 @@ def native_model(path: Path, sidecar: dict) -> MiniMindVLM:
     if "config" in sidecar:
         source, settings = path.with_suffix(".json"), sidecar["config"]
     else:
-        state = read_tensors(path, "weight file") if path.is_file() else {}
-        state = state if is_state_dict(state) else {}  # load_weights says what is wrong
+        state = read_state(path)[0] if path.is_file() else {}  # load_weights says that it is missing
         source, sizes = path, sizes_of(state)
         names = {"vocabulary": "vocab_size", "--hidden_size": "hidden_size", "encoder width": "vision_hidden_size",
                  "--num_hidden_layers": "num_hidden_layers"}  # fmt: skip
@@ -106,8 +124,9 @@ def native_model(path: Path, sidecar: dict) -> MiniMindVLM:
         raise UsageError(f"{source} is no configuration of a model: {type(error).__name__}: {first_line(error)}") from error
 
 
-def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str | Path) -> Loaded:
-    """Native weights at `path`; with no sidecar beside them, the published number of heads is taken for granted.
+def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
+    """Native weights at `path`; with no sidecar beside them, the published number of heads is taken for granted. Where no
+    tokenizer or vision encoder is given, it is that of the training, as the sidecar tells.
 
     Raises UsageError for anything missing or not fitting.
     """
@@ -115,22 +134,22 @@ def read_native(path: Path, tokenizer_path: str | Path, vision_model_path: str |
     model = native_model(path, sidecar)
     if fresh := load_weights(path, model):
         raise UsageError(f"{path} holds a language model without projector ({', '.join(fresh)} missing)")
-    tokenizer = load_tokenizer(tokenizer_path)
-    attach(path, model, read_tower(vision_model_path))
+    tokenizer = find_tokenizer(tokenizer_path, sidecar)
+    attach(path, model, find_tower(vision_model_path, sidecar))
     record = {key: value for key, value in sidecar.items() if key not in ("config", "weights")}
     check_made_for(path, model, tokenizer, record)
     return Loaded(model, tokenizer, record)
 
 
-def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str | Path) -> Loaded:
+def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
     """A folder in transformers format, also one that the original project published: code in it is not executed.
 
     The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
     """
     config = read_config(folder)
     record, brings = read_record(folder / SIDECAR), {"tokenizer": (folder / "tokenizer.json").is_file()}
-    tokenizer = load_tokenizer(folder if brings["tokenizer"] else tokenizer_path)
-    refuse_code(folder)
+    tokenizer = load_tokenizer(folder) if brings["tokenizer"] else find_tokenizer(tokenizer_path, record)
+    check_weight_files(folder)
     try:
         model = MiniMindVLM.from_pretrained(folder, config=config, dtype=torch.float32)
     except UsageError:
@@ -138,16 +157,20 @@ def read_folder(folder: Path, tokenizer_path: str | Path, vision_model_path: str
     except Exception as error:  # what is damaged fails anywhere, in all kinds of ways
         check_fetched(folder)
         raise UsageError(f"cannot load {folder}: {type(error).__name__}: {first_line(error)}") from error
+    refuse_untied(folder, model, model.state_dict())
     refuse_non_finite(folder, model.state_dict())
     brings["vision_encoder"] = model.vision_encoder is not None
     if not brings["vision_encoder"]:
-        attach(folder, model, read_tower(vision_model_path))
+        attach(folder, model, find_tower(vision_model_path, record))
     used = check_made_for(folder, model, tokenizer, record)
     return Loaded(model, tokenizer, {"fingerprints": {kind: value for kind, value in used.items() if brings[kind]}, **record})
 
 
 def read_config(folder: Path) -> VLMConfig:
     """The configuration in a folder; raises UsageError."""
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file, and a folder in transformers format is wanted; native weights (NAME_512.pth) are"
+                         f" taken by --save_dir {folder.parent} --weight NAME")  # fmt: skip
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no config.json there; give a folder in transformers format")
     try:
@@ -161,11 +184,11 @@ def read_config(folder: Path) -> VLMConfig:
     return config
 
 
-def refuse_code(folder: Path) -> None:
-    """Raises UsageError for a pickle that wants to do more than hold tensors; transformers would not run it either, but
-    not say so."""
-    for file in [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.bin")):
-        read_tensors(file, "weight file")
+def check_weight_files(folder: Path) -> None:
+    """Raises UsageError for a pickle that wants to do more than hold tensors, and for quantized weights, of which
+    transformers would make numbers without a word."""
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        read_state(file)
 
 
 def read_record(path: Path) -> dict:
@@ -221,12 +244,13 @@ def count_rounded(model: MiniMindVLM) -> int:
     return sum(int((tensor.half() != tensor).sum()) for tensor in model.state_dict().values())
 
 
-def convert(source: Path, target: Path, tokenizer_path: str, vision_model_path: str | None) -> None:
+def convert(source: Path, target: Path, tokenizer_path: str | None, vision_model_path: str | None) -> None:
     """Weights to a folder or a folder to weights; a notice when numbers had to be rounded. Raises UsageError."""
-    if (source.suffix == ".pth") == (target.suffix == ".pth"):
+    native = source.suffix == ".pth" or source.is_file()
+    if native == (target.suffix == ".pth"):
         raise UsageError(f"{source} -> {target}: one of them is a weight file (.pth), the other a folder")
-    if source.suffix == ".pth":
-        loaded = read_native(source, tokenizer_path, vision_model_path or CLIP_FOLDER)
+    if native:
+        loaded = read_native(source, tokenizer_path, vision_model_path)
         write_folder(target, loaded)
         print(f"wrote {target}; try it: python eval_vlm.py --load_from {target}")
     else:
@@ -243,9 +267,9 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", type=Path, help="weights (.pth) or a folder")
     parser.add_argument("target", type=Path, help="a folder or weights (.pth)")
-    parser.add_argument("--tokenizer_path", default=str(MODEL_FOLDER), help="folder of the tokenizer, when the source has none")
+    parser.add_argument("--tokenizer_path", help="folder of the tokenizer, when the source has none (default: that of the training)")
     parser.add_argument("--vision_model_path", help="CLIP folder that goes into the folder; none: leaves it out"
-                        f" (default: {CLIP_FOLDER})")  # fmt: skip
+                        " (default: that of the training)")  # fmt: skip
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from itertools import takewhile
 from pathlib import Path
 
 
@@ -10,10 +11,9 @@ class UsageError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line, without a library's advice to run what a file holds; its kind where it has no words."""
+    """An error in one line, up to a library's advice to trust a file and run what it holds; its kind where it has no words."""
     line = next(iter(str(error).strip().splitlines()), "")
-    kept = [part for part in line.split(". ") if not re.search("weights_only|trust_remote_code", part)]
-    return ". ".join(kept) or type(error).__name__
+    return ". ".join(takewhile(lambda part: not re.search("weights_only|trust", part), line.split(". "))) or type(error).__name__
 
 
 def placeholder(begin: bytes) -> str:

@@ -19,6 +19,7 @@ from transformers import CLIPVisionModel
 from .errors import UsageError, check_fetched, first_line
 
 IMAGE_SIZE = 224  # pixels a side
+CLIP_FOLDER = Path(__file__).resolve().parent / "vision_model" / "clip-vit-base-patch16"  # where it is looked for
 # Mean and standard deviation of CLIP's training pixels per channel, of values in [0, 1] (arXiv 2103.00020's release).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,7 +48,7 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
             f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
             f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
             f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
-            f"or name another CLIP folder with --vision_model_path."
+            f"or name another CLIP folder with --vision_model_path; the demo's own is {CLIP_FOLDER.parent / 'tiny-clip'}."
         )
     try:
         tower, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
@@ -61,6 +62,8 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
             f" (first: {missing[:3]}), wrong shapes: {sorted(info['mismatched_keys'])[:3]}."
             f" Fetch the folder again, or name another with --vision_model_path."
         )
+    if not all(torch.isfinite(weight).all() for weight in tower.parameters()):
+        raise UsageError(f"{folder} holds weights that are not finite. Fetch the folder again, or name another with --vision_model_path.")
     if tower.config.image_size != IMAGE_SIZE:
         raise UsageError(
             f"the tower in {folder} takes pictures of {tower.config.image_size} pixels, not {IMAGE_SIZE}"

@@ -3,11 +3,14 @@
 
 import hashlib
 import json
+import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
@@ -17,9 +20,13 @@ from .vision import tower_fingerprint
 
 
 def read_tensors(path: Path, what: str) -> Any:
-    """What torch.save wrote, tensors and plain values only, every checksum compared; raises UsageError for anything else."""
+    """What torch.save or safetensors wrote, whatever the file is called: tensors and plain values only, every checksum
+    compared. Raises UsageError for anything else."""
     check_fetched(path)
     try:
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{":  # after eight bytes of its length, the json header of safetensors
+                return load_file(path)
         if zipfile.is_zipfile(path):  # not so in torch's format before 1.6
             with zipfile.ZipFile(path) as file:
                 if broken := file.testzip():
@@ -29,7 +36,7 @@ def read_tensors(path: Path, what: str) -> Any:
         if (wanted := foreign_globals(path)):
             raise UsageError(
                 f"{path} is refused: a {what} holds tensors and plain values, this file wants to call"
-                f" {', '.join(wanted)}. Nothing of it was run. Take the file from its maker again, or do without it."
+                f" {', '.join(wanted[:5])}. Nothing of it was run. Take the file from its maker again, or do without it."
             ) from error
         raise UsageError(
             f"{path} is no readable {what}: {type(error).__name__}: {first_line(error)}. It is torn, of"
@@ -138,11 +145,81 @@ def is_state_dict(content: Any) -> bool:
     )
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # keys of the weights in training states, others' and ours
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The state dict in a weight file without the vision encoder, which is loaded from its own folder, and a notice of
+    what was left out to get it. Raises UsageError for a file without one, or with tensors that are no plain weights."""
+    state, kept = read_tensors(path, "weight file"), ""
+    while not is_state_dict(state) and (key := next((key for key in WRAPPERS if isinstance(state, dict) and isinstance(state.get(key), dict)), None)):
+        state, kept = state[key], f"{kept}[{key!r}]"
+    if not is_state_dict(state):
+        held = {str(name): type(value).__name__ for name, value in state.items() if not isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+        raise UsageError(f"{path} is no state dict: it should hold names and tensors, not"
+                         f" {', '.join(f'{name} ({kind})' for name, kind in list(held.items())[:3]) or type(state).__name__}")
+    names = {name: PREFIXES.sub("", name) for name in state}
+    prefixed = next((name for name in names if names[name] != name), None)
+    notices = [f"of what it holds, only {kept} is taken"] if kept else []
+    notices += [f"names are read without their prefixes: {prefixed} as {names[prefixed]}"] if prefixed else []
+    state = {names[name]: tensor for name, tensor in state.items() if not names[name].startswith("vision_encoder.")}
+    refuse_odd_kinds(path, state)
+    for name, twin in (TIED, TIED[::-1]):  # one tensor, which some write once
+        if name not in state and twin in state:
+            state[name] = state[twin]
+    return state, "; ".join(notices)
+
+
+def refuse_odd_kinds(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Raises UsageError for quantized, integer, fp8, sparse and other tensors, whose numbers alone are not the weights."""
+    for name, tensor in state.items():
+        kinds = {"nested": tensor.is_nested, f"{tensor.layout}": tensor.layout != torch.strided,
+                 "without numbers (of the meta device)": tensor.is_meta, f"of {tensor.dtype}": tensor.dtype not in FLOATS}  # fmt: skip
+        if odd := [kind for kind, is_so in kinds.items() if is_so]:
+            raise UsageError(f"{path}: the tensor {name} is {', '.join(odd)}. Weights are read as dense float16, bfloat16, float32 or"
+                             " float64: take those from before the quantization, or have its program write them back so")  # fmt: skip
+
+
+def refuse_untied(path: Path, model: MiniMindVLM, state: dict[str, torch.Tensor]) -> None:
+    """Raises UsageError when embedding and head differ, but are one tensor in the model."""
+    if model.config.tie_word_embeddings and not torch.equal(*(state[name] for name in TIED)):
+        raise UsageError(f"{path}: {' and '.join(TIED)} differ, and this model has one tensor for both")
+
+
+def weight_choices(folder: Path) -> dict[Path, tuple[str, int, bool]]:
+    """The weight files in a folder, by name, and what `weight_name` made each name of."""
+    found = {path: re.fullmatch(r"([^.].*)_(\d+)(_moe)?", path.stem) for path in sorted(folder.glob("*.pth")) if path.is_file()}
+    return {path: (match[1], int(match[2]), bool(match[3])) for path, match in found.items() if match}
+
+
+def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: int | None) -> Path:
+    """The weight file of that name and, where they are given, size and kind. Among several the published size, 512, dense,
+    is meant; raises UsageError when it is none of them. Whether the file returned exists is for its reader to say."""
+    fitting = [path for path, (name, width, moe) in weight_choices(folder).items()
+               if name == weight and hidden_size in (None, width) and use_moe in (None, moe)]  # fmt: skip
+    meant = folder / f"{weight_name(weight, hidden_size or 512, bool(use_moe))}.pth"
+    if len(fitting) > 1 and meant not in fitting:
+        raise UsageError(f"--weight {weight}: there are several in {folder}; choose one:{listed(folder, weight)}")
+    return fitting[0] if len(fitting) == 1 else meant
+
+
+def listed(folder: Path, weight: str = "") -> str:
+    """The weight files in a folder, of this name if there are any, a line each with the flags that take it; at most 12."""
+    choices = weight_choices(folder)
+    named = {path: choice for path, choice in choices.items() if choice[0] == weight} or choices
+    return "".join(f"\n    {path.name}: {name} --hidden_size {width}{' --use_moe 1' if moe else ''}"
+                   for path, (name, width, moe) in list(named.items())[:12])  # fmt: skip
+
+
 def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None = None) -> list[str]:
     """Loads the weights at `path` into `model`, strictly. Returns the names that stay at their fresh values: the
     projector's, when the weights are a plain language model's.
 
-    Raises UsageError for a missing or torn file, other keys or shapes, weights that are not finite, and for a tokenizer or encoder other than the
+    Names that others wrap weights in are taken off, with a notice on standard error.
+    Raises UsageError for a missing or torn file, other keys or shapes, weights that are quantized or not finite, and for a tokenizer or encoder other than the
     ones trained with (`expected` holds those in use; see `fingerprints`).
     """
     if not path.is_file():
@@ -151,14 +228,13 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
             f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
             f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
+            + (f" Those that lie there:{there}" if (there := listed(path.parent)) else "")
         )
     sidecar = read_sidecar(path) or {}
     check_fingerprints(path, expected or {}, sidecar.get("fingerprints", {}))
-    state = read_tensors(path, "weight file")
-    if not is_state_dict(state):
-        raise UsageError(f"{path} is no state dict: it should hold names and tensors")
-    # Published full checkpoints carry the encoder; it is loaded from its own folder.
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}
+    state, notice = read_state(path)
+    if notice:
+        print(f"notice: {path}: {notice}", file=sys.stderr)
     theirs, ours = sizes_of(state), sizes_of(model.state_dict())
     other = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
     if other:
@@ -180,6 +256,7 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
             f"{path} does not fit the model, though its size does: weights {'; '.join(problems)}. It was cut, or made"
             f" by another program; fetch or make it again."
         )
+    refuse_untied(path, model, state)
     refuse_non_finite(path, state)
     if "weights" in sidecar and tensors_fingerprint(state) not in sidecar["weights"]:
         raise UsageError(
@@ -192,7 +269,7 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
 
 def refuse_non_finite(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Raises UsageError for weights that are NaN or infinite: whatever is made of them is worth nothing."""
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         raise UsageError(f"{path} holds weights that are not finite ({len(broken)} of {len(state)} tensors, first {broken[0]}): the"
                          " training that made it went wrong. Take weights from before that")  # fmt: skip

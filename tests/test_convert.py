@@ -286,7 +286,7 @@ SPOILERS = {
     "not a multiple of 7 heads": spoil_config(num_attention_heads=7),
     "different tokens": spoil_config(image_ids=[34, 35]),
     "no file named": lambda folder: (folder / "model.safetensors").unlink(),
-    "cannot load": lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
+    "no readable weight file": lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
     "1 missing (first: model.norm.weight)": spoil_weights(lambda state: state.pop(NORM)),
     "1 unexpected (first: extra)": spoil_weights(lambda state: state.update(extra=torch.ones(2))),
     "model.norm.weight (5,), the model has (32,)": spoil_weights(lambda state: state.update({NORM: torch.ones(5)})),

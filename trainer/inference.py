@@ -93,9 +93,11 @@ class Assistant:
 
 
 def load_assistant(
-    load_from: str, weight_file: Path, device: str, vision_model_path: str, tokenizer_path: str, use_compile: bool = False
+    load_from: str, weight_file: Path, device: str, vision_model_path: str | None = None, tokenizer_path: str | None = None,
+    use_compile: bool = False,
 ) -> Assistant:
-    """A model for answering: native weights when `load_from` is "model", otherwise a transformers folder.
+    """A model for answering: native weights when `load_from` is "model", otherwise a transformers folder. With the vision
+    encoder and tokenizer of its training, as its sidecar tells, where none are given.
 
     In bf16 where the device multiplies that faster, else in fp32.
     Raises UsageError for anything missing or not fitting.

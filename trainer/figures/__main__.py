@@ -51,9 +51,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--load_from", default="model", help="'model' for native weights, or a transformers folder")
     command.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of the weights (default: %(default)s)")
     command.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
-    command.add_argument("--hidden_size", type=int, default=256, help="part of the weight file's name (default: %(default)s)")
-    command.add_argument("--use_moe", type=int, default=0, choices=(0, 1), help="likewise")
-    command.add_argument("--vision_model_path", default=str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), help="CLIP folder (default: %(default)s)")
+    command.add_argument("--hidden_size", type=int, help="width, where there are several weight files of that name")
+    command.add_argument("--use_moe", type=int, choices=(0, 1), help="likewise")
+    command.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
     return parser.parse_args(argv)
 
 
@@ -72,12 +72,13 @@ def draw(args: argparse.Namespace) -> None:
 
         draw_loss(args.out, args.files)
     elif args.picture == "attention":
+        from model.weights import find_weights
         from trainer.inference import load_assistant
 
         from .attention import draw_attention
 
-        file = args.save_dir / f"{weight_name(args.weight, args.hidden_size, bool(args.use_moe))}.pth"
-        assistant = load_assistant(args.load_from, file, "cpu", args.vision_model_path, str(REPOSITORY / "model"))
+        file = find_weights(args.save_dir, args.weight, args.hidden_size, args.use_moe)
+        assistant = load_assistant(args.load_from, file, "cpu", args.vision_model_path)
         draw_attention(args.out, assistant, args.images, args.question, args.layer, args.head)
 
 

@@ -14,8 +14,6 @@ from .problems import explain
 # given a module that is only half there.
 importing = threading.Lock()
 
-CLIP = Path(__file__).resolve().parent.parent.parent / "model" / "vision_model" / "clip-vit-base-patch16"
-
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -24,7 +22,6 @@ class ModelChoice:
     path: Path
     changed: int  # modification time in ns: weights that training has replaced are another model
     size: str = ""  # like 512x8 MoE, as far as it is known before loading
-    vision_model_path: str | None = None  # as the sidecar has it
     trained: str = ""  # what the sidecar tells of its training
 
     @property
@@ -35,14 +32,12 @@ class ModelChoice:
 
 def native_choice(path: Path) -> ModelChoice | None:
     """The choice behind {weight}_{hidden}{_moe}.pth, or None when the name is another or the file has gone."""
-    match, changed = re.fullmatch(r".+_(\d+)(_moe)?", path.stem), changed_at(path)
-    if not match or changed is None:
+    match, changed = re.fullmatch(r"[^.].*_(\d+)(_moe)?", path.stem), changed_at(path)
+    if not match or changed is None or not path.is_file():
         return None
     sidecar = read_json(path.with_suffix(".json"))
-    config, training, progress = (part if isinstance(part := sidecar.get(key), dict) else {} for key in ("config", "training", "progress"))
-    tower = training.get("vision_model_path")
-    return ModelChoice(path, changed, size_of({"hidden_size": int(match[1]), "use_moe": match[2]} | config),
-                       tower if isinstance(tower, str) else None, trained_for(progress))  # fmt: skip
+    config, progress = (part if isinstance(part := sidecar.get(key), dict) else {} for key in ("config", "progress"))
+    return ModelChoice(path, changed, size_of({"hidden_size": int(match[1]), "use_moe": match[2]} | config), trained_for(progress))
 
 
 def folder_choice(folder: Path) -> ModelChoice | None:
@@ -109,7 +104,7 @@ class ModelShelf:
     """
 
     def __init__(self, save_dir: Path, weight: str, load_from: Path | None, vision_model_path: str | None,
-                 tokenizer_path: str, device: str | None, head_start: float = 0.0):  # fmt: skip
+                 tokenizer_path: str | None, device: str | None, head_start: float = 0.0):  # fmt: skip
         self.save_dir, self.weight, self.load_from = save_dir, weight, load_from
         self.vision_model_path, self.tokenizer_path, self.device = vision_model_path, tokenizer_path, device
         self._lock, self._one_at_a_time = threading.Lock(), threading.Lock()
@@ -123,7 +118,7 @@ class ModelShelf:
         natives, folders = [], []
         if self.save_dir.is_dir():
             natives = [native_choice(path) for path in self.save_dir.glob("*.pth")]
-            folders = [folder_choice(path.parent) for path in self.save_dir.glob("*/config.json")]
+            folders = [folder_choice(path.parent) for path in self.save_dir.glob("[!.]*/config.json")]
         others = [choice for choice in natives + folders if choice]
         named = re.compile(re.escape(self.weight) + r"(_\d+)?(_moe)?")
         others.sort(key=lambda choice: (not named.fullmatch(choice.label), -choice.changed))
@@ -156,14 +151,7 @@ class ModelShelf:
                 native = choice.path.suffix == ".pth"
                 loading.assistant = load_assistant(
                     "model" if native else str(choice.path), choice.path, self.device or default_device(),
-                    self._tower(choice), self.tokenizer_path,
+                    self.vision_model_path, self.tokenizer_path,
                 )  # fmt: skip
         except Exception as error:  # the page lives on and tells what happened
             loading.problem = explain(error)
-
-    def _tower(self, choice: ModelChoice) -> str:
-        """--vision_model_path, or the folder of the training when it is still there, or CLIP's usual place."""
-        if self.vision_model_path:
-            return self.vision_model_path
-        trained_with = choice.vision_model_path
-        return trained_with if trained_with and Path(trained_with).is_dir() else str(CLIP)

@@ -22,7 +22,7 @@ class Settings:
     weight: str
     load_from: Path | None
     vision_model_path: str | None
-    tokenizer_path: str
+    tokenizer_path: str | None
     device: str | None
     max_seq_len: int
     image_dir: Path
@@ -38,9 +38,8 @@ def parse_flags(argv: list[str], description: str) -> Settings:
     parser.add_argument("--save_dir", default=str(REPOSITORY / "out"), help="folder of weights and metrics files")
     parser.add_argument("--weight", default="sft_vlm", help="prefix of the weights to begin with (default: sft_vlm)")
     parser.add_argument("--load_from", help="a transformers folder to begin with; those in --save_dir are found anyway")
-    parser.add_argument("--vision_model_path", help="CLIP folder; default: the one the weights were trained with, or"
-                        " model/vision_model/clip-vit-base-patch16")  # fmt: skip
-    parser.add_argument("--tokenizer_path", default=str(REPOSITORY / "model"), help="folder of the tokenizer")
+    parser.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
+    parser.add_argument("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
     parser.add_argument("--device", help="default: cuda:0, mps or cpu, the best there is")
     parser.add_argument("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
     parser.add_argument("--image_dir", default=str(REPOSITORY / "dataset" / "eval_images"), help="folder of example pictures")

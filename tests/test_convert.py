@@ -22,7 +22,7 @@ import eval_vlm
 from dataset.conversation import IMAGE_MARK, Turn
 from model import MiniMindVLM, MiniMindVProcessor, convert
 from model.errors import UsageError
-from model.vision import normalize, preprocess
+from model.vision import load_vision_tower, normalize, preprocess
 from model.weights import fingerprints, read_sidecar, save_weights
 from tests.conftest import REPOSITORY, make_model, make_tower
 from trainer.inference import Assistant, Sampling, load_assistant
@@ -340,6 +340,125 @@ def test_spoilt_native_weights_end_with_code_2_and_leave_nothing(tmp_path, nativ
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error, error
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
+
+
+WEIGHT, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+PLACEHOLDERS = {
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614\nsize 12345\n",
+    "a web page": b"\n<!DOCTYPE html>\n<html><body>Access denied</body></html>",
+}
+
+
+def prefixed(prefix: str):
+    return lambda state: {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "notice"),
+    [(prefixed("module."), ": module."), (prefixed("_orig_mod."), ": _orig_mod."),
+     (prefixed("module._orig_mod."), "module._orig_mod."), (prefixed("_orig_mod.module."), "_orig_mod.module."),
+     (lambda state: {name.replace(".1.", ".1._orig_mod."): tensor for name, tensor in state.items()}, ".1._orig_mod."),
+     (lambda state: {"model": state, "epoch": 3}, "only ['model']"), (lambda state: {"state_dict": prefixed("module.")(state)}, "['state_dict']"),
+     (lambda state: {"module": {"model": state}}, "['module']['model']"),
+     (lambda state: state | {"vision_encoder.x": torch.ones(1, dtype=torch.int64)}, ""),
+     (lambda state: {name: tensor.double() for name, tensor in state.items()}, ""),
+     (lambda state: state | {WEIGHT: torch.nn.Parameter(state[WEIGHT].float())}, ""),
+     (lambda state: {name: tensor for name, tensor in state.items() if name != HEAD}, ""),
+     (lambda state: {name: tensor for name, tensor in state.items() if name != "model.embed_tokens.weight"}, "")],
+)  # fmt: skip
+def test_weights_of_other_hands_are_taken(tmp_path, native, tower_folder, change, notice, capsys):
+    state, path = torch.load(native), tmp_path / "theirs_32.pth"
+    changed = change(state)
+    for write in (torch.save, lambda state, path: save_file({name: tensor.clone() for name, tensor in state.items()}, path)):
+        if write is torch.save or all(isinstance(value, torch.Tensor) for value in changed.values()):
+            write(changed, path)
+            loaded = convert.read_native(path, vision_model_path=tower_folder).model.state_dict()
+            assert all(torch.equal(loaded[name].half(), tensor) for name, tensor in state.items())
+            said = capsys.readouterr().err
+            assert notice in said and said.count("notice:") == bool(notice)
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda tensor: tensor.to(torch.float8_e4m3fn), f"{WEIGHT} is of torch.float8_e4m3fn"), (lambda tensor: tensor.to(torch.int8), "torch.int8"),
+     (lambda tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8), "torch.qint8"), (lambda tensor: tensor > 0, "torch.bool"),
+     (lambda tensor: tensor.float().to_sparse(), "torch.sparse_coo"), (lambda tensor: tensor.float().to_sparse_csr(), "torch.sparse_csr"),
+     (lambda tensor: tensor.to(torch.complex64), "torch.complex64"), (lambda tensor: tensor.to("meta"), "without numbers"),
+     (lambda tensor: torch.nested.nested_tensor([tensor]), "nested"), (lambda tensor: tensor[0, 0], f"{WEIGHT} ()"),
+     (lambda tensor: tensor.double() * 1e300, "not finite"), (lambda tensor: tensor.tolist(), f"not {WEIGHT} (list)")],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on what these kinds are
+def test_weights_of_other_kinds_are_named_for_what_they_are(tmp_path, native, tower_folder, change, message, sidecar, capsys):
+    path = tmp_path / native.name
+    if sidecar:
+        shutil.copy(native.with_suffix(".json"), path.with_suffix(".json"))
+    state = torch.load(native)
+    torch.save(state | {WEIGHT: change(state[WEIGHT])}, path)
+    assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(tower_folder)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_folder_of_quantized_or_untied_weights_is_refused(tmp_path, folder, dtype):
+    shutil.copytree(folder, tmp_path / "hf")
+    spoil_weights(lambda state: state.update({WEIGHT: state[WEIGHT].to(dtype)}))(tmp_path / "hf")
+    with pytest.raises(UsageError, match=f"{WEIGHT} is of {dtype}"):
+        convert.read_folder(tmp_path / "hf")
+    shutil.copy(folder / "model.safetensors", tmp_path / "hf")
+    spoil_weights(lambda state: state.update({HEAD: state["model.embed_tokens.weight"] + 1}))(tmp_path / "hf")
+    with pytest.raises(UsageError, match=r"lm_head\.weight differ"):
+        convert.read_folder(tmp_path / "hf")
+
+
+def test_a_training_state_serves_as_weights_and_untied_ones_do_not(tmp_path, native, tower_folder):
+    state, path = torch.load(native), tmp_path / "sft_vlm_32_resume.pth"
+    torch.save({"version": 4, "model": state, "optimizer": {"state": {}}, "rng": [1]}, path)
+    loaded = convert.read_native(path, vision_model_path=tower_folder).model.state_dict()
+    assert all(torch.equal(loaded[name].half(), tensor) for name, tensor in state.items())
+    torch.save(state | {HEAD: state[HEAD] + 1}, path)
+    with pytest.raises(UsageError, match=r"lm_head\.weight differ"):
+        convert.read_native(path, vision_model_path=tower_folder)
+
+
+@pytest.mark.parametrize("kind", PLACEHOLDERS)
+@pytest.mark.parametrize("name", ["sft_vlm_32.pth", "sft_vlm_32.json", "hf/config.json", "hf/model.safetensors", "hf/pytorch_model.bin", "hf/tokenizer.json",
+                                  "hf/sidecar.json", "hf/vision_model/model.safetensors", "tower/model.safetensors", "tower/config.json",
+                                  "tower/pytorch_model.bin"])
+def test_what_stands_for_a_file_that_was_not_fetched_is_named(tmp_path, native, folder, tower_folder, name, kind):
+    shutil.copytree(folder, tmp_path / "hf")
+    shutil.copytree(tower_folder, tmp_path / "tower")
+    for file in (native, native.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    if name.endswith(".bin"):
+        (tmp_path / name).with_name("model.safetensors").unlink()
+    (tmp_path / name).write_bytes(PLACEHOLDERS[kind])
+    with pytest.raises(UsageError, match=f"^{tmp_path / name} is {kind}.*hf download") as caught:
+        convert.read_folder(tmp_path / "hf", None, tmp_path / "tower") if name.startswith("hf") else convert.read_native(
+            tmp_path / native.name, None, tmp_path / "tower")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_placeholders_of_other_libraries_weights_do_no_harm(tmp_path, tower_folder):
+    shutil.copytree(tower_folder, tmp_path / "tower")
+    for name in ("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin"):
+        (tmp_path / "tower" / name).write_bytes(PLACEHOLDERS["a git-lfs pointer"])
+    assert load_vision_tower(tmp_path / "tower").config.hidden_size == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*[jJ]it")
+def test_no_advice_to_load_unsafely_is_passed_on(tmp_path, native, tower_folder, capsys):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "a_32.pth"))
+    (tmp_path / "b_32.pth").write_bytes(b"GGUF" + bytes(60))
+    shutil.copytree(tower_folder, tmp_path / "tower")
+    (tmp_path / "tower" / "model.safetensors").unlink()
+    torch.save({"x": Attack(tmp_path / "executed")}, tmp_path / "tower" / "pytorch_model.bin")
+    for source, tower in ((tmp_path / "a_32.pth", tower_folder), (tmp_path / "b_32.pth", tower_folder), (native, tmp_path / "tower")):
+        assert convert.main([str(source), str(tmp_path / "hf"), "--vision_model_path", str(tower)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "weights_only" not in error and "trust" not in error, error
+    assert not (tmp_path / "executed").exists()
 
 
 def test_nothing_is_overwritten_and_names_must_be_found_again(tmp_path, native, folder, tower_folder, capsys):

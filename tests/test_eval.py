@@ -10,9 +10,10 @@ from PIL import Image
 
 from dataset.conversation import IMAGE_MARK, Turn
 from eval_vlm import main
+from model import convert
 from model.storage import hold
 from model.vision import preprocess
-from model.weights import fingerprints, lock_of, save_weights
+from model.weights import find_weights, fingerprints, load_weights, lock_of, save_weights
 from tests.conftest import DECODER, make_model, make_tower, run_script, write_jsonl
 from tests.test_video import make_video
 from trainer.config import UsageError
@@ -148,9 +149,84 @@ def files(tmp_path_factory, tower_folder, tokenizer):
 
 def test_without_a_terminal_the_folder_is_described(files):
     folder, flags = files
+    (folder / "pictures" / "._red.png").write_bytes(b"a companion")
     done = run_script("eval_vlm.py", *flags, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("Describe the image.\n") and "._red" not in done.stdout, done.stderr
     assert all(f"[{name}.png]" in done.stdout for name in ("red", "blue", "broken")) and "cannot be read" in done.stdout
+
+
+def test_the_question_of_folder_mode_can_be_chosen(files, assistant, capsys):
+    assert main([*files[1], "--temperature", "0", "--prompt", "What colour?"]) == 0
+    shown = capsys.readouterr().out
+    answer = assistant.generate([(Turn("user", f"{IMAGE_MARK}\nWhat colour?"),)], [preprocess(picture("blue"))], Sampling(5, 0.0))[0]
+    assert shown.startswith("What colour?\n") and f"[blue.png] {answer}\n" in shown
+
+
+@pytest.fixture
+def trained(tmp_path, tokenizer, monkeypatch):
+    """Folders of weights, a repository with the vision encoder they were trained with, and what is said of it in sidecars."""
+    repository = tmp_path / "repository"
+    make_tower().save_pretrained(repository / "model" / "vision_model" / "mine")
+    tokenizer.save_pretrained(repository / "model")
+    monkeypatch.setattr("model.convert.MODEL_FOLDER", repository / "model")
+    monkeypatch.setattr("model.convert.CLIP_FOLDER", repository / "model" / "vision_model" / "clip")
+    picture("red").save(tmp_path / "a.png")
+
+    def save(name: str, **training) -> None:
+        model = make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8, use_moe=name.endswith("moe"))
+        save_weights(tmp_path / "out" / f"{name}.pth", model, {"fingerprints": fingerprints(model, tokenizer), "training": training})
+
+    return tmp_path, save
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    ["{repository}/model/vision_model/mine", "model/vision_model/mine", "/gone/minimind-v/model/vision_model/mine",
+     "../elsewhere/vision_model/mine"],
+)  # fmt: skip
+def test_weights_alone_are_enough(trained, recorded, capsys):
+    """Their size is found by their name, vision encoder and tokenizer by their sidecar, also in a repository that moved."""
+    folder, save = trained
+    encoder = recorded.format(repository=folder / "repository").replace("../elsewhere", "../elsewhere/model")
+    save("mine_32", vision_model_path=encoder, tokenizer_path="/gone/model")
+    flags = ["--save_dir", str(folder / "out"), "--weight", "mine", "--image_dir", str(folder), "--device", "cpu", "--max_new_tokens", "2"]
+    assert main(flags) == 0 and "[a.png]" in capsys.readouterr().out
+    assert main([*flags, "--hidden_size", "32", "--use_moe", "0"]) == 0
+    assert convert.main([str(folder / "out" / "mine_32.pth"), str(folder / "hf"), "--vision_model_path", "none"]) == 0
+    assert main([*flags, "--load_from", str(folder / "hf")]) == 0, "its sidecar.json tells as much"
+    assert convert.main([str(folder / "out" / "mine_32.pth"), str(folder / "whole")]) == 0
+    assert (folder / "whole" / "vision_model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("training", [{"vision_model_path": ["a"]}, {"vision_model_path": ""}, {"vision_model_path": "a\0b"}, {"vision_model_path": "a" * 5000}])
+def test_what_a_sidecar_names_but_cannot_be_found_is_asked_for(trained, training, capsys):
+    folder, save = trained
+    save("mine_32", **training)
+    flags = ["--save_dir", str(folder / "out"), "--weight", "mine", "--image_dir", str(folder), "--device", "cpu"]
+    assert main(flags) == 2
+    assert "no vision encoder at" in (shown := capsys.readouterr().err) and "tiny-clip" in shown
+    make_tower().save_pretrained(folder / "repository" / "model" / "vision_model" / "clip")
+    assert main(flags) == 0, "of CLIP's usual place"
+
+
+def test_of_several_weights_the_one_of_the_published_size_is_meant(tmp_path):
+    for name in ("a_64", "a_256", "a_256_moe", "b_64", "a_best_512", "llm_512", "._a_512", ".a_512"):
+        (tmp_path / f"{name}.pth").touch()
+    (tmp_path / "b_512.pth").mkdir()
+    def found(*wanted):
+        return find_weights(tmp_path, *wanted).name
+
+    assert found("b", None, None) == "b_64.pth" and found("a", 64, None) == "a_64.pth" and found("a", 256, None) == "a_256.pth"
+    assert found("a", None, 1) == "a_256_moe.pth" and found("a", 256, 1) == "a_256_moe.pth" and found("a_best", None, None) == "a_best_512.pth"
+    assert found("b", 512, None) == "b_512.pth" and found("c", None, None) == "c_512.pth" and found("c", 64, 1) == "c_64_moe.pth"
+    with pytest.raises(UsageError, match=r"several .*a_256\.pth: a --hidden_size 256\n.*a_256_moe\.pth: a --hidden_size 256 --use_moe 1\n.*a_64\.pth: a --hidden_size 64$") as caught:
+        found("a", None, None)
+    assert "b_64" not in str(caught.value)
+    (tmp_path / "a_512.pth").touch()
+    assert found("a", None, None) == "a_512.pth", "as commands without a size have always meant"
+    with pytest.raises(UsageError, match=r"(?s)no weights at .*c_512\.pth.*a_64\.pth: a --hidden_size 64\n") as caught:
+        load_weights(tmp_path / "c_512.pth", make_model())
+    assert "._a" not in str(caught.value)
 
 
 def test_a_transformers_folder_is_read_as_well(files, capsys):
@@ -206,6 +282,7 @@ def test_questions_from_a_pipe(files):
     ("change", "message"),
     [(["--weight", "other"], "no weights at"), (["--vision_model_path", "/nowhere"], "hf download openai"),
      (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "no config.json"),
+     (["--load_from", __file__], "is a file, and a folder"), (["--prompt", "Hm?", "--mode", "chat"], "--prompt goes with folder mode"),
      (["--score", "/nowhere.jsonl"], "no data at /nowhere.jsonl. Fetch"), (["--image_dir", "/nowhere"], "no pictures there"),
      (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
      (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),

@@ -162,7 +162,7 @@ def test_no_word_becomes_boxes(figures, tokenizer, tmp_path, monkeypatch, instal
     (["structure", "--hidden_size", "500"], "--hidden_size 500: hidden_size 500 is not a multiple of 8 heads"),
     (["sample", "--num_hidden_layers", "0"], "--num_hidden_layers 0: at least 1"),
     (["structure", "--image", "nowhere.jpg"], "'nowhere.jpg' cannot be read"),
-    (["attention", "--save_dir", "nowhere"], "no weights at nowhere/sft_vlm_256.pth"),
+    (["attention", "--save_dir", "nowhere"], "no weights at nowhere/sft_vlm_512.pth"),
 ])  # fmt: skip
 def test_mistakes_are_named(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 2

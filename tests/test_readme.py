@@ -55,7 +55,8 @@ def test_both_languages_show_the_same_commands_and_links():
 def test_the_demos_weights_travel_by_the_commands_named(tmp_path, tokenizer, monkeypatch, capsys):
     tower = load_vision_tower(REPOSITORY / "model" / "vision_model" / "tiny-clip")
     model = make_model(tower=tower, hidden_size=256, vision_hidden_size=tower.config.hidden_size)
-    save_weights(tmp_path / "out" / "sft_vlm_256.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
+    record = {"fingerprints": fingerprints(model, tokenizer), "training": {"vision_model_path": "model/vision_model/tiny-clip"}}
+    save_weights(tmp_path / "out" / "sft_vlm_256.pth", model, record)
     (tmp_path / "model").symlink_to(REPOSITORY / "model")
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"(?m)^python -m model\.convert (.*(?:out/sft_vlm_256|out/copy_256).*)$", read("README.md"))

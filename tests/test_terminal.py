@@ -425,7 +425,7 @@ def test_a_person_at_the_terminal(folder, tower_folder, tokenizer, tmp_path):
                     XDG_STATE_HOME=str(tmp_path / "state"), COLORTERM="truecolor", NO_COLOR="")  # fmt: skip
     person.reads("[1] chat:")
     person.types("1\n")
-    person.reads("sft_vlm on cpu")
+    person.reads("sft_vlm_32 on cpu")
     person.reads(">\x1b[0m ")
     person.types("/im\tre\t\n")
     person.reads("▀")

@@ -218,10 +218,11 @@ def test_every_mode_can_be_shown(mode):
 
 
 def test_models_are_found_named_ones_first(tmp_path):
-    for name in ("sft_vlm_512", "pretrain_vlm_512", "sft_vlm_768_moe", "notes"):
+    for name in ("sft_vlm_512", "pretrain_vlm_512", "sft_vlm_768_moe", "notes", "._sft_vlm_512", ".a_512"):
         (tmp_path / f"{name}.pth").write_bytes(b"")
+    (tmp_path / "folder_512.pth").mkdir()
     (tmp_path / "pretrain_vlm_512.json").write_text(json.dumps({"config": {"num_hidden_layers": 3}, "training": {"vision_model_path": "/eye"}}))
-    for name, kind in (("mine", "minimind-v"), ("other", "llama")):
+    for name, kind in (("mine", "minimind-v"), ("other", "llama"), (".mine.x", "minimind-v")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2}))
     shelf = ModelShelf(tmp_path, "sft_vlm", None, None, "model", "cpu")

@@ -7,6 +7,7 @@ decoder.
 import functools
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
     Raises UsageError when the folder is missing, holds another kind of model, or lacks some of the weights.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):  # a sidecar may name anything
         raise UsageError(
             f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
             f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"

@@ -202,7 +202,7 @@ def test_weights_alone_are_enough(trained, recorded, capsys):
 def test_what_a_sidecar_names_but_cannot_be_found_is_asked_for(trained, training, capsys):
     folder, save = trained
     save("mine_32", **training)
-    flags = ["--save_dir", str(folder / "out"), "--weight", "mine", "--image_dir", str(folder), "--device", "cpu"]
+    flags = ["--save_dir", str(folder / "out"), "--weight", "mine", "--image_dir", str(folder), "--device", "cpu", "--max_new_tokens", "2"]
     assert main(flags) == 2
     assert "no vision encoder at" in (shown := capsys.readouterr().err) and "tiny-clip" in shown
     make_tower().save_pretrained(folder / "repository" / "model" / "vision_model" / "clip")
@@ -213,13 +213,14 @@ def test_of_several_weights_the_one_of_the_published_size_is_meant(tmp_path):
     for name in ("a_64", "a_256", "a_256_moe", "b_64", "a_best_512", "llm_512", "._a_512", ".a_512"):
         (tmp_path / f"{name}.pth").touch()
     (tmp_path / "b_512.pth").mkdir()
+
     def found(*wanted):
         return find_weights(tmp_path, *wanted).name
 
     assert found("b", None, None) == "b_64.pth" and found("a", 64, None) == "a_64.pth" and found("a", 256, None) == "a_256.pth"
     assert found("a", None, 1) == "a_256_moe.pth" and found("a", 256, 1) == "a_256_moe.pth" and found("a_best", None, None) == "a_best_512.pth"
     assert found("b", 512, None) == "b_512.pth" and found("c", None, None) == "c_512.pth" and found("c", 64, 1) == "c_64_moe.pth"
-    with pytest.raises(UsageError, match=r"several .*a_256\.pth: a --hidden_size 256\n.*a_256_moe\.pth: a --hidden_size 256 --use_moe 1\n.*a_64\.pth: a --hidden_size 64$") as caught:
+    with pytest.raises(UsageError, match=r"(?s)several .*a_256\.pth: a --hidden_size 256\n.*a_256_moe\.pth: a --hidden_size 256 --use_moe 1\n.*a_64\.pth: a --hidden_size 64$") as caught:
         found("a", None, None)
     assert "b_64" not in str(caught.value)
     (tmp_path / "a_512.pth").touch()

@@ -34,7 +34,7 @@ from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError, reason, shown
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .parquet import PICTURES, find_columns, parsed, read_batches, row_of
-from .pictures import ImageSource, open_images
+from .pictures import ImageSource, load_picture, open_images
 from .sources import find_files, open_file, split_entries
 from .validate import REPOSITORY, counted
 
@@ -101,14 +101,14 @@ def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, ima
 
 def name_for(blob: bytes) -> str:
     """A file name from a picture's content."""
-    kind = (Image.open(io.BytesIO(blob)).format or "bin").lower()
+    kind = (load_picture(io.BytesIO(blob), "of the row").format or "bin").lower()
     return f"{hashlib.blake2b(blob, digest_size=10).hexdigest()}.{'jpg' if kind == 'jpeg' else kind}"
 
 
 def resized(blob: bytes, size: int) -> bytes:
     """A picture whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no larger
     stays as it is."""
-    picture = Image.open(io.BytesIO(blob))
+    picture = load_picture(io.BytesIO(blob), "of the row")
     if min(picture.size) <= size:
         return blob
     picture, file = to_rgb(picture), io.BytesIO()

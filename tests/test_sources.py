@@ -619,6 +619,19 @@ def test_a_smaller_picture_shows_what_the_larger_one_did(tmp_path, mode):
     assert (large - small).abs().max() <= 2
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_images_that_end_early_are_converted_like_others(tmp_path, kind):
+    """With and without a name and --resize: training uses them, too."""
+    file, texture = io.BytesIO(), np.linspace(0, 255, 180_000).reshape(200, 300, 3).astype(np.uint8)
+    Image.fromarray(texture).save(file, kind)
+    blob = file.getvalue()[:-2]
+    parquet.write_table(arrow.table({"conversations": [json.dumps(TALK)], "image_bytes": [blob]}), tmp_path / "a.parquet")
+    for number, (flags, size) in enumerate((([], (300, 200)), (["--to", "parquet", "--resize", "100"], (150, 100)))):
+        out = tmp_path / str(number)
+        assert convert.main([str(tmp_path / "a.parquet"), "--out", str(out), *flags]) == 0
+        assert open_images(out / "images").load(open_samples(out)[0].images[0]).size == size
+
+
 def test_a_folder_takes_one_conversion(data, tmp_path, capsys):
     arguments = [str(data[0]), "--images_path", str(data[1]), "--out", str(tmp_path / "out")]
     with convert.claimed(tmp_path / "out"):

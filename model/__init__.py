@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
 from .model_vlm import MiniMindVLM, VLMConfig
@@ -18,6 +19,8 @@ AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True
 AutoModelForCausalLM.register(VLMConfig, MiniMindVLM, exist_ok=True)
 AutoModelForImageTextToText.register(VLMConfig, MiniMindVLM, exist_ok=True)
 AutoImageProcessor.register(VLMConfig, slow_image_processor_class=MiniMindVImageProcessor, exist_ok=True)
+# By these names transformers' Trainer knows that label smoothing has to shift the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update({"minimind": "MiniMindForCausalLM", "minimind-v": "MiniMindVLM"})
 AutoProcessor.register(VLMConfig, MiniMindVProcessor, exist_ok=True)
 
 __all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindVImageProcessor", "MiniMindVLM", "MiniMindVProcessor", "VLMConfig"]

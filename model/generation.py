@@ -144,20 +144,21 @@ def embed(
     model: MiniMindVLM, prompts: Sequence[Prompt], spans: Sequence[tuple[int, int]], features: Features
 ) -> torch.Tensor:
     """Embeddings [B, T, D] of a span (start, end) of each prompt, padded on the right; features[number] are the patch
-    vectors [P, W] of a picture, which lies in a span as a whole or not at all."""
+    vectors [P, W] of a picture, which a span may cut."""
     T = max(end - start for start, end in spans)
     ids = torch.full((len(prompts), T), model.config.pad_token_id)
-    places, numbers = [], []
+    places, patches = [], []
     for row, (prompt, (start, end)) in enumerate(zip(prompts, spans, strict=True)):
         ids[row, : end - start] = torch.from_numpy(prompt.ids[start:end])
         for at, number in zip(prompt.image_starts, prompt.pictures, strict=True):
-            if start <= at < end:
-                places.append(torch.arange(prompt.image_tokens) + row * T + at - start)
-                numbers.append(number)
+            first, last = max(at, start), min(at + prompt.image_tokens, end)
+            if first < last:
+                places.append(torch.arange(first, last) + row * T - start)
+                patches.append(features[number][first - at : last - at])
     ids = ids.to(model.device)
     if not places:
         return model.embed(ids)
-    return model.embed(ids, None, torch.cat(places).to(model.device), torch.stack([features[n] for n in numbers]))
+    return model.embed(ids, None, torch.cat(places).to(model.device), torch.cat(patches).unsqueeze(0))
 
 
 def tokens_seen(prompts: Sequence[Prompt], sampling: Sampling, model: MiniMindVLM) -> torch.Tensor | None:

@@ -42,13 +42,13 @@ def rope_frequencies(config: PretrainedConfig, device: torch.device | None = Non
 
 
 def rope_tables(config: PretrainedConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [T, d], of int64 `positions` [T].
+    """cos and sin, fp32 [..., T, d], of int64 `positions` [..., T].
 
     Computed anew from the configuration at every call (microseconds): a table kept as a non-persistent buffer is lost
     when transformers builds a model on the meta device.
     """
     inv_freq, scale = rope_frequencies(config, positions.device)
-    angles = torch.outer(positions.float(), inv_freq)
+    angles = positions.float().unsqueeze(-1) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * scale, angles.sin() * scale
 

@@ -185,10 +185,12 @@ class MiniMindBlock(nn.Module):
 
 @dataclass
 class MiniMindModelOutput(ModelOutput):
-    """Hidden states [B, T, D] after the final norm, the cache, and the sum of the routers' auxiliary losses."""
+    """Hidden states [B, T, D] after the final norm, the cache, the sum of the routers' auxiliary losses, and if asked
+    for the input of every block with the final hidden states behind them."""
 
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
 
 
@@ -236,9 +238,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         rows: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> MiniMindModelOutput:
@@ -247,32 +251,41 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         `attention_mask` [B, K] is 1 for real tokens and 0 for padding, on either side. Rows padded on the right need
         none for right results: causal attention never looks ahead. For the routers' auxiliary loss `token_mask` [B, T]
-        then tells real tokens from padding; by default it is the attention mask.
-        Raises ValueError unless exactly one of ids and embeddings is given.
+        then tells real tokens from padding; by default it is the attention mask. `position_ids` int64 [1 or B, T] follow
+        the cache by default; rotary attention depends on distances alone, so padding on the left need not change them.
+        Raises ValueError unless exactly one of ids and embeddings is given, and for positions of another length.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+        recomputes = self.gradient_checkpointing and self.training  # blocks run twice, and would fill a cache twice
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         T = inputs_embeds.shape[1]
-        # Rotary attention depends on distances alone, so padding on the left may shift the positions of a row.
-        positions = torch.arange(T, device=inputs_embeds.device) + past
-        rope = rope_tables(self.config, positions)
+        if position_ids is None:
+            position_ids = torch.arange(T, device=inputs_embeds.device).unsqueeze(0) + past
+        if position_ids.ndim != 2 or position_ids.shape[1] != T:
+            raise ValueError(f"position_ids {tuple(position_ids.shape)}: [1 or B, {T}] is wanted, one for each token")
+        rope = [table.unsqueeze(1) for table in rope_tables(self.config, position_ids)]  # [1 or B, 1, T, d]
         mask = create_causal_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=positions.unsqueeze(0),
+            past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip
         if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -T:]
 
-        hidden_states, aux_losses = inputs_embeds, []
+        hidden_states, inputs, aux_losses = inputs_embeds, [], []
         for layer in self.layers:
+            if output_hidden_states:
+                inputs.append(hidden_states)
             last_rows = rows if layer is self.layers[-1] and not self.config.use_moe else None
             arguments = (hidden_states, rope, mask, past_key_values, token_mask, last_rows)
-            if self.gradient_checkpointing and self.training:
+            if recomputes:
                 hidden_states, aux_loss = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
                 hidden_states, aux_loss = layer(*arguments)
@@ -280,9 +293,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
                 aux_losses.append(aux_loss)
         if self.config.use_moe:
             hidden_states = take_rows(hidden_states, rows)
+        hidden_states = self.norm(hidden_states)
         return MiniMindModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values,
+            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
             aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
         )
 
@@ -298,9 +313,11 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head, tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True  # transformers' Trainer gives num_items_in_batch
 
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # for transformers' Trainer: labels are shifted inside
         self.model = MiniMindModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -310,40 +327,51 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        *,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         loss_positions: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast:
-        """Next-token logits, and the loss when `labels` are given.
+        """Next-token logits [B, T, V], and the loss when `labels` are given; arguments as transformers' models take them.
 
-        `labels` int64 [B, T] stand where their tokens stand (transformers' convention: the shift happens inside) and
-        are -100 where there is no loss. With labels, `logits` are those that predict the S supervised tokens,
-        [S, V], in reading order. `loss_positions` int64 [S], indices into B * T of the positions that predict them (see
-        `find_loss_positions`), spare a search that an accelerator would have to wait for. `logits_to_keep=n` (or an index tensor) asks for the last n positions,
-        [B, n, V], instead. With neither, all positions: [B, T, V].
-        `loss` is the mean cross-entropy over supervised tokens (0 when there is none); `aux_loss` is the routers'
-        auxiliary loss in training, not included in `loss`.
+        `labels` int64 [B, T] stand where their tokens stand (the shift happens inside) and are -100 where there is no
+        loss. `logits_to_keep=n` (or an index tensor) asks for the last n positions, [B, n, V]. `loss_positions` int64 [S],
+        indices into B * T of the positions that predict the supervised tokens of `labels` (see `find_loss_positions`),
+        ask for these alone: `logits` are [S, V], in reading order, which saves work, memory, and a search that an
+        accelerator would have to wait for. `hidden_states` are the blocks' inputs and the last hidden states.
+        `loss` is the sum of the cross-entropies over `num_items_in_batch`, by default the number of supervised tokens
+        (0 when there is none); `aux_loss` is the routers' auxiliary loss in training, not included in `loss`.
+        Raises ValueError for labels of another shape than the tokens, and for `output_attentions`.
         """
-        keep_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
-        if labels is not None and loss_positions is None:
-            loss_positions = find_loss_positions(labels)
-        rows = loss_positions if labels is not None and not keep_some else None
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: attention weights are never made here; model.attention_map computes them")
         outputs = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, rows, token_mask
-        )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+            loss_positions, token_mask,
+        )  # fmt: skip
+        hidden_states, loss = outputs.last_hidden_state, None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            logits = self.lm_head(hidden_states if loss_positions is not None else hidden_states[:, kept])
+        else:
+            predictions = logits = self.lm_head(hidden_states)
+            if loss_positions is None:
+                if labels.shape != logits.shape[:2]:
+                    raise ValueError(f"labels {tuple(labels.shape)}, but tokens {tuple(logits.shape[:2])}")
+                loss_positions, logits = find_loss_positions(labels), logits[:, kept]
+                predictions = take_rows(predictions, loss_positions)
+            count = max(1, len(loss_positions)) if num_items_in_batch is None else num_items_in_batch
             targets = labels.flatten()[loss_positions + 1]
-            logits = self.lm_head(take_rows(hidden_states, loss_positions) if keep_some else hidden_states)  # [S, V]
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
-        if labels is None or keep_some:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept] if keep_some else hidden_states)
+            loss = F.cross_entropy(predictions.float(), targets, reduction="sum") / count
         return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=outputs.aux_loss, logits=logits, past_key_values=outputs.past_key_values
-        )
+            loss=loss, aux_loss=outputs.aux_loss, logits=logits, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )  # fmt: skip

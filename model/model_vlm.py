@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from transformers import Cache, CLIPVisionModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.utils import can_return_tuple
 from transformers.utils.hub import cached_file
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
-from .vision import VisionProj, encode_images, load_vision_tower, tower_patches
+from .vision import VisionProj, encode_images, load_vision_tower, save_vision_tower, tower_patches
 
 VISION_FOLDER = "vision_model"  # of a transformers folder: the tower that it brings along
 # What configuration files of the original project hold and nobody here needs to know.
@@ -62,6 +61,16 @@ def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tok
     return flat.to(input_ids.device)
 
 
+def check_positions(features: torch.Tensor, image_positions: torch.Tensor) -> None:
+    """Raises ValueError, with both counts, unless there is a position for each vector of `features` [N, P, ...]."""
+    N, P = features.shape[:2]
+    if image_positions.numel() != N * P:
+        raise ValueError(
+            f"{N} pictures ({N * P} patch vectors), but places for {image_positions.numel() / P:g}"
+            f" ({image_positions.numel()} placeholder positions)"
+        )
+
+
 def splice_image_features(
     inputs_embeds: torch.Tensor, features: torch.Tensor, image_positions: torch.Tensor
 ) -> torch.Tensor:
@@ -69,12 +78,8 @@ def splice_image_features(
 
     Raises ValueError when pictures and places do not match.
     """
-    N, P, D = features.shape
-    if image_positions.numel() != N * P:
-        raise ValueError(
-            f"{N} pictures ({N * P} patch vectors), but places for {image_positions.numel() / P:g}"
-            f" ({image_positions.numel()} placeholder positions)"
-        )
+    check_positions(features, image_positions)
+    D = features.shape[-1]
     flat = inputs_embeds.reshape(-1, D)
     return flat.index_copy(0, image_positions, features.reshape(-1, D).to(flat.dtype)).view_as(inputs_embeds)
 
@@ -128,7 +133,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         """As transformers' own, and the vision tower in a folder within."""
         super().save_pretrained(save_directory, **kwargs)
         if self.vision_encoder is not None and kwargs.get("is_main_process", True):
-            self.vision_encoder.save_pretrained(Path(save_directory) / VISION_FOLDER)
+            save_vision_tower(self.vision_encoder, Path(save_directory) / VISION_FOLDER)
 
     def _apply(self, fn, recurse=True):
         """Moves the tower along when the model moves."""
@@ -164,58 +169,65 @@ class MiniMindVLM(MiniMindForCausalLM):
             image_positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
         return splice_image_features(inputs_embeds, self.vision_proj(image_features), image_positions)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        *,
         pixel_values: torch.Tensor | None = None,
         image_positions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        inputs_embeds: torch.Tensor | None = None,
-        loss_positions: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
+        **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """As the decoder's forward, with pictures.
+        """As the decoder's forward, with all its keyword arguments, and with pictures.
 
         `pixel_values` [N, 3, 224, 224], normalised, are all pictures of the batch in reading order; `image_features`
         [N, P, W] are the tower's output for them, to skip it. `image_positions` int64 [N * P] are indices into the
         flattened [B * T] ids; None means the leftmost runs of P placeholder ids.
         Raises ValueError when pictures and places do not match, with both counts.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, image_positions, image_features)
-        return super().forward(
-            inputs_embeds=inputs_embeds, labels=labels, attention_mask=attention_mask,
-            past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
-            loss_positions=loss_positions, token_mask=token_mask,
-        )  # fmt: skip
+        if input_ids is not None and inputs_embeds is None:
+            input_ids, inputs_embeds = None, self.embed(input_ids, pixel_values, image_positions, image_features)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
+                               logits_to_keep, **kwargs)  # fmt: skip
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """Pictures enter with the prompt; later steps read them from the cache."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_positions", "image_features")}
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, image_mask=None, image_features=None, **kwargs):
+        """As transformers' own: pictures enter with the prompt, or what the cache does not hold of it; later steps read
+        them from the cache. `image_mask` and `image_features` come from `_expand_inputs_for_generation`.
+
+        Raises ValueError for a prompt with pictures that is read in chunks.
+        """
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        return {**inputs, **images} if is_first_iteration or not kwargs.get("use_cache", True) else inputs
+        if image_mask is None or (kwargs.get("use_cache", True) and not is_first_iteration):
+            return inputs
+        if input_ids.shape[1] < image_mask.shape[1]:
+            raise ValueError("prefill_chunk_size: a prompt with pictures is read as a whole; leave it out")
+        T = inputs["input_ids"].shape[1]
+        rows, columns = image_mask.nonzero(as_tuple=True)
+        columns = columns - (input_ids.shape[1] - T)  # the cache holds those below 0
+        seen = columns >= 0
+        features = image_features.flatten(0, 1)[seen].unsqueeze(0)
+        return {**inputs, "image_features": features, "image_positions": (rows * T + columns)[seen]}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Repeats a row's pictures with the row: for beams and `num_return_sequences`."""
-        positions, P = kwargs.pop("image_positions", None), self.config.image_tokens
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features")}
-        images = {name: value for name, value in images.items() if value is not None}
-        if images and expand_size > 1:
+        """Encodes pictures, once, and repeats a row's with the row: for beams and `num_return_sequences`. Their places
+        are kept as `image_mask` bool [B, T], which holds while rows grow and repeat."""
+        pixels, positions, features = (kwargs.pop(name, None) for name in ("pixel_values", "image_positions", "image_features"))
+        if features is None and pixels is not None:
+            features = self.encode_images(pixels)
+        if features is not None and len(features):
             if positions is None:
-                positions = find_image_positions(input_ids, self.config.image_token_id, P)
-            T = input_ids.shape[1]
-            row_of, columns = positions.view(-1, P)[:, 0] // T, positions.view(-1, P) % T
-            new_rows = torch.arange(len(input_ids) * expand_size, device=input_ids.device)
-            picture, row = (row_of[:, None] == new_rows // expand_size).nonzero(as_tuple=True)
-            order = row.argsort(stable=True)
-            picture, row = picture[order], row[order]
-            images = {name: value[picture] for name, value in images.items()}
-            positions = (columns[picture] + row[:, None] * T).flatten()
+                positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
+            check_positions(features, positions)
+            mask = torch.zeros_like(input_ids, dtype=torch.bool).view(-1).index_fill(0, positions, True).view_as(input_ids)
+            rows = features.split((mask.sum(1) // self.config.image_tokens).tolist())
+            features = torch.cat([row for row in rows for _ in range(expand_size)])
+            kwargs["image_mask"] = mask
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, {**kwargs, **images, "image_positions": positions}
+        return input_ids, {**kwargs, "image_features": features}

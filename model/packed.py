@@ -24,7 +24,12 @@ from .vision import attend_by_products
 
 
 def pack_linear(*linears: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function x [..., in] -> x W^T + b [..., out]; several layers without bias that read the same input are one."""
+    """A function x [..., in] -> x W^T + b [..., out]; several layers without bias that read the same input are one.
+
+    Layers that are more than their weight (quantized ones, adapters) stay what they are.
+    """
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
     weight, bias = linears[0].weight.detach(), linears[0].bias
     if len(linears) > 1:
         weight = torch.cat([linear.weight.detach() for linear in linears])

@@ -32,6 +32,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
+from .vision import save_vision_tower
+
 FOLDER = Path(__file__).resolve().parent / "vision_model" / "tiny-clip"
 SHAPES = ("circle", "triangle", "rectangle", "diamond", "star", "cross", "ring", "crescent")
 COLOURS = {
@@ -235,7 +237,7 @@ def zero_shot(model: TinyCLIP, count: int = 2048, seed: int = 10**6) -> dict[str
 
 def save(model: TinyCLIP, folder: Path) -> None:
     """Writes the vision half as a transformers folder, in fp16."""
-    copy.deepcopy(model.vision).to(torch.float16).save_pretrained(folder)
+    save_vision_tower(copy.deepcopy(model.vision).to(torch.float16), folder)
     CLIPImageProcessorPil().save_pretrained(folder)
 
 

@@ -25,9 +25,17 @@ CLIP_FOLDER = Path(__file__).resolve().parent / "vision_model" / "clip-vit-base-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Of the names of a tower's weights in transformers 4, which finds no others; since 5 they go without, and either is read.
+CLASSIC_PREFIX = "vision_model."
+
 
 class VisionProj(nn.Module):
     """One linear layer from the tower's width to the decoder's: [..., W] -> [..., D]."""
+
+    def named_modules(self, *args, **kwargs):
+        """Without the container within, which published weights name like the whole: PEFT, which finds modules by the
+        end of their names, would train one inside the other."""
+        return ((name, module) for name, module in super().named_modules(*args, **kwargs) if module is not self.vision_proj)
 
     def __init__(self, vision_width: int, hidden_size: int):
         super().__init__()
@@ -78,12 +86,19 @@ def tower_patches(tower: CLIPVisionModel) -> int:
 
 
 def tower_fingerprint(tower: CLIPVisionModel) -> str:
-    """A short hash of the tower's weights: the same weights give the same fingerprint, wherever they lie."""
+    """A short hash of the tower's weights: the same weights give the same fingerprint, wherever they lie and whatever
+    release of transformers loads them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(name.removeprefix(CLASSIC_PREFIX).encode())
         digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def save_vision_tower(tower: CLIPVisionModel, folder: str | Path) -> None:
+    """Writes the tower as a transformers folder, by the names that every release reads."""
+    state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in tower.state_dict().items()}
+    tower.save_pretrained(folder, state_dict=state)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

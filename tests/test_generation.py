@@ -1,5 +1,7 @@
 """Decoding: whatever the path, the tokens are those of full forwards."""
 
+import copy
+import math
 import subprocess
 import sys
 from contextlib import closing
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import DynamicCache, StaticCache
 from transformers.generation.logits_process import (
@@ -48,7 +51,7 @@ def make_prompt(*parts, seed: int = 0) -> Prompt:
 
 
 PROMPTS = [make_prompt(3, "a", 4), make_prompt(3, "a", 9), make_prompt(6), make_prompt(3, "a", "b", 2, seed=1),
-           make_prompt(3, "a", 4), make_prompt(30, seed=2)]  # fmt: skip
+           make_prompt(3, "a", 4), make_prompt(30, seed=2), make_prompt(3, "a")]  # fmt: skip
 FEATURES = torch.randn(2, P, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -165,6 +168,32 @@ def test_an_interrupted_step_leaves_a_memory_that_can_be_used(small):
     expected = by_full_forwards(small, PROMPTS[0])
     assert said == expected[:3] and memory.key[-2:].tolist() == said[:2]
     assert stream(decoder, PROMPTS[0], memory) == expected
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prompt_interrupted_anywhere_in_its_pictures_is_read_to_its_end(small, compiled):
+    decoder = CompiledDecoder(small) if compiled else PackedDecoder(small)
+    prompt = make_prompt(3, "a", "b", 2)
+    expected = by_full_forwards(small, prompt)
+    with torch.compiler.set_stance("force_eager"):
+        for call in range(1, math.ceil(len(prompt.ids) / 90) + 1):
+            recorder = Recorder(decoder, fail_at=call)
+            memory = Memory(decoder.new_cache(420))
+            with pytest.raises(KeyboardInterrupt):
+                stream(recorder, prompt, memory, chunk=90)
+            assert len(memory.key) == 90 * (call - 1)
+            assert stream(decoder, prompt, memory) == expected
+        other = make_prompt(3, "a", "a", 2)
+        assert stream(decoder, other, memory) == by_full_forwards(small, other)
+
+
+def test_layers_that_are_more_than_their_weight_answer_as_they_are(small):
+    """Adapters that were not merged, and quantized layers."""
+    adapted = get_peft_model(copy.deepcopy(small), LoraConfig(target_modules=["k_proj", "down_proj"], init_lora_weights=False))
+    adapted = adapted.base_model.model.eval()
+    expected = [by_full_forwards(adapted, prompt) for prompt in PROMPTS[2:4]]
+    assert expected != [by_full_forwards(small, prompt) for prompt in PROMPTS[2:4]]
+    assert generate_batch(PackedDecoder(adapted), PROMPTS[2:4], FEATURES, GREEDY, NEVER) == expected
 
 
 def test_bf16_differs_by_rounding_alone(small):

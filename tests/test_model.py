@@ -1,16 +1,19 @@
 """The decoder and the splice: equivalences that must hold whatever the weights."""
 
 import copy
+import inspect
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import model as model_package
 from model import MiniMindForCausalLM, MiniMindVLM, VLMConfig
+from model.layers import rope_tables
+from model.model_minimind import find_loss_positions
 from model.model_vlm import find_image_positions, splice_image_features
 from model.moe import MOEFeedForward
 from tests.conftest import make_model, make_tower
@@ -76,7 +79,10 @@ def test_loss_is_the_mean_over_supervised_tokens_of_full_logits():
     out = model(ids, labels=labels)
     expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert out.logits.shape == ((labels[:, 1:] != -100).sum(), model.config.vocab_size)
+    assert torch.equal(out.logits, model(ids).logits)
+    supervised = model(ids, labels=labels, loss_positions=find_loss_positions(labels))
+    assert supervised.logits.shape == ((labels[:, 1:] != -100).sum(), model.config.vocab_size)
+    assert supervised.loss.item() == pytest.approx(out.loss.item(), rel=1e-6)
     gradient = torch.autograd.grad(out.loss, model.model.norm.weight)[0]
     assert torch.allclose(gradient, torch.autograd.grad(expected, model.model.norm.weight)[0], rtol=1e-4, atol=1e-8)
 
@@ -94,6 +100,132 @@ def test_logits_only_where_asked():
         full = model(ids).logits
         assert torch.allclose(model(ids, logits_to_keep=3).logits, full[:, -3:], atol=1e-6)
         assert torch.allclose(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]], atol=1e-6)
+
+
+def decoders() -> list:
+    """A VLM and a decoder alone, of the same weights."""
+    vlm = make_model().eval()
+    decoder = MiniMindForCausalLM(vlm.config).eval()
+    decoder.load_state_dict({name: tensor for name, tensor in vlm.state_dict().items() if "vision" not in name})
+    return [vlm, decoder]
+
+
+@pytest.mark.parametrize("model", decoders(), ids=["vlm", "decoder"])
+def test_arguments_are_those_of_transformers_models(model):
+    ids, mask = text(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    ours, llama = (list(inspect.signature(kind.forward).parameters)[1:9] for kind in (type(model), LlamaForCausalLM))
+    assert ours == llama
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask)
+        positional = model(ids, mask)
+        assert positional.loss is None and torch.equal(positional.logits, expected.logits)
+        assert model(ids, mask, None, None, None, ids, False, 2).logits.shape == (2, 2, 6400)
+        assert torch.equal(model(ids, mask, return_dict=False)[0], expected.logits)
+        with_labels = model(ids, mask, labels=ids, logits_to_keep=2)
+        assert torch.equal(with_labels.logits, expected.logits[:, -2:])
+        assert torch.equal(with_labels.loss, model(ids, mask, labels=ids).loss)
+        next_token = text(2, 1, seed=3)
+        grown = model(torch.cat([ids, next_token], 1), F.pad(mask, (0, 1), value=1)).logits[:, -1:]
+        assert torch.allclose(model(next_token, F.pad(mask, (0, 1), value=1), past_key_values=expected.past_key_values).logits,
+                              grown, atol=1e-5), "the cache comes unasked, as the configuration says"  # fmt: skip
+    assert model(ids, use_cache=False).past_key_values is None
+    for wrong, error in (({"position_ids": torch.zeros(2, 3, 224, 224)}, "position_ids"), ({"labels": ids[:, 1:]}, "labels"),
+                         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one"), ({"output_attentions": True}, "attention_map")):  # fmt: skip
+        with pytest.raises(ValueError, match=error):
+            model(ids, **wrong)
+    with pytest.raises(TypeError, match="pixel_value"):
+        model(ids, pixel_value=torch.zeros(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_hidden_states_are_those_that_lead_to_the_logits(use_moe):
+    model, ids = make_model(use_moe=use_moe).eval(), text(2, 9)
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True)
+        assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+        assert torch.equal(out.hidden_states[0], model.model.embed_tokens(ids))
+        assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+        block = model.model.layers[0](out.hidden_states[0], rope_tables(model.config, torch.arange(9)), None, None, None)[0]
+        assert torch.equal(out.hidden_states[1], block)
+        assert model(ids).hidden_states is None
+        model.config.output_hidden_states = True
+        assert torch.equal(model(ids).hidden_states[1], block)
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_positions_of_padding_on_the_left_may_be_counted_or_not(use_moe):
+    model, ids = make_model(use_moe=use_moe).eval(), text(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits, alone = model(ids, mask, positions).logits, model(ids[:1, 5:]).logits[0]
+        assert (logits[0, 5:] - alone).abs().max() < 1e-5 and (logits - model(ids, mask).logits)[mask == 1].abs().max() < 1e-5
+        gap = positions + 3 * (torch.arange(11) > 8)
+        assert (model(ids, mask, gap).logits - logits)[:, 9:].abs().max() > 1e-3, "positions are read"
+
+
+def test_two_texts_in_a_row_are_two_texts_when_their_positions_say_so():
+    model, ids = make_model().eval(), text(1, 11)
+    with torch.no_grad():
+        packed = model(ids, position_ids=torch.cat([torch.arange(4), torch.arange(7)])[None], use_cache=False).logits
+        assert (packed - torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], 1)).abs().max() < 1e-5
+
+
+# --- transformers' Trainer --------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    """Eight texts of one length with different numbers of supervised tokens."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict:
+        ids = text(1, 12, seed=index)[0]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(torch.arange(12) < index, -100)}
+
+
+def train(folder, model, **settings) -> Trainer:
+    """One epoch by transformers' Trainer; plain gradient descent, so that a change of weights is a gradient."""
+    arguments = TrainingArguments(folder, per_device_train_batch_size=2, per_device_eval_batch_size=4, num_train_epochs=1,
+                                  learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0, report_to=[],
+                                  save_strategy="no", disable_tqdm=True, use_cpu=True, **settings)  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(), compute_metrics=token_accuracy)
+    trainer.train()
+    return trainer
+
+
+def token_accuracy(predictions) -> dict:
+    """As TRL has it: the logits before the last against the labels after the first."""
+    right = predictions.predictions[:, :-1].argmax(-1) == predictions.label_ids[:, 1:]
+    return {"accuracy": right[predictions.label_ids[:, 1:] != -100].mean()}
+
+
+@pytest.mark.parametrize("build", [make_model, lambda: decoders()[1]], ids=["vlm", "decoder"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_transformers_trainer_descends_the_mean_over_all_supervised_tokens(tmp_path, build, smoothing):
+    """Four micro-batches of different numbers of labels are one update: that of all eight rows at once."""
+    model, reference = build().train(), build().train()
+    rows = [Rows()[index] for index in range(8)]
+    ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    loss = F.cross_entropy(reference(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
+    loss.backward()
+    trainer = train(tmp_path, model, gradient_accumulation_steps=4, label_smoothing_factor=smoothing)
+    assert trainer.state.global_step == 1
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for (name, new), old in zip(model.named_parameters(), reference.parameters(), strict=True):
+        expected = old - 0.1 * (0 if old.grad is None else old.grad)  # the projector of a VLM sees nothing
+        assert torch.allclose(new, expected, atol=1e-6), name
+    figures = trainer.evaluate()
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100]
+    assert figures["eval_accuracy"] == pytest.approx(right.float().mean().item())
+    halves = [F.cross_entropy(logits[part, :-1].flatten(0, 1), labels[part, 1:].flatten(), label_smoothing=smoothing)
+              for part in (slice(0, 4), slice(4, 8))]  # fmt: skip
+    assert figures["eval_loss"] == pytest.approx(sum(halves).item() / 2, rel=1e-4)
 
 
 def test_every_forward_gives_an_output_of_its_own():

@@ -186,8 +186,8 @@ def switch_off(name: str | None, run: build.Run) -> None:
         forward = model_minimind.MiniMindModel.forward
 
         def everywhere(self, *args):
-            out = forward(self, *args[:5])
-            out.last_hidden_state = model_minimind.take_rows(out.last_hidden_state, args[5])
+            out = forward(self, *args[:7])
+            out.last_hidden_state = model_minimind.take_rows(out.last_hidden_state, args[7])
             return out
 
         model_minimind.MiniMindModel.forward = everywhere

@@ -43,9 +43,11 @@ NEVER = -1  # no token ends an answer
 class PlainVLM(MiniMindVLM):
     """The same weights with a textbook's forward, the key and value heads repeated for the query heads that share them."""
 
-    def forward(self, input_ids, pixel_values=None, image_positions=None, past_key_values=None, **_) -> CausalLMOutputWithPast:
+    def forward(
+        self, input_ids, pixel_values=None, image_positions=None, image_features=None, past_key_values=None, **_
+    ) -> CausalLMOutputWithPast:
         """ids [B, T] after the cache -> logits [B, 1, V] of the last token."""
-        x, start = self.embed(input_ids, pixel_values, image_positions), past_key_values.get_seq_length()
+        x, start = self.embed(input_ids, pixel_values, image_positions, image_features), past_key_values.get_seq_length()
         cos, sin = rope_tables(self.config, torch.arange(start, start + x.shape[1], device=x.device))
         for layer, block in enumerate(self.model.layers):
             x = x + self.attend(block.self_attn, norm(block.input_layernorm, x), cos, sin, past_key_values, layer)

@@ -23,7 +23,7 @@ class Objective:
         features = self.encode(batch)
         with self.run.autocast():
             out = model(
-                batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, image_features=features,
+                batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, use_cache=False, image_features=features,
                 # Rows are padded on the right: causal attention needs no mask, only the routers' loss does.
                 image_positions=batch.image_positions, token_mask=batch.attention_mask if self.run.config.use_moe else None,
             )  # fmt: skip

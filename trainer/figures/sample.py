@@ -14,6 +14,7 @@ from PIL import Image
 
 from dataset.conversation import IGNORE_INDEX, Rendered, Renderer, parse_sample
 from dataset.pictures import load_picture
+from model.model_minimind import find_loss_positions
 from model.processing import load_tokenizer
 from model.vision import normalize, preprocess
 from trainer.attention_view import picture_of
@@ -46,7 +47,7 @@ def travel(row: dict, picture: Image.Image, hidden_size: int, num_hidden_layers:
         features = model.encode_images(pixels)
         embedded = model.embed(ids, image_features=features, image_positions=places)
         hidden_states = model.model(inputs_embeds=embedded).last_hidden_state
-        logits = model(inputs_embeds=embedded, labels=labels).logits
+        logits = model(inputs_embeds=embedded, labels=labels, loss_positions=find_loss_positions(labels)).logits
     tensors = {"ids": ids, "labels": labels, "pixels": pixels, "features": features, "projected": model.vision_proj(features),
                "embedded": embedded, "hidden": hidden_states, "logits": logits}  # fmt: skip
     return Journey(rendered, [tokenizer.decode([token]) for token in rendered.ids],

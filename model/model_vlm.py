@@ -197,13 +197,17 @@ class MiniMindVLM(MiniMindForCausalLM):
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
                                logits_to_keep, **kwargs)  # fmt: skip
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, image_mask=None, image_features=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, image_mask=None, image_features=None, **kwargs
+    ):
         """As transformers' own: pictures enter with the prompt, or what the cache does not hold of it; later steps read
         them from the cache. `image_mask` and `image_features` come from `_expand_inputs_for_generation`.
 
         Raises ValueError for a prompt with pictures that is read in chunks.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if image_mask is None or (kwargs.get("use_cache", True) and not is_first_iteration):
             return inputs
         if input_ids.shape[1] < image_mask.shape[1]:

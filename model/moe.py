@@ -75,8 +75,10 @@ class MOEFeedForward(nn.Module):
         order = topk_idx.flatten().argsort(stable=True)  # [N*k] entries of topk_idx, grouped by expert
         counts = topk_idx.flatten().bincount(minlength=len(self.experts))
         grouped = tokens.index_select(0, order // topk_idx.shape[1])
-        # Only the CPU knows the counts without waiting, and only bf16 has a grouped product on every accelerator.
-        apart = grouped.device.type == "cpu" or grouped.dtype != torch.bfloat16
+        # Only the CPU knows the counts without waiting, and only bf16 has a grouped product on every accelerator; layers
+        # that are more than their weight (adapters, quantized ones) have to run themselves.
+        weights_alone = all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())
+        apart = grouped.device.type == "cpu" or grouped.dtype != torch.bfloat16 or not weights_alone
         outputs = self.run_apart(grouped, counts) if apart else self.run_grouped(grouped, counts)
         outputs = outputs * topk_weight.flatten()[order].unsqueeze(-1).to(outputs.dtype)
         mixed = torch.zeros_like(tokens, dtype=outputs.dtype).index_add(0, order // topk_idx.shape[1], outputs)

@@ -337,30 +337,98 @@ def test_text_only_batches_give_every_parameter_a_gradient():
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-def test_generate_equals_repeated_full_forwards_with_pictures():
-    model = make_model(tower=make_tower()).eval()
-    ids, pixels = with_images([[2, 1]]), torch.randn(2, 3, 224, 224)
-    out = model.generate(ids, pixel_values=pixels, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    grown = ids
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    return make_model(tower=make_tower(), initializer_range=0.3).eval()
+
+
+def batch_with_images(model, pattern: list[list[int]]) -> dict:
+    """Inputs as the processor gives them: padded on the left, with the places of pictures; a run of "@" is text."""
+    ids = with_images(pattern)
+    lengths = [len(gaps) * P + sum(gaps) + 5 for gaps in pattern]
+    ids = torch.stack([row.roll(ids.shape[1] - length) for row, length in zip(ids, lengths, strict=True)])
+    positions = find_image_positions(ids, 34, P)
+    starts = torch.tensor([ids.shape[1] - length for length in lengths])[:, None]
+    ids[:, -2:] = 34
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) >= starts).long(), "image_positions": positions,
+            "pixel_values": torch.randn(sum(map(len, pattern)), 3, 224, 224, generator=torch.Generator().manual_seed(0))}
+
+
+def by_full_forwards(model, given: dict, row: int, first: int, count: int) -> list[int]:
+    """The definition: the row alone, without padding, all tokens through the model for every new one; its pictures are
+    `count` from `first` on."""
+    T = given["input_ids"].shape[1]
+    ids = given["input_ids"][row : row + 1, given["attention_mask"][row] == 1]
+    positions = given["image_positions"][first * P : (first + count) * P] - row * T - (T - ids.shape[1])
     with torch.no_grad():
-        for _ in range(6):
-            logits = model(grown, pixel_values=pixels).logits[:, -1]
-            grown = torch.cat([grown, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(out, grown)
-    uncached = model.generate(ids, pixel_values=pixels, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=False)
-    assert torch.equal(uncached, grown)
+        for _ in range(5):
+            logits = model(ids, pixel_values=given["pixel_values"][first : first + count], image_positions=positions).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids[0, -5:].tolist()
 
 
-def test_several_answers_and_beams_keep_each_rows_pictures():
-    model = make_model(tower=make_tower()).eval()
-    ids, pixels = with_images([[2, 1], [1, 2]]), torch.randn(4, 3, 224, 224)
-    alone = [model.generate(ids[row : row + 1], pixel_values=pixels[2 * row : 2 * row + 2], max_new_tokens=4, num_beams=3,
-                            do_sample=False, eos_token_id=None) for row in range(2)]  # fmt: skip
-    both = model.generate(ids, pixel_values=pixels, max_new_tokens=4, num_beams=3, do_sample=False, eos_token_id=None)
-    assert torch.equal(both, torch.cat(alone))
-    torch.manual_seed(0)
-    several = model.generate(ids, pixel_values=pixels, max_new_tokens=2, do_sample=True, num_return_sequences=3, eos_token_id=None)
-    assert several.shape == (6, ids.shape[1] + 2) and torch.equal(several[:3, : ids.shape[1]], ids[:1].expand(3, -1))
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [("positions", {}), ("positions", {"use_cache": False}), ("searched", {"use_cache": False}), ("features", {"num_beams": 2}),
+     ("features", {"num_return_sequences": 2, "do_sample": True, "top_k": 1}),
+     ("positions", {"num_return_sequences": 2, "num_beams": 2, "use_cache": False})],
+)  # fmt: skip
+def test_rows_of_a_batch_get_the_answers_of_each_alone(seeing, given, way):
+    pattern = [[2, 1], [3], [0, 0]]
+    batch = batch_with_images(seeing, pattern)
+    if given == "searched":
+        del batch["image_positions"]
+    if given == "features":
+        batch["image_features"] = seeing.encode_images(batch.pop("pixel_values"))
+    out = seeing.generate(**batch, **{**GREEDY, **way})[:, batch["input_ids"].shape[1] :]
+    batch = batch_with_images(seeing, pattern)
+    if way.get("num_beams", 1) == 1:
+        expected = [by_full_forwards(seeing, batch, row, first, len(pattern[row])) for row, first in enumerate((0, 2, 3))]
+        assert len({tuple(tokens) for tokens in expected}) == 3
+    else:
+        expected = []
+        for row, first in enumerate((0, 2, 3)):
+            kept = batch["attention_mask"][row] == 1
+            T, N = len(kept), len(pattern[row])
+            alone = seeing.generate(
+                batch["input_ids"][row : row + 1, kept], pixel_values=batch["pixel_values"][first : first + N],
+                image_positions=batch["image_positions"][first * P : (first + N) * P] - row * T - int((~kept).sum()),
+                **{**GREEDY, **way, "use_cache": True})  # fmt: skip
+            expected += alone[:, -5:].tolist()
+    repeat = way.get("num_return_sequences", 1) if way.get("num_beams", 1) == 1 else 1
+    assert out.tolist() == [tokens for tokens in expected for _ in range(repeat)]
+
+
+def test_pictures_that_a_cache_holds_are_not_read_again(seeing):
+    """A conversation goes on: the whole text and all pictures are given again, with the cache of the first answer; also
+    when a picture was read in part."""
+    batch = batch_with_images(seeing, [[2, 1]])
+    ids, more = batch["input_ids"], {name: batch[name] for name in ("pixel_values", "image_positions")}
+    expected = seeing.generate(ids, **more, **GREEDY)
+    for held in (1, 2 + P // 2, 3 + P, 2 * P + 3, ids.shape[1] - 1):
+        cache = seeing(ids, **more, use_cache=True).past_key_values
+        cache.crop(held - ids.shape[1])
+        assert torch.equal(seeing.generate(ids, **more, **GREEDY, past_key_values=cache), expected)
+    assert torch.equal(seeing.generate(ids, **more, **GREEDY, prompt_lookup_num_tokens=2), expected)
+    assert torch.equal(seeing.generate(ids, **more, **GREEDY, assistant_model=seeing), expected)
+    assert torch.equal(seeing.generate(inputs_embeds=seeing.embed(ids, **more), **GREEDY), expected[:, -5:])
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        seeing.generate(ids, **more, **GREEDY, prefill_chunk_size=50)
+
+
+def test_text_alone_is_answered_with_and_without_a_cache(seeing):
+    ids = torch.full((2, P + 20), 34)  # looks like a picture, and is none
+    ids[0, :3], ids[1, 7:9] = 100, 200
+    expected = seeing.generate(ids, **GREEDY)
+    assert torch.equal(seeing.generate(ids, **GREEDY, use_cache=False), expected)
+    assert torch.equal(seeing.generate(ids, **GREEDY, prefill_chunk_size=50), expected)
+    out = seeing.generate(ids, **GREEDY, output_hidden_states=True, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected) and len(out.hidden_states[0]) == 3 and len(out.logits) == 5
+    with pytest.raises(ValueError, match=r"1 pictures .* places for 2"):
+        seeing.generate(ids, pixel_values=torch.zeros(1, 3, 224, 224), num_beams=2, **GREEDY)
 
 
 def test_repetition_penalty_lowers_scores_of_either_sign():

@@ -1,1 +1,3 @@
 """Samples, from files to tensors."""
+
+import machine as machine  # sets what OpenMP reads once, when torch is loaded

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from machine import cores
 from model.errors import UsageError
 from model.processing import load_tokenizer
 
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_seq_len", type=int, default=1536, help="as SFT has it; samples are bad that do not fit, so give 640 for captions")
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")
     parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--plot", help="file for a picture of the lengths; needs matplotlib (pip install matplotlib)")
     args = parser.parse_args(argv)
     if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:

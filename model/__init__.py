@@ -1,5 +1,8 @@
 """The model. Importing this package teaches transformers' Auto classes the `minimind` and `minimind-v` families."""
 
+# Sets what OpenMP reads once, when torch is loaded.
+import machine as machine  # isort: split
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

@@ -1,9 +1,24 @@
 """Decoding with a compiled step: for devices that are quicker than Python is at asking them, GPUs above all."""
 
+import time
+
 import torch
 from transformers import StaticCache
 
+from .errors import first_line
 from .model_minimind import MiniMindForCausalLM
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What torch.compile says where it cannot work, in one line: no compiler, one without Python.h, a cache that cannot be
+    written. Tried on a line of arithmetic, which is another at each call: one compiled before would prove nothing."""
+    salt = time.time_ns() % 2**40 / 2**40
+    try:
+        x = torch.ones(8, device=device, requires_grad=True)
+        torch.compile(lambda x: (x * salt).exp().sum())(x).backward()
+        return None
+    except Exception as error:  # of compilers, all kinds
+        return next((line.strip() for line in str(error).splitlines() if "error: " in line), first_line(error))
 
 
 class CompiledDecoder:

@@ -1,1 +1,3 @@
 """Tests."""
+
+import machine as machine  # sets what OpenMP reads once, when torch is loaded

@@ -1,13 +1,15 @@
 """From settings to the objects of a run: tokenizer, model, data, optimizer, number format."""
 
 import contextlib
+import errno
 import os
-import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.queues import Queue
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,7 +22,9 @@ from dataset.features import CacheKey, FeatureCache
 from dataset.pictures import NoImages, open_images
 from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
+from machine import cores
 from model import MiniMindVLM, VLMConfig
+from model.compiled import why_not_compile
 from model.errors import first_line
 from model.processing import load_tokenizer
 from model.vision import attend_by_products, load_vision_tower, tower_patches
@@ -114,12 +118,6 @@ def choose_dtype(name: str | None, ranks: Ranks) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raises UsageError where torch.compile would need a C++ compiler and finds none."""
-    if device.type == "cpu" and not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
-        raise UsageError("--use_compile 1 needs a C++ compiler on a CPU, and there is no g++: install it, or leave the flag out")
-
-
 def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, tower: str) -> FeatureCache:
     """The feature cache of the run's data, made or taken up; says how large it will grow. Raises UsageError."""
     encoder = model.vision_encoder
@@ -138,10 +136,9 @@ def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: S
 
 def worker_count(wanted: int, ranks: Ranks) -> int:
     """Loader processes of this rank: at most its share of the machine's cores."""
-    cores = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    most = max(1, cores // ranks.local_size)
+    most = max(1, cores() // ranks.local_size)
     if wanted > most:
-        ranks.print(f"notice: --num_workers {wanted} capped to {most}, this machine's {cores} cores")
+        ranks.print(f"notice: --num_workers {wanted} capped to {most}: {cores()} cores here")
     return min(wanted, most)
 
 
@@ -184,9 +181,12 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     model.vision_encoder.to(dtype)  # frozen: what autocast would cast at every use is cast once
     attend_by_products(model.vision_encoder)
     if config.use_compile:
-        check_compiler(ranks.device)
-        for block in model.model.layers:
-            block.compile(dynamic=True)  # in place: the names of the weights stay
+        problem = why_not_compile(ranks.device)
+        if problem:
+            ranks.warn(f"notice: --use_compile 1 is passed over: {problem}")
+        if not ranks.sum([float(bool(problem))])[0]:  # all, or none
+            for block in model.model.layers:
+                block.compile(dynamic=True)  # in place: the names of the weights stay
     cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.01, fused=True)
@@ -263,3 +263,22 @@ def _start_worker(_: int) -> None:
     for signum in StopRequest.SIGNALS[1:]:
         signal.signal(signum, lambda *_: signal.alarm(LOADER_GRACE))
     torch.set_num_threads(1)
+    # What fails in the threads that hand batches over would be printed, and the trainer wait for ever.
+    Queue._on_queue_feeder_error = staticmethod(lambda error, _: _give_up(error))
+    sys.excepthook = lambda _, error, __: _give_up(error)
+
+
+def _give_up(error: BaseException) -> None:
+    """Says why this loader process cannot hand its batches over, and ends it: the trainer hears of that."""
+    print(f"error: a loader process cannot hand its batches over: {first_line(error)}. {loader_remedy(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def loader_remedy(error: BaseException) -> str:
+    """What to do when something runs short between loader processes and trainer."""
+    if getattr(error, "errno", None) == errno.EMFILE or "open files" in str(error) or "ancdata" in str(error):
+        return "Too few files may be open: raise the limit by `ulimit -n 4096`, or load without processes: --num_workers 0"
+    if "shared memory" in str(error) or "</torch_" in str(error):
+        return ("/dev/shm is too small or full: in a container give more of it by --shm-size=2g, or take the host's by"
+                " --ipc=host; or load without processes: --num_workers 0")  # fmt: skip
+    return ""

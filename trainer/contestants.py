@@ -4,7 +4,6 @@ Legend: T tokens of a sample, S supervised ones, D width, H heads, d size of a h
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from dataset.conversation import Renderer
 from dataset.pictures import open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
+from machine import peak_memory
 from model import MiniMindVLM, model_minimind
 from model.model_minimind import IGNORE_INDEX
 
@@ -73,7 +73,7 @@ def figures(model: MiniMindVLM, device: torch.device, seconds: float, batches: l
     cells = sum(batch["cells"] for batch in batches)
     flops = sum(needed_flops(model, b["lengths"], b["supervised"], b["pictures"]) for b in batches)
     on_cpu = device.type == "cpu"
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.accelerator.max_memory_allocated()
+    memory = peak_memory() if on_cpu else torch.accelerator.max_memory_allocated()
     return {
         "samples_per_second": len(lengths) / seconds, "tokens_per_second": sum(lengths) / seconds,
         "padding": 1 - sum(lengths) / cells, "peak_memory_mb": memory / 2**20, "flops_per_second": flops / seconds,

@@ -5,16 +5,20 @@ Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); s
 
 import ctypes
 import os
-import resource
 import sys
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from machine import allow_many_files
 from model.errors import UsageError, first_line
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+JOIN_SECONDS = 600  # that processes wait for one another at the start
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def keep_freed_memory(huge_pages: bool = False) -> None:
     mallopt(M_TOP_PAD, 64 * 2**20)
 
 
-def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float = 600) -> str:
+def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float) -> str:
     """A name for this start of the group, the same on all ranks and never used before; raises TimeoutError.
 
     torchrun's agent keeps one store of keys over all restarts, so that new workers find the addresses of the dead ones and
@@ -125,26 +129,57 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def launched() -> tuple[int, int, int, int] | None:
+    """Rank, size, local rank and local size, if torchrun started this process: then all of its variables are set.
+
+    Some of them, left in a shell or set by a scheduler, are told and passed over. Raises UsageError for a whole set that
+    cannot be.
+    """
+    told = ", ".join(f"{name}={os.environ[name]!r}" for name in LAUNCHER if name in os.environ)
+    if missing := [name for name in LAUNCHER if not os.environ.get(name)]:
+        if told:
+            print(f"notice: one process alone: {told} without {', '.join(missing)} is not torchrun's doing, and is passed over",
+                  file=sys.stderr)  # fmt: skip
+        return None
+    try:
+        rank, size, local_rank, local_size, port = (int(os.environ[name]) for name in LAUNCHER if name != "MASTER_ADDR")
+    except ValueError:
+        port = 0
+    if not (0 < port < 2**16 and 0 <= local_rank < local_size <= size and local_rank <= rank < size):
+        raise UsageError(f"{told} describe no group of processes. torchrun sets them; for one process alone: unset {' '.join(LAUNCHER)}")
+    return rank, size, local_rank, local_size
+
+
+def join(backend: str, rank: int, size: int, seconds: float) -> None:
+    """Joins the group that meets at torchrun's address; raises ConnectionError when it does not come about in time."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds)))
+        store = dist.PrefixStore(agree_on_name(store, rank, size, seconds), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, OSError) as error:
+        raise ConnectionError(
+            f"rank {rank} of {size} did not meet the others at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT"
+            f" {os.environ['MASTER_PORT']}, within {seconds:.0f} s: {first_line(error)}. A port in use: another --master_port,"
+            " or --standalone on one machine; no answer: is that address to be reached from here?"
+        ) from error
+
+
 def start(device_name: str) -> Ranks:
-    """Joins the process group that torchrun's environment describes, if there is one."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """This process among those that torchrun started, if it did."""
+    group = launched()
+    rank, size, local_rank, local_size = group or (0, 1, 0, 1)
     device = usable_device(device_name)
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # data may come in thousands of files
+    if device.type == "cuda" and local_size > (there := torch.cuda.device_count()):
+        raise UsageError(f"--nproc_per_node {local_size}: this machine has {there} GPUs, and each process needs one of its own")
+    allow_many_files()
     if device.type == "cpu":
         keep_freed_memory()
-    if "RANK" in os.environ:
+    if group:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
-        store, rank, size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(agree_on_name(store, rank, size), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, size, JOIN_SECONDS)
     if device.type == "cuda":
         torch.accelerator.set_device_index(device.index or 0)
-    elif device.type == "cpu" and local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     return Ranks(rank, size, local_size, device)
 
 

@@ -7,7 +7,6 @@ ends bit for bit (on a CPU) where an uninterrupted one does.
 
 import contextlib
 import math
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.vlm_dataset import Batch
+from machine import peak_memory
 from model.storage import StorageError
 
 from .build import Run, batches_of, build_loader, worker_count
@@ -192,7 +192,7 @@ class Trainer:
         elapsed = now - self.logged
         per_update = (now - self.began) / (update - self.began_update)
         accelerator = self.ranks.device.type == "cuda"
-        memory = torch.accelerator.max_memory_allocated() if accelerator else _peak_memory()
+        memory = torch.accelerator.max_memory_allocated() if accelerator else peak_memory()
         self.tracker.log({
             "update": update, "epoch": self.state.epoch + self.state.samples / self.run.sampler.size,
             "loss": loss / max(1.0, supervised), "aux_loss": aux_loss / max(1.0, updates),
@@ -302,8 +302,3 @@ class Trainer:
             + ("saved. To go on, repeat the command with --from_resume 1" if self.has_news else "nothing new to save")
         )
         return 143 if signum == signal.SIGTERM else 0
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

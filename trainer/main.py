@@ -7,11 +7,13 @@ import sys
 import torch.distributed as dist
 from filelock import FileLock
 
+from machine import ran_out_of_memory
+from model.errors import first_line
 from model.storage import StorageError, check_writable, hold, remove_temporaries
 from model.weights import lock_of
 
 from . import distributed
-from .build import build
+from .build import build, loader_remedy
 from .checkpoint import previous_state
 from .config import TrainConfig, UsageError, parse_config
 from .distributed import Ranks
@@ -34,18 +36,28 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
         if ranks is None or ranks.is_first_here:  # another machine may lack what the first has
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, FloatingPointError, StorageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (TrainingFailed, FloatingPointError, StorageError, OSError, MemoryError, RuntimeError) as error:
+        if (told := failure(error, config)) is None:
             raise
-        print(f"error: a loader process died, for want of memory perhaps: {' '.join(str(error).split())}. Go on from"
-              f" {config.resume_file} with --from_resume 1, with fewer --num_workers if it comes again", file=sys.stderr)
-        return 1
+        print(f"error: {told}", file=sys.stderr)
+        return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
     except KeyboardInterrupt:  # before the first update or after the last: training itself answers signals
         print("stopped; what was saved before is whole", file=sys.stderr)
         return 130
+
+
+def failure(error: Exception, config: TrainConfig) -> str | None:
+    """What a failure at run time is told as, and what to do; None for a fault of the program."""
+    text = " ".join(str(error).split()).rstrip(".")
+    go_on = f". Go on from {config.resume_file} with --from_resume 1" if config.resume_file.is_file() else ". Nothing was saved yet"
+    if ran_out_of_memory(error):
+        return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
+                f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip
+    if "DataLoader worker" in text:
+        return f"a loader process died, for want of memory if it said nothing: {text}{go_on}, with fewer --num_workers if it comes again"
+    if remedy := loader_remedy(error):
+        return f"{text}. {remedy}{go_on}"
+    return None if isinstance(error, RuntimeError) else str(error)
 
 
 def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:

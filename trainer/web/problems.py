@@ -4,6 +4,8 @@ import contextlib
 import sys
 import traceback
 
+from machine import ran_out_of_memory
+
 TOLD = {"UsageError", "SampleError", "PictureError"}  # their messages say what is wrong, where, and what to do
 
 
@@ -14,6 +16,6 @@ def explain(error: Exception) -> str:
         return text
     with contextlib.suppress(OSError, ValueError):  # a log on a full disk, or closed, ends nothing
         traceback.print_exception(error, file=sys.stderr)
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+    if ran_out_of_memory(error):
         return "not enough memory. Ask again with fewer pictures or fewer new tokens, or clear the conversation."
     return f"{name}: {text.rstrip('.')}. The log of the page's server has the details; ask again, or clear the conversation."

@@ -1,0 +1,93 @@
+"""The machine that a process finds itself on: cores, threads, memory, open files. Imported before torch, and without it."""
+
+import contextlib
+import math
+import os
+import sys
+from pathlib import Path
+
+SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Cores' worth of time that the control groups of this process grant it: the least on the way up from its own."""
+    least = math.inf
+    with contextlib.suppress(OSError):  # another system than Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            base = root / "sys/fs/cgroup"
+            if controllers:  # version 1: a tree for each controller
+                if "cpu" not in controllers.split(","):
+                    continue
+                base = base / ("cpu" if (base / "cpu").is_dir() else controllers)
+            group = base / path.lstrip("/")  # not there where a container sees its own tree under the host's names
+            for folder in (base, *(base / parent for parent in group.relative_to(base).parents), group):
+                for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+                    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                        quota, period = (float(word) for name in names for word in (folder / name).read_text().split())
+                        least = min(least, quota / period if quota > 0 else math.inf)
+    return least
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Cores that this process may keep busy: those of its affinity, or fewer by the quota of its container; at least 1."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(mine, cpu_quota(root))))
+
+
+def threads_chosen() -> bool:
+    """Whether somebody chose OMP_NUM_THREADS. torchrun sets it to 1 where nobody did: what it was started with tells."""
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        return b"\0OMP_NUM_THREADS=" in b"\0" + Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def settle_threads() -> None:
+    """Settings of OpenMP, which reads them once, when torch is loaded. What the user set stays.
+
+    Threads that wait spin for a moment only, and sleep then: by libgomp's own default they spin for up to 16 ms, and where
+    anything else runs, they take the cores from the very thread that they wait for. No spinning at all would cost a machine
+    of one's own a quarter of its speed.
+
+    As many threads as cores, shared among the processes that torchrun started here, where OpenMP's own count is another.
+    """
+    if not any(name in os.environ for name in SPIN):
+        os.environ |= {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # libgomp: tries; LLVM's and Intel's: milliseconds
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    shared = processes.isdecimal() and int(processes) > 1
+    if not threads_chosen() and (shared or cpu_quota() < math.inf):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // (int(processes) if shared else 1)))
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 on Windows, which has no `resource`."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def allow_many_files() -> None:
+    """As many open files as the system lets this process have: data may come in thousands of them."""
+    try:
+        import resource
+    except ImportError:
+        return
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (most, 10240):  # macOS says "no limit", and takes no more than the second
+        with contextlib.suppress(OSError, ValueError):
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether it tells of memory that is not there: the host's, by Python's word or by torch's, or a GPU's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in text for word in (
+        "out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed"))  # fmt: skip
+
+
+settle_threads()

@@ -20,6 +20,8 @@ from pathlib import Path
 from dataset.decode import IMAGE_SUFFIXES, image_files
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
+from machine import ran_out_of_memory
+from model.errors import first_line
 from model.storage import StorageError
 from model.weights import find_weights, weight_name
 from trainer.config import REPOSITORY, UsageError
@@ -147,7 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (StorageError, OSError) as error:
+    except (StorageError, OSError, MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            error = f"memory ran out: {first_line(error)}. Smaller --batch_size, --max_new_tokens and --max_seq_len need less of it"
+        elif isinstance(error, RuntimeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from operator import iadd
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def check_all(checker: Checker, processes: int) -> Iterator[Report]:
     global _checker
     _checker = checker
     spans = [range(start, min(len(checker.samples), start + CHUNK)) for start in range(0, len(checker.samples), CHUNK)]
-    if processes == 1:
+    if processes == 1 or "fork" not in get_all_start_methods():  # on Windows
         yield from map(_check, spans)
         return
     # Forked, the processes share the checker's memory; torch's threads do not live on in them, and one is waited for in vain.

@@ -360,7 +360,7 @@ def test_scripts_run_from_any_folder(data, tower_folder, tmp_path):
 
 
 def test_a_killed_loader_process_is_one_line(data, tower_folder, tmp_path):
-    flags = training_flags(data, tower_folder, tmp_path, epochs=500)
+    flags = training_flags(data, tower_folder, tmp_path, epochs=500, save_interval=1)
     process = subprocess.Popen([sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *flags], stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     while "update 3/" not in process.stderr.readline():

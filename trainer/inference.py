@@ -4,6 +4,7 @@ Legend: B prompts of a batch, T tokens, P placeholders of a picture.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import IMAGE_MARK, Rendered, Renderer, Turn
 from model import MiniMindVLM
-from model.compiled import CompiledDecoder
+from model.compiled import CompiledDecoder, why_not_compile
 from model.convert import read_folder, read_native
 from model.generation import Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.packed import PackedDecoder, pack_tower
@@ -105,6 +106,9 @@ def load_assistant(
     usable_device(device)
     if device == "cpu":
         keep_freed_memory(huge_pages=True)
+    if use_compile and (problem := why_not_compile(torch.device(device))):
+        print(f"notice: --use_compile 1 is passed over: {problem}", file=sys.stderr)
+        use_compile = False
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import time
 
 import torch.distributed as dist
 from filelock import FileLock
@@ -23,7 +24,7 @@ from .loop import Trainer
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
-    config, ranks = parse_config(description, defaults, argv), None
+    began, config, ranks = time.time(), parse_config(description, defaults, argv), None
     try:
         ranks = distributed.start(config.device or distributed.default_device())
         locks = claim_outputs(config, ranks)
@@ -37,7 +38,7 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, FloatingPointError, StorageError, OSError, MemoryError, RuntimeError) as error:
-        if (told := failure(error, config)) is None:
+        if (told := failure(error, config, began)) is None:
             raise
         print(f"error: {told}", file=sys.stderr)
         return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
@@ -46,10 +47,13 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
         return 130
 
 
-def failure(error: Exception, config: TrainConfig) -> str | None:
-    """What a failure at run time is told as, and what to do; None for a fault of the program."""
+def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
+    """What a failure at run time is told as, and what to do; None for a fault of the program. `began` tells a state that this
+    run saved from an older one that lies there."""
     text = " ".join(str(error).split()).rstrip(".")
-    go_on = f". Go on from {config.resume_file} with --from_resume 1" if config.resume_file.is_file() else ". Nothing was saved yet"
+    state = config.resume_file
+    saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
+    go_on = f". Go on from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
     if ran_out_of_memory(error):
         return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
                 f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip

@@ -16,6 +16,7 @@ from dataset.decode import IMAGE_SUFFIXES
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
 from dataset.video import ANIMATED_SUFFIXES, VIDEO_SUFFIXES, labels, read_frames
+from machine import ran_out_of_memory
 from model.storage import StorageError, write_atomically
 
 from .config import UsageError
@@ -109,7 +110,9 @@ class TerminalChat:
             elif line:
                 self.ask(line)
         except (UsageError, SampleError, DataError, StorageError, OSError, RuntimeError, MemoryError) as error:
-            self.screen.say(str(error) or type(error).__name__, "error")  # RuntimeError: memory ran out, or a ~name nobody has
+            # RuntimeError: memory ran out, or a ~name nobody has
+            told = "memory ran out: ask with fewer pictures, or /clear the chat first" if ran_out_of_memory(error) else str(error)
+            self.screen.say(told, "error")
         except KeyboardInterrupt:
             self.screen.say("\n(stopped)")
         return True

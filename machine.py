@@ -10,22 +10,20 @@ SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Cores' worth of time that the control groups of this process grant it: the least on the way up from its own."""
-    least = math.inf
+    """Cores' worth of time that the control groups of this process grant it: the least on the way from the root to its own."""
+    least, trees = math.inf, root / "sys/fs/cgroup"
     with contextlib.suppress(OSError):  # another system than Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            base = root / "sys/fs/cgroup"
-            if controllers:  # version 1: a tree for each controller
-                if "cpu" not in controllers.split(","):
-                    continue
-                base = base / ("cpu" if (base / "cpu").is_dir() else controllers)
-            group = base / path.lstrip("/")  # not there where a container sees its own tree under the host's names
-            for folder in (base, *(base / parent for parent in group.relative_to(base).parents), group):
-                for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-                    with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-                        quota, period = (float(word) for name in names for word in (folder / name).read_text().split())
-                        least = min(least, quota / period if quota > 0 else math.inf)
+            if controllers and "cpu" not in controllers.split(","):
+                continue  # version 1 has a tree for each controller
+            for base in (trees / "cpu", trees / controllers) if controllers else (trees,):
+                # A container may see its own tree under the host's names: what is not there is passed over.
+                for folder in (base / path[1:], *(base / parent for parent in Path(path[1:]).parents)):
+                    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+                        with contextlib.suppress(OSError, ValueError):  # "max"
+                            quota, period = (float(word) for name in names for word in (folder / name).read_text().split())
+                            least = min(least, quota / period if quota > 0 else math.inf)
     return least
 
 
@@ -48,11 +46,9 @@ def threads_chosen() -> bool:
 def settle_threads() -> None:
     """Settings of OpenMP, which reads them once, when torch is loaded. What the user set stays.
 
-    Threads that wait spin for a moment only, and sleep then: by libgomp's own default they spin for up to 16 ms, and where
-    anything else runs, they take the cores from the very thread that they wait for. No spinning at all would cost a machine
-    of one's own a quarter of its speed.
-
-    As many threads as cores, shared among the processes that torchrun started here, where OpenMP's own count is another.
+    Threads that wait spin for half a millisecond, and sleep then. Those of libgomp's default spin for 16: where anything else
+    runs, they keep the core from the very thread that they wait for. Not to spin at all costs an idle machine a quarter of
+    its speed. As many threads as cores, shared among the processes that torchrun started here.
     """
     if not any(name in os.environ for name in SPIN):
         os.environ |= {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # libgomp: tries; LLVM's and Intel's: milliseconds

@@ -1,7 +1,7 @@
 """Pretraining: teaches the projector to turn patch vectors into words the language model knows.
 
     python train_pretrain_vlm.py --epochs 4 --from_weight llm
-    torchrun --nproc_per_node 2 train_pretrain_vlm.py --epochs 4 --from_weight llm
+    torchrun --standalone --nproc_per_node 2 train_pretrain_vlm.py --epochs 4 --from_weight llm
 
 Reads   out/llm_512.pth, dataset/pretrain_data.jsonl, dataset/pretrain_images/, model/vision_model/clip-vit-base-patch16/
 Writes  out/pretrain_vlm_512.pth (+ .json, .metrics.jsonl), checkpoints/pretrain_vlm_512_resume.pth

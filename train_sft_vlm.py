@@ -1,7 +1,7 @@
 """Supervised fine-tuning: teaches the whole model to answer questions about pictures.
 
     python train_sft_vlm.py --epochs 2 --from_weight pretrain_vlm
-    torchrun --nproc_per_node 2 train_sft_vlm.py --epochs 2 --from_weight pretrain_vlm
+    torchrun --standalone --nproc_per_node 2 train_sft_vlm.py --epochs 2 --from_weight pretrain_vlm
 
 Reads   out/pretrain_vlm_512.pth, dataset/sft_data.jsonl, dataset/sft_images/, model/vision_model/clip-vit-base-patch16/
 Writes  out/sft_vlm_512.pth (+ .json, .metrics.jsonl), checkpoints/sft_vlm_512_resume.pth

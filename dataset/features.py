@@ -29,6 +29,7 @@ import torch
 from model.storage import hold
 
 from .errors import DataError, SampleError
+from .files import write_at
 from .sources import SampleSource
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
@@ -128,7 +129,7 @@ class FeatureCache:
                     return
                 record = np.array((signature, zlib.crc32(row)), dtype=RECORD)
                 for file, data in zip(self._files, (row.tobytes(), record.tobytes()), strict=True):
-                    if os.pwrite(file.fileno(), data, slot * len(data)) != len(data):
+                    if write_at(file, data, slot * len(data)) != len(data):
                         raise OSError(f"{file.name}: the disk is full")
         except OSError as error:
             self.broken = error

@@ -3,6 +3,7 @@
 import os
 import stat
 from importlib.util import find_spec
+from io import RawIOBase
 from pathlib import Path
 
 from model.errors import UsageError
@@ -12,6 +13,22 @@ from model.storage import write_temporary
 def is_regular(path: str | Path) -> bool:
     """Whether that is a file with an end; who opens a named pipe may wait for ever. Raises OSError when nothing is there."""
     return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def read_at(file: RawIOBase, size: int, offset: int) -> bytes:
+    """Bytes from a place in an open file, which forked processes share. Windows has no pread, and no forks."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)
+
+
+def write_at(file: RawIOBase, data: bytes, offset: int) -> int:
+    """Likewise; returns how many bytes the disk took."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), data, offset)
+    file.seek(offset)
+    return file.write(data)
 
 
 def check_output(flag: str, path: Path, suffixes: tuple[str, ...] = (), replaced: bool = False) -> None:

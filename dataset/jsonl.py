@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from array import array
 from collections import deque
 from io import FileIO
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError, shown
+from .files import read_at
 from .index import DataFile, open_index
 
 MOST_BYTES = 2**30  # of a line
@@ -106,7 +106,7 @@ class JsonlSamples(DataFile):
         try:
             if self._file.closed:
                 self._open_file()
-            line = os.pread(self._file.fileno(), before + size, offset - before)
+            line = read_at(self._file, before + size, offset - before)
         except OSError as error:
             raise SampleError(f"the line cannot be read: {error}", where) from error
         end = line.find(b"\n", before)

@@ -23,7 +23,7 @@ from model.vision import preprocess
 
 from .decode import ImageRefused, decode
 from .errors import DataError, SampleError, reason, shown
-from .files import is_regular
+from .files import is_regular, read_at
 from .index import DataFile, open_index
 from .sources import split_names
 
@@ -145,10 +145,10 @@ class ZipImages(DataFile, ImageSource):
         if record["unpacked"] > MAX_BYTES:
             raise SampleError(f"picture {shown(name)} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
         try:
-            header = os.pread(self._file.fileno(), self.LOCAL_HEADER.size, offset)
+            header = read_at(self._file, self.LOCAL_HEADER.size, offset)
             signature, name_size, extra_size = self.LOCAL_HEADER.unpack(header)
             begin = offset + self.LOCAL_HEADER.size + name_size + extra_size
-            data = os.pread(self._file.fileno(), size, begin)
+            data = read_at(self._file, size, begin)
             if signature != b"PK\x03\x04" or len(data) < size:
                 problem = "the zip is torn"
             elif record["method"] == zipfile.ZIP_DEFLATED:

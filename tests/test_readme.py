@@ -72,3 +72,10 @@ def test_everything_compiles():
     assert len(files) > 50
     for file in files:
         compile(file.read_text(encoding="utf-8"), file, "exec")
+
+
+def test_groups_on_one_machine_need_no_port():
+    """Without --standalone, a second run on the machine would collide with the first."""
+    files = [*(REPOSITORY / name for name in READMES), *REPOSITORY.glob("train_*.py")]
+    lines = [line for file in files for line in re.findall(r"torchrun .*nproc_per_node.*", file.read_text(encoding="utf-8"))]
+    assert len(lines) >= 8 and all("--standalone" in line or "--nnodes 2" in line for line in lines)

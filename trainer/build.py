@@ -21,7 +21,7 @@ from dataset.errors import DataError, SampleError
 from dataset.features import CacheKey, FeatureCache
 from dataset.pictures import NoImages, open_images
 from dataset.sources import SampleSource, open_samples
-from dataset.vlm_dataset import Batch, VLMDataset, collate
+from dataset.vlm_dataset import VLMDataset, collate
 from machine import cores
 from model import MiniMindVLM, VLMConfig
 from model.compiled import why_not_compile
@@ -37,7 +37,6 @@ from .signals import StopRequest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOADER_GRACE = 60  # seconds that a loader process lives on after a SIGTERM
-DEATH_NOTICE = 5  # seconds until a process that died has been heard of
 
 
 @dataclass
@@ -242,18 +241,6 @@ def build_loader(run: Run, workers: int) -> DataLoader:
         pin_memory=run.ranks.device.type == "cuda",
         generator=torch.Generator().manual_seed(run.config.seed),  # leaves the training's own random state alone
     )
-
-
-def batches_of(loader: DataLoader) -> Iterator[Batch]:
-    """The batches of `loader`, from its first.
-
-    Raises the loader's RuntimeError where a loader process died, also where the broken connection to it is seen first.
-    """
-    try:
-        yield from loader
-    except (ConnectionError, EOFError):
-        time.sleep(DEATH_NOTICE)  # the loader's handler of SIGCHLD says it, and which process it was
-        raise
 
 
 def _start_worker(_: int) -> None:

@@ -151,13 +151,13 @@ def launched() -> tuple[int, int, int, int] | None:
 
 
 def join(backend: str, rank: int, size: int, seconds: float) -> None:
-    """Joins the group that meets at torchrun's address; raises ConnectionError when it does not come about in time."""
+    """Joins the group that meets at torchrun's address; raises OSError when it does not come about in time."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds)))
         store = dist.PrefixStore(agree_on_name(store, rank, size, seconds), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, OSError) as error:
-        raise ConnectionError(
+        raise OSError(
             f"rank {rank} of {size} did not meet the others at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT"
             f" {os.environ['MASTER_PORT']}, within {seconds:.0f} s: {first_line(error)}. A port in use: another --master_port,"
             " or --standalone on one machine; no answer: is that address to be reached from here?"

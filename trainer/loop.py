@@ -21,7 +21,7 @@ from dataset.vlm_dataset import Batch
 from machine import peak_memory
 from model.storage import StorageError
 
-from .build import Run, batches_of, build_loader, worker_count
+from .build import Run, build_loader, worker_count
 from .checkpoint import Saver
 from .guards import BadData, BadSampleGuard, FiniteGuard, TrainingFailed
 from .objective import Objective
@@ -91,7 +91,7 @@ class Trainer:
         while self.state.epoch < self.config.epochs:
             epoch, skip = self.state.epoch, self.state.samples
             loader.batch_sampler.start(epoch, skip)
-            batches = batches_of(loader)
+            batches = iter(loader)
             for dealt in self.run.sampler.updates(epoch, skip):
                 micro_batches = list(islice(batches, len(dealt)))
                 supervised, tokens, self.stopped_by = self.agree(micro_batches, stop.signum)

@@ -37,7 +37,7 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
         if ranks is None or ranks.is_first_here:  # another machine may lack what the first has
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingFailed, FloatingPointError, StorageError, OSError, MemoryError, RuntimeError) as error:
+    except (TrainingFailed, FloatingPointError, StorageError, OSError, EOFError, MemoryError, RuntimeError) as error:
         if (told := failure(error, config, began)) is None:
             raise
         print(f"error: {told}", file=sys.stderr)
@@ -57,7 +57,7 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     if ran_out_of_memory(error):
         return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
                 f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # the connection to it may be seen to break first
         return f"a loader process died, for want of memory if it said nothing: {text}{go_on}, with fewer --num_workers if it comes again"
     if remedy := loader_remedy(error):
         return f"{text}. {remedy}{go_on}"

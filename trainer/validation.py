@@ -18,7 +18,7 @@ from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset
 from model.vision import normalize, preprocess
 
-from .build import Run, batches_of, build_loader, open_cache
+from .build import Run, build_loader, open_cache
 from .config import UsageError
 from .guards import BadSampleGuard
 from .inference import Assistant, Sampling
@@ -113,7 +113,7 @@ class Validation:
         Raises TrainingFailed when too many samples are bad.
         """
         total, supervised, read, bad = 0.0, 0, 0, 0
-        for batch in batches_of(self.loader):
+        for batch in self.loader:
             if stop.signum:
                 break
             self.bad_samples.report(list(batch.bad), list(batch.truncated))

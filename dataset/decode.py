@@ -16,10 +16,10 @@ CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by 
 IMAGE_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".mpo"} | {
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in CLOSED
 }  # fmt: skip
-FORMATS = [kind for kind in Image.OPEN if kind not in CLOSED]
+FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
 KINDS = {  # how a file begins that no decoder took, and what it is
     rb"....ftyp(hei|hev|mif1|msf1)": "HEIC", rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
-    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi|....jP  ": "an image, but damaged or cut short",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi|....jP  ": "an image, but damaged, cut short or of a variant that Pillow does not read",
     rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ": "a video, not an image",
     rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "a PDF or PostScript document; save its pages as PNG",
     rb"\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing; save it as PNG",

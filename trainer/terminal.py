@@ -111,7 +111,7 @@ class TerminalChat:
                 self.ask(line)
         except (UsageError, SampleError, DataError, StorageError, OSError, RuntimeError, MemoryError) as error:
             # RuntimeError: memory ran out, or a ~name nobody has
-            told = "memory ran out: ask with fewer pictures, or /clear the chat first" if ran_out_of_memory(error) else str(error)
+            told = "memory ran out: ask with fewer pictures, or /reset the chat first" if ran_out_of_memory(error) else str(error)
             self.screen.say(told, "error")
         except KeyboardInterrupt:
             self.screen.say("\n(stopped)")
@@ -142,10 +142,11 @@ class TerminalChat:
     def image(self, argument: str) -> None:
         """Queues one or several pictures."""
         for path in typed_paths(required("/image", argument)):
-            self.chat.add_picture(load_picture(Path(path).expanduser(), path))
+            notes: list[SampleError] = []
+            self.chat.add_picture(load_picture(Path(path).expanduser(), path, "", notes))
             self.queue.append(Shown(path))
             self.screen.preview(self.chat.waiting[-1:])
-            self.screen.say(f"picture {len(self.chat.waiting)} for the next question: {path}")
+            self.screen.say(f"picture {len(self.chat.waiting)} for the next question: {path}{' (truncated)' if notes else ''}")
         if len(self.chat.waiting) > (room := self.chat.room()):
             self.screen.say(f"more than fit beside a question: about {room} do; /undo takes the last one back", "error")
 

@@ -33,7 +33,7 @@ from model.vision import to_rgb
 from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError, reason, shown
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
-from .parquet import PICTURES, find_columns, parsed, read_batches, row_of
+from .parquet import PICTURES, cells_of, find_columns, read_batches, row_of
 from .pictures import ImageSource, load_picture, open_images
 from .sources import find_files, open_file, split_entries
 from .validate import REPOSITORY, counted
@@ -69,18 +69,9 @@ def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]],
     kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *PICTURES) or "binary" not in str(schema.field(name).type)]
     if lost := [name for name in schema.names if name not in kept]:
         print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
-    records = (batch.slice(number, 1) for batch in read_batches(path, kept) for number in range(len(batch)))
-    places = (f"{path}:{number}" for number in itertools.count(1))
-    return count, ((where, partial(cells_of, record, where)) for where, record in zip(places, records)), own  # noqa: B905
-
-
-def cells_of(record: arrow.RecordBatch, where: str) -> dict[str, Any]:
-    """One row of parquet by column, json text decoded; raises SampleError."""
-    try:
-        (cells,) = record.to_pylist()
-    except UnicodeDecodeError as error:
-        raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
-    return {name: parsed(cell, where) if name in TEXT_COLUMNS else cell for name, cell in cells.items()}
+    places = map(f"{path}:{{}}".format, itertools.count(1))
+    rows = ((batch, number, next(places)) for batch in read_batches(path, kept) for number in range(len(batch)))
+    return count, ((row[2], partial(cells_of, *row)) for row in rows), own
 
 
 def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, images: ImageSource, where: str) -> Row:
@@ -94,7 +85,10 @@ def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, ima
     for ref in sample.images:
         images.load(ref, where)
     blobs = [ref if isinstance(ref, bytes) else images.read(ref, where) for ref in sample.images]
-    if len(parse_images(row.get("image"), where)) != len(blobs):  # names of some alone, or of a placeholder
+    names = None
+    with contextlib.suppress(SampleError):  # a column of others, who mean something else
+        names = parse_images(row.get("image"))
+    if names is None or len(names) != len(blobs):  # names of some alone, or of a placeholder
         row = {key: value for key, value in row.items() if key != "image"} | ({"image": [name_for(blob) for blob in blobs]} if blobs else {})
     return row, blobs
 

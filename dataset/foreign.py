@@ -23,7 +23,7 @@ from .errors import SampleError, shown
 Picture = tuple[bytes | None, str | None]  # the bytes of an image's file, its name: one of them at least
 
 FORMATS = ("llava", "sharegpt", "openai", "alpaca", "cauldron")
-TEXT_COLUMNS = ("conversations", "messages", "texts")  # which may be json text in parquet
+TEXT_COLUMNS = {"conversations", "messages", "texts"}  # which may be json text in parquet
 USED = {*TEXT_COLUMNS, "instruction", "input", "output", "history", "system", "image", "images"}
 OUR_ROLE = {role: role for role in ROLES} | {
     "human": "user", "question": "user", "tool": "user", "function": "user", "observation": "user", "function_response": "user",
@@ -46,20 +46,20 @@ def detect(row: Any) -> str | None:
     roles = (turn["role"] for turn in turns if isinstance(turn.get("role"), str))
     parts = any(isinstance(turn.get("content"), list) for turn in turns)
     named = any(role not in ROLES and role.strip().lower() in OUR_ROLE for role in roles)
-    return "openai" if turns and (named or parts or ("images" in row and "image" not in row)) else None
+    return "openai" if turns and (named or parts or ("images" in row and not row.keys() & {"image", "image_bytes"})) else None
 
 
 def remedy(row: Any, where: str) -> str:
     """What an error about a row of another format adds; empty for other rows."""
     form, path = detect(row), re.sub(r":\d+$", "", where)
-    return f"; it looks like {form}: python -m dataset.convert --from {form} {shlex.quote(path)} --out shards" if form else ""
+    return f"; it looks like {form}: python -m dataset.convert --from {form} {shlex.quote(path)} --out shards (--images_path as here)" if form else ""
 
 
 def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
     """A row of a format as one of ours, and its images by name or bytes; further fields are kept. Raises SampleError."""
     turns, placed = [], []
     try:
-        for role, content in TURNS[form](row):
+        for role, content in turns_of(row, form):
             role = OUR_ROLE.get(str(role).strip().lower(), role)
             if isinstance(content, list):
                 content = "\n".join(part_of(part, placed, where) for part in content)
@@ -77,35 +77,21 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
     return with_pictures(rest | {"conversations": turns}, [picture_of(value, where) for value in found])
 
 
-def _from_value(row: dict) -> Iterator[tuple[Any, Any]]:
-    yield from system_of(row)
-    yield from ((turn["from"], turn["value"]) for turn in row["conversations"])
-
-
-def _messages(row: dict) -> Iterator[tuple[Any, Any]]:
-    yield from ((turn["role"], turn["content"]) for turn in row.get("messages") or row["conversations"])
-
-
-def _alpaca(row: dict) -> Iterator[tuple[Any, Any]]:
-    yield from system_of(row)
-    for question, answer in row.get("history") or []:
-        yield from (("user", question), ("assistant", answer))
-    yield "user", "\n".join(filter(None, (row["instruction"], row.get("input"))))
-    yield "assistant", row["output"]
-
-
-def _texts(row: dict) -> Iterator[tuple[Any, Any]]:
-    for pair in row["texts"]:
-        yield from (("user", pair["user"]), ("assistant", pair["assistant"]))
-
-
-TURNS = dict(zip(FORMATS, (_from_value, _from_value, _messages, _alpaca, _texts), strict=True))
-
-
-def system_of(row: dict) -> Iterator[tuple[str, str]]:
-    """The system's turn that stands in a field of its own."""
+def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
+    """Roles and contents, as they stand there."""
     if row.get("system"):
         yield "system", row["system"]
+    if form in ("llava", "sharegpt"):
+        yield from ((turn["from"], turn["value"]) for turn in row["conversations"])
+    elif form == "openai":
+        yield from ((turn["role"], turn["content"]) for turn in row["messages" if "messages" in row else "conversations"])
+    elif form == "alpaca":
+        question = "\n".join(filter(None, (row["instruction"], row.get("input"))))
+        for asked, answer in [*(row.get("history") or []), (question, row["output"])]:
+            yield from (("user", asked), ("assistant", answer))
+    else:
+        for pair in row["texts"]:
+            yield from (("user", pair["user"]), ("assistant", pair["assistant"]))
 
 
 def part_of(part: Any, placed: list, where: str) -> str:
@@ -130,12 +116,11 @@ def picture_of(value: Any, where: str) -> Picture:
     if blob is None and isinstance(name, str):
         if re.match(r"https?://", name, re.IGNORECASE):
             raise SampleError(f"image {shown(name)} lies on the web: download it into --images_path, and give its file name", where)
-        head, comma, text = name.partition(",")
-        if comma and re.fullmatch(r"data:.*;base64", head, re.IGNORECASE):
+        if re.match(r"data:", name, re.IGNORECASE):
             try:
-                blob, name = base64.b64decode(text), None
-            except ValueError as error:
-                raise SampleError(f"image {shown(name)} is no data URL: {error}", where) from error
+                blob, name = base64.b64decode(re.split(r";base64,", name, maxsplit=1)[1]), None
+            except (IndexError, ValueError) as error:
+                raise SampleError(f"image {shown(name)} is no data URL in base64", where) from error
         else:
             name = name.removeprefix("file://")
     if not isinstance(blob, bytes | None) or not isinstance(name, str | None) or (blob is None and not name):
@@ -151,4 +136,4 @@ def with_pictures(row: dict, found: list[Picture]) -> tuple[dict, tuple[str | by
 
 def as_list(value: Any) -> list:
     """A value, several, or none."""
-    return value if isinstance(value, list) else [] if value is None or value == "" else [value]
+    return value if isinstance(value, list) else [] if value in (None, "", {"bytes": None, "path": None}) else [value]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, SampleError
-from .foreign import as_list, picture_of, remedy, with_pictures
+from .foreign import TEXT_COLUMNS, as_list, picture_of, remedy, with_pictures
 from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
 
@@ -102,21 +102,14 @@ class ParquetSamples(DataFile):
     def _write_copy(self, place: Path, schema: arrow.Schema) -> None:
         print(f"notice: {self.path} has row groups too large to hold; its rows are copied to {place.with_suffix('')} once", file=sys.stderr)
         with arrow.ipc.new_file(str(place), schema) as writer:
-            for batch in self._batches(self._columns, f"copy of {self.path.name}"):
+            for batch in read_batches(self.path, self._columns, f"copy of {self.path.name}"):
                 columns = zip(batch.columns, schema.types, strict=True)  # what arrow casts list views to is too short
                 parts = [arrow.array(column.to_pylist(), kind) if "list_view" in str(column.type) else column.cast(kind) for column, kind in columns]
                 writer.write_batch(arrow.record_batch(parts, schema=schema))
 
-    def _batches(self, columns: list[str], doing: str) -> Iterator[arrow.RecordBatch]:
-        """All rows, with a progress bar on a terminal."""
-        with tqdm(total=self._metadata.num_rows, unit="row", desc=doing, delay=3, disable=None) as bar:
-            for batch in read_batches(self.path, columns):
-                yield batch
-                bar.update(len(batch))
-
     def _read_text(self) -> tuple[np.ndarray, dict]:
         sizes, marks, digest = array("q"), array("q"), hashlib.blake2b(str(self._state[0]).encode(), digest_size=16)
-        for batch in self._batches([self._text], f"index of {self.path.name}"):
+        for batch in read_batches(self.path, [self._text], f"index of {self.path.name}"):
             for text in cell_bytes(batch.column(0)):
                 digest.update(text)
                 sizes.append(len(text))
@@ -146,11 +139,7 @@ class ParquetSamples(DataFile):
         group = int(np.searchsorted(self.blocks, index, side="right")) - 1
         table = self._copy if self._copy is not None else KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
         row = index - int(self.blocks[group])
-        try:
-            cells = {name: table.column(name)[row].as_py() for name in self._columns}
-        except UnicodeDecodeError as error:
-            raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
-        fields, pictures = row_of(cells, self._text, self._pictures, where)
+        fields, pictures = row_of(cells_of(table, row, where), self._text, self._pictures, where)
         return parse_sample(fields, where, pictures)
 
     def _read_group(self, number: int, where: str) -> Any:
@@ -178,10 +167,12 @@ def map_table(place: Path, schema: arrow.Schema) -> arrow.Table | None:
         return None
 
 
-def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[arrow.RecordBatch]:
-    """All rows, some at a time; memory does not depend on the row groups. Raises DataError."""
+def read_batches(path: Path, columns: list[str] | None = None, doing: str = "") -> Iterator[arrow.RecordBatch]:
+    """All rows, some at a time, with a progress bar on a terminal if it is called something; memory does not depend on the row
+    groups. Raises DataError."""
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        with (parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file,
+              tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3, disable=None if doing else True) as bar):  # fmt: skip
             rows, done = batch_rows(file.metadata, columns), 0
             while done < file.metadata.num_rows:
                 at = 0
@@ -191,6 +182,7 @@ def read_batches(path: Path, columns: list[str] | None = None) -> Iterator[arrow
                         if at > done:
                             part, done = batch.slice(max(0, done - begin)), at
                             yield part
+                            bar.update(len(part))
                 except arrow.ArrowNotImplementedError:  # lists of more than 2 GB: large rows that stand together
                     if rows == 1:
                         raise
@@ -238,22 +230,25 @@ def plain(kind: arrow.DataType) -> arrow.DataType:
     return arrow.list_(plain(kind.value_type)) if hasattr(kind, "value_type") else kind
 
 
+def cells_of(rows: arrow.Table | arrow.RecordBatch, number: int, where: str) -> dict[str, Any]:
+    """One row by column, json text of conversations decoded; raises SampleError."""
+    try:
+        cells = {name: column[number].as_py() for name, column in zip(rows.schema.names, rows.columns, strict=True)}
+        for name in TEXT_COLUMNS & cells.keys():
+            text = cells[name].decode() if isinstance(cells[name], bytes) else cells[name]
+            cells[name] = parse_json(text, where) if isinstance(text, str) else text
+    except UnicodeDecodeError as error:
+        raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
+    return cells
+
+
 def row_of(cells: dict[str, Any], text: str, pictures: str | None, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
     """A row of parquet, as a line of jsonl would have it, and the pictures that it shows: bytes, or names. Raises SampleError."""
-    conversations, held = parsed(cells.pop(text), where), as_list(cells.pop(pictures, None))
+    conversations, held = cells.pop(text), as_list(cells.pop(pictures, None))
     row = cells | fields_of(cells.pop("more", None)) | {"conversations": conversations}
     if pictures == PICTURES[0] and not shows_pictures(conversations):
         return row, ()  # the published data set has a placeholder in such rows
     return with_pictures(row, [picture_of(cell, where) for cell in held])
-
-
-def parsed(value: Any, where: str) -> Any:
-    """A cell that may hold json text, decoded; raises SampleError."""
-    try:
-        value = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
-    return parse_json(value, where) if isinstance(value, str) else value
 
 
 def fields_of(more: Any) -> dict:

@@ -866,7 +866,7 @@ TALK = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content"
      ({"more": '{"image": "b.png", "kind": 7}'}, {"image": "b.png", "kind": 7}),
      ({"more": '{"image": "b.png"}', "image": ["a.png"]}, {"image": "b.png"}), ({"image": ["a.png", "b.png"]}, {}),
      ({"url": "u", "when": datetime(2024, 1, 2), "score": 0.5, "tags": ["a"]}, {"url": "u", "when": "2024-01-02 00:00:00", "score": 0.5, "tags": ["a"]}),
-     ({"thumbnail": b"..."}, {})],
+     ({"thumbnail": b"..."}, {}), ({"image": 7}, {}), ({"images": 3}, {"images": 3}), ({"images": ["c.png"]}, {"images": ["c.png"]})],
 )  # fmt: skip
 def test_further_columns_of_parquet_become_fields(data, tmp_path, columns, fields, capsys):
     blob = next(data[1].iterdir()).read_bytes()
@@ -969,7 +969,12 @@ def test_images_by_path_alone_and_others(data, tmp_path):
             samples[number]
     assert convert.main([str(tmp_path / "a.parquet"), *places]) == 0
     assert sorted(path.read_bytes() for path in (tmp_path / "out" / "images").iterdir()) == sorted([blob, (data[1] / first).read_bytes()])
-    parquet.write_table(arrow.table({"conversations": [json.dumps(TALK).replace("<image>", "")], "image": [first]}), tmp_path / "b.parquet")
+    texts = [json.dumps(TALK).replace("<image>", "")] * 3
+    for none in ([None] * 3, [{"bytes": None, "path": None}] * 3):
+        parquet.write_table(arrow.table({"conversations": texts, "image": arrow.array(none, PAIR)}), tmp_path / "b.parquet")
+        assert open_samples(tmp_path / "b.parquet")[0].images == ()
+    parquet.write_table(arrow.table({"conversations": texts, "image": [first, None, ""]}), tmp_path / "b.parquet")
+    assert open_samples(tmp_path / "b.parquet")[1].images == open_samples(tmp_path / "b.parquet")[2].images == ()
     with pytest.raises(SampleError, match=r"0 <image> marks .* 1 pictures"):  # only `image_bytes` has placeholders
         open_samples(tmp_path / "b.parquet")[0]
 
@@ -1104,6 +1109,8 @@ def test_rows_of_other_formats(name, coloured, tmp_path, capsys):
      ("llava", [HUMAN, GPT], "no row of the format llava"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}]}, ANSWER]}, "lies on the web: download"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}}]}, ANSWER]}, "is no data URL"),
+     ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/svg+xml,<svg/>"}]}, ANSWER]}, "no data URL in base64"),
+     ("openai", {"messages": []}, "'conversations' is missing, empty"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ANSWER]}, "a part of type 'input_audio'"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "something other than bytes or a file name: None"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": {"url": 7}}]}, ANSWER]}, "something other than bytes"),

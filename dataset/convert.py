@@ -28,6 +28,7 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
+from model.errors import UsageError
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
@@ -247,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
                     count += 1
                 bar.update()
             writer.close()
-    except (DataError, SampleError, OSError, arrow.ArrowInvalid) as error:
+    except (DataError, SampleError, UsageError, OSError, arrow.ArrowInvalid) as error:
         print(f"error: {error}" + (f"\n(what is in {out} is not all)" if count else ""), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model.errors import check_fetched
 from model.vision import preprocess
 
 from .decode import ImageRefused, decode
@@ -123,6 +124,7 @@ class ZipImages(DataFile, ImageSource):
             self._root = extra["root"]
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
         except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:  # all by damaged ones
+            check_fetched(self.path)
             raise DataError(f"{self.path} is no readable zip of pictures: {error}") from error
 
     def _read_directory(self) -> tuple[np.ndarray, dict]:

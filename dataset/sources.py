@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from model.errors import check_fetched
+
 from .conversation import Sample
 from .errors import DataError
 from .files import is_regular
@@ -182,7 +184,7 @@ def split_weight(entry: str) -> tuple[str, float]:
 
 
 def find_files(entry: str) -> Iterator[Path]:
-    """The data files that an entry of --data_path means, by name."""
+    """The data files that an entry of --data_path means, by name; raises DataError, UsageError for one that was not fetched."""
     found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
     if not found:
         raise DataError(
@@ -197,6 +199,8 @@ def find_files(entry: str) -> Iterator[Path]:
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in FILES and p.is_file()) if path.is_dir() else [path]
         if not inside:
             raise DataError(f"{path} holds no .jsonl and no .parquet files")
+        for file in inside:
+            check_fetched(file)
         yield from inside
 
 

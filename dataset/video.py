@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from model.errors import UsageError, check_fetched
 from model.vision import to_rgb
 
 from .decode import open_image
@@ -49,6 +50,7 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
             raise SampleError(f"video {name} cannot be read: it is a folder, a pipe or a device")
         if not os.path.getsize(path):
             raise SampleError(f"video {name} cannot be read: it is empty")
+        check_fetched(path)
         if frames := _animation(path, count):
             return frames
         import av
@@ -58,6 +60,8 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
             return _frames(container, _picture_stream(container, name), count, name)
     except (SampleError, MemoryError):
         raise
+    except UsageError as error:
+        raise SampleError(str(error)) from error
     except ImportError as error:
         raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
     except Exception as error:  # decoders raise all kinds

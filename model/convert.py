@@ -197,7 +197,7 @@ def read_record(path: Path) -> dict:
         return parse_sidecar(path) if path.is_file() else {}
     except ValueError as error:
         check_fetched(path)
-        raise UsageError(f"{path} is broken ({error}); remove it to do without") from error
+        raise UsageError(f"{path} is broken ({error}). Fetch the folder again, or make it again by python -m model.convert") from error
 
 
 def write_folder(folder: Path, loaded: Loaded) -> None:

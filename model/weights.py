@@ -122,7 +122,8 @@ def read_sidecar(path: Path) -> dict | None:
         return parse_sidecar(sidecar)
     except ValueError as error:
         check_fetched(sidecar)
-        raise UsageError(f"{sidecar} is broken ({error}); remove it to load the weights without it") from error
+        raise UsageError(f"{sidecar} is broken ({error}). Fetch it with its weights again, or have the training write both by --from_resume 1."
+                         f" Without it {path.name} loads if --tokenizer_path and --vision_model_path name what it was trained with") from error
 
 
 def parse_sidecar(path: Path) -> dict:

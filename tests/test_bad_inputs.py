@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from dataset import convert, validate
 from dataset.errors import DataError, SampleError
 from dataset.pictures import open_images
 from dataset.sources import open_samples
+from dataset.video import read_frames
 from dataset.vlm_dataset import BadSample, Example, VLMDataset
 from model.errors import UsageError
 from tests.conftest import make_model, make_tower, write_jsonl
@@ -253,6 +255,26 @@ def test_pictures(folder, renderer, assistant, tmp_path, capsys, name):
 def test_devices_that_are_none(name):
     with pytest.raises(UsageError, match=f"--device {name}"):
         usable_device(name)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", b"<!doctype HTML><title>404</title>"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.zip", "a.mp4", "shards/part.jsonl"])
+def test_data_that_were_not_fetched(tmp_path, capsys, name, content):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / name).write_bytes(content)
+    problem = f"{tmp_path / name} is {'a git-lfs pointer' if content.startswith(b'v') else 'a web page'}"
+    data = write_jsonl(tmp_path / "good.jsonl", [json.loads(GOOD_LINE)]) if name == "a.zip" else (tmp_path / name).parent if "/" in name else tmp_path / name
+    if name == "a.mp4":
+        with pytest.raises(SampleError, match=f"^{problem}.*hf download"):
+            read_frames(tmp_path / name, 3)
+        return
+    flags = ["--images_path", str(tmp_path / "a.zip")] if name == "a.zip" else []
+    for main in (lambda flags: convert.main([*flags, "--out", str(tmp_path / "out")]), validate.main):
+        assert main([str(data), *flags]) == 2
+        error = capsys.readouterr().err
+        assert problem in error and "hf download" in error and error.count("\n") == 1
+    with pytest.raises(UsageError, match=f"^{problem}"):
+        open_images(tmp_path / name) if flags else open_samples(data)
 
 
 def test_files_that_are_no_data(tmp_path):

@@ -319,7 +319,7 @@ def test_a_spoilt_folder_ends_with_one_line_and_code_2(tmp_path, folder, message
      (lambda path: torch.save({**torch.load(path), "extra": torch.ones(1)}, path), "1 unexpected (first: extra)"),
      (lambda path: path.with_suffix(".json").write_text("[]"), "is broken"),
      (lambda path: path.with_suffix(".json").write_text('{"config": {"num_attention_heads": 7}}'), "multiple of 7 heads"),
-     (lambda path: path.write_bytes(b""), "no readable weight file"), (flip_bits, "is wrong; fetch or make it again"),
+     (lambda path: path.write_bytes(b""), "no readable weight file"), (flip_bits, "is wrong. It is torn"),
      (spoil_tensor, "not finite (1 of"), (spoil_sidecar(fingerprints=None), "'fingerprints' should hold texts"),
      (spoil_sidecar(fingerprints={"tokenizer": 7}), "'fingerprints' should hold texts"), (spoil_sidecar(config=[1]), "no configuration"),
      *((spoil_sidecar(**{key: value}), f"{key} {value!r}: a whole number above 0") for key, value in (

@@ -22,6 +22,7 @@ from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
 from machine import ran_out_of_memory
 from model.errors import first_line
+from model.paths import home_for_tilde
 from model.storage import StorageError
 from model.weights import find_weights, weight_name
 from trainer.config import REPOSITORY, UsageError
@@ -64,7 +65,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", help="where --score writes every answer")
     parser.add_argument("--report", metavar="FILE.json", help="where --score writes its figures")
     parser.add_argument("--batch_size", type=int, default=64, help="questions at once in --score")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(home_for_tilde(argv))
     try:
         args.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
     except ValueError as error:

@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.errors import UsageError
+from model.paths import home_for_tilde
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group_rows", type=int, default=500, help="samples of a row group")
     parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger pictures are made smaller, as JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(home_for_tilde(argv))
     if min(args.shard_rows, args.group_rows, 1 if args.resize is None else args.resize) < 1:
         parser.error("--shard_rows, --group_rows and --resize are greater than 0")
     out, skipped, count = Path(args.out), [] if args.skip_bad else None, 0

@@ -169,7 +169,7 @@ class FeatureCache:
         os.replace(temporary, meta_file)
         if not old or keep:
             return None
-        return "the pictures listed in the data are others" if same_key else "it was made with another encoder or format"
+        return "the pictures listed in the data are others" if same_key else f"it was made with another encoder or format: {old.get('key')}"
 
     def _forget(self) -> None:
         for name in ("meta.json", "features.bin", "filled.bin"):
@@ -201,6 +201,15 @@ class FeatureCache:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._map_files()
+
+
+def format_of(folder: Path, tower: str) -> str | None:
+    """The number format in which the encoder `tower` computed the cache in `folder`; None without such a cache."""
+    try:
+        key = json.loads((folder / "meta.json").read_text())["key"]
+        return key["dtype"] if key["tower"] == tower else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def number_pictures(samples: SampleSource) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from machine import cores
 from model.errors import UsageError
+from model.paths import home_for_tilde
 from model.processing import load_tokenizer
 
 from .conversation import Renderer, Turn
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
     parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--plot", help="file for a picture of the lengths; needs matplotlib (pip install matplotlib)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(home_for_tilde(argv))
     if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:
         parser.error("--max_seq_len, --batch_size, --processes and --tokens_per_second are greater than 0")
     begin = time.monotonic()

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM, VLMConfig
+from .paths import home_for_tilde
 from .processing import MiniMindVProcessor, load_tokenizer
 from .storage import StorageError, hold
 from .vision import CLIP_FOLDER, load_vision_tower
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer, when the source has none (default: that of the training)")
     parser.add_argument("--vision_model_path", help="CLIP folder that goes into the folder; none: leaves it out"
                         " (default: that of the training)")  # fmt: skip
-    args = parser.parse_args(argv)
+    args = parser.parse_args(home_for_tilde(argv))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

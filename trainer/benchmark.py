@@ -29,6 +29,7 @@ from dataset.files import check_output, check_plot
 from dataset.synthetic import write_data
 from model.errors import UsageError
 from model.moe import MOEFeedForward
+from model.paths import home_for_tilde
 
 from .build import load_tokenizer
 from .config import REPOSITORY
@@ -253,7 +254,7 @@ def main() -> int:
     parser.add_argument("--plot", help="growth: file for the picture")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(home_for_tilde())
     if args.contestant:
         serve(json.loads(args.contestant))
         return 0

@@ -7,9 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.queues import Queue
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from dataset.conversation import Renderer
 from dataset.errors import DataError, SampleError
-from dataset.features import CacheKey, FeatureCache
+from dataset.features import CacheKey, FeatureCache, format_of
 from dataset.pictures import NoImages, open_images
 from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import VLMDataset, collate
@@ -28,8 +29,9 @@ from model.compiled import why_not_compile
 from model.errors import first_line
 from model.processing import load_tokenizer
 from model.vision import attend_by_products, load_vision_tower, tower_patches
-from model.weights import fingerprints, load_weights
+from model.weights import fingerprints, load_weights, read_sidecar
 
+from .checkpoint import load_training_state
 from .config import TrainConfig, UsageError
 from .distributed import Ranks
 from .sampler import ResumableSampler
@@ -51,6 +53,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     dtype: torch.dtype
     fingerprints: dict[str, str]
+    saved: tuple[dict, str | None] | None  # what a resume takes up, until it has (checkpoint.load_training_state)
 
     @property
     def cache(self) -> FeatureCache | None:
@@ -106,15 +109,22 @@ def bf16_is_fast(device: torch.device, size: int = 768) -> bool:
     return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
-def choose_dtype(name: str | None, ranks: Ranks) -> torch.dtype:
-    """The number format asked for, or bf16 unless this device is slower at it."""
-    if name is not None:
-        return DTYPES[name]
-    # The first rank measures for all: two answers would be two models.
-    fast = ranks.sum([float(bf16_is_fast(ranks.device)) if ranks.is_main else 0.0])[0] > 0
-    if not fast:
-        ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
-    return torch.bfloat16 if fast else torch.float32
+def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None, tower: str) -> str:
+    """The number format asked for; without, that of the `saved` state's run; of the feature cache; or bf16 unless this device
+    is slower at it. A measurement may come out otherwise each time, so what exists goes before."""
+    if known := config.dtype or (saved and saved[0]["config"]["dtype"]):
+        return known
+    index, names = 0.0, list(DTYPES)
+    if ranks.is_main:  # it decides for all: two answers would be two models
+        name = format_of(config.features_folder, tower) if config.cache_features else None
+        if name in names:
+            ranks.print(f"notice: {name}, as the pictures in the feature cache were encoded; --dtype with another makes that anew")
+        else:
+            name = "bfloat16" if bf16_is_fast(ranks.device) else "float32"
+            if name == "float32":
+                ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
+        index = float(names.index(name))
+    return names[int(ranks.sum([index])[0])]
 
 
 def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, tower: str) -> FeatureCache:
@@ -141,6 +151,20 @@ def worker_count(wanted: int, ranks: Ranks) -> int:
     return min(wanted, most)
 
 
+def names_taken(config: TrainConfig) -> list[str]:
+    """Weights called NAME_best that are not this run's to replace: the best ones of a run NAME, or those of a run of that name."""
+    files = [config.best_file] if config.eval_data_path else []
+    files += [config.weight_file] if config.save_weight.endswith("_best") else []
+    problems = []
+    for file in filter(Path.is_file, files):
+        training = (read_sidecar(file) or {}).get("training")
+        owner = training.get("save_weight") if isinstance(training, dict) else None
+        if owner != config.save_weight:
+            problems.append(f"--save_weight {config.save_weight}: {file}, which would be replaced, holds weights of the run"
+                            f" --save_weight {owner or '(unknown)'}. Give another name, or move the file away")  # fmt: skip
+    return problems
+
+
 def build(config: TrainConfig, ranks: Ranks) -> Run:
     """Everything that a run needs, or a UsageError that lists all that is missing."""
     torch.manual_seed(config.seed)
@@ -160,6 +184,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger share")
     if samples and isinstance(images, NoImages) and (missed := first_named_picture(samples)):
         problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {missed}")
+    if ranks.is_main:
+        problems += names_taken(config)
     start = config.start_file
     used = fingerprints(model, tokenizer) if model else {}
     if start is not None and not config.from_resume:
@@ -172,8 +198,11 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     if problems:
         raise UsageError("\n".join(problems))
 
+    saved = load_training_state(config.resume_file) if config.from_resume else None
+    # What the machine decided is recorded, for a resume to do the same.
+    config = replace(config, dtype=choose_dtype(config, ranks, saved, used["vision_encoder"]), device=str(ranks.device))
+    dtype = DTYPES[config.dtype]
     freeze(model, config.freeze_llm)
-    dtype = choose_dtype(config.dtype, ranks)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
@@ -199,7 +228,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     total, learning = model.num_parameters(), sum(p.numel() for p in trainable)
     ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples"
                 + (f", {samples.epoch_size} of them an epoch" if samples.epoch_size != len(dataset) else ""))
-    return Run(config, ranks, model, dataset, sampler, optimizer, dtype, used)
+    return Run(config, ranks, model, dataset, sampler, optimizer, dtype, used, saved)
 
 
 def first_named_picture(samples: SampleSource, most: int = 100) -> str | None:

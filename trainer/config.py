@@ -10,11 +10,13 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset.sources import split_entries
 from model.errors import UsageError
+from model.paths import home_for_tilde
 from model.weights import weight_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -151,6 +153,17 @@ class TrainConfig:
             return None
         return Path(self.save_dir) / f"{weight_name(self.from_weight, self.hidden_size, bool(self.use_moe))}.pth"
 
+    def next_command(self, weight: str) -> str:
+        """What a user does with the finished weights of that name: fine-tuning where the projector alone has learned, else
+        asking."""
+        script, *words = ("train_sft_vlm.py", "--from_weight") if self.freeze_llm == 1 else ("eval_vlm.py", "--weight")
+        words = ["python", script if Path.cwd() == REPOSITORY else str(REPOSITORY / script), *words, weight]
+        for item in dataclasses.fields(self):
+            shared = item.name in ("save_dir", "hidden_size", "num_hidden_layers", "use_moe", "vision_model_path", "tokenizer_path")
+            if shared and (value := getattr(self, item.name)) != item.default:
+                words += [f"--{item.name}", str(value)]
+        return shlex.join(words)
+
     def to_json(self) -> str:
         """The settings as json text, for records."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -178,6 +191,6 @@ def parse_config(description: str, defaults: dict, argv: list[str] | None = None
             options |= {"type": kinds.get(item.type, str), "choices": item.metadata["choices"]}
         parser.add_argument(f"--{item.name}", **options)
     try:
-        return TrainConfig(**vars(parser.parse_args(argv)))
+        return TrainConfig(**vars(parser.parse_args(home_for_tilde(argv))))
     except UsageError as error:
         parser.error(str(error))

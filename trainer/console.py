@@ -1,5 +1,6 @@
 """What a terminal can do: colour, previews of pictures, line editing with completion and history."""
 
+import io
 import os
 import re
 import shutil
@@ -15,6 +16,28 @@ from PIL import Image
 HISTORY_LINES = 1000
 STYLES = {"prompt": "1;36", "note": "2", "error": "31", "title": "1"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class _Lossy(io.FileIO):
+    """A file that loses what it cannot write."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or len(data)  # None: a full pipe that does not wait
+        except OSError:  # nobody reads, the disk is full, the terminal is gone
+            return len(data)
+
+
+def keep_talking() -> None:
+    """From now on no message can fail: what standard output and error do not take, and what they cannot spell, is lost, and the
+    work goes on. For work of hours; a short command may end with whoever reads it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed when the process started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (as long as the process)
+        elif stream is getattr(sys, f"__{name}__"):  # and no notebook's or test's
+            raw = _Lossy(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True))
 
 
 class Screen:

@@ -8,10 +8,9 @@ import torch
 from dataset.vlm_dataset import BadSample
 
 from .distributed import Ranks
-from .progress import TrainState
 
 MOST_BAD = 0.01  # share of unusable samples past which a run stops
-BAD_GRACE = 10  # so many bad samples are borne before the share is judged within an epoch
+BAD_GRACE = 10  # so many bad samples of an epoch never stop a run, whatever their share
 MOST_NON_FINITE = 3  # updates in a row
 
 
@@ -40,15 +39,15 @@ class BadSampleGuard:
                 self.reported.add(sample.index)
                 self.ranks.warn(f"bad sample{'' if self.stops_at_first else ' skipped'}: {sample.reason}")
 
-    def judge(self, state: TrainState, new: int, epoch_done: bool) -> None:
-        """Raises BadData; `new` bad samples of all ranks are counted in `state` already."""
+    def judge(self, new: int, bad: int, read: int, done: bool) -> None:
+        """Raises BadData. Of one pass over the data, `done` or still running: `read` samples of all ranks, `bad` ones among
+        them, and the `new` ones among these."""
         if new and self.stops_at_first:
             raise BadData("stopped at the first bad sample (--on_bad_sample raise)")
-        if state.bad > MOST_BAD * state.read and (state.bad > BAD_GRACE or epoch_done):
-            raise BadData(
-                f"{state.bad} of {state.read} samples read were bad, more than {MOST_BAD:.0%}: something is"
-                f" wrong with the data as a whole (the first are named above)"
-            )
+        if bad > max(BAD_GRACE, MOST_BAD * read) or (done and bad == read):
+            share = f"more than {BAD_GRACE} and {MOST_BAD:.0%}" if bad < read else "all of them"
+            raise BadData(f"{bad} of {read} samples read were bad, {share}: something is wrong with the data as a whole"
+                          " (the first are named above)")  # fmt: skip
 
 
 class FiniteGuard:

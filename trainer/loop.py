@@ -26,7 +26,7 @@ from .checkpoint import Saver
 from .guards import BadData, BadSampleGuard, FiniteGuard, TrainingFailed
 from .objective import Objective
 from .progress import cosine
-from .resume import begin, gather_rng_states, restore, snapshot
+from .resume import begin, gather_rng_states, other_data, restore, snapshot
 from .signals import StopRequest
 from .tracking import Tracker
 from .validation import Validation, better
@@ -63,6 +63,7 @@ class Trainer:
         self.began, self.began_update = time.monotonic(), self.state.update
         self.logged = self.began
         self.validation = Validation(run, self.workers) if self.config.eval_data_path else None
+        self.bar_is_stale = 0.0  # on the first rank
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
         self.state.tracker_id = self.tracker.run_id
 
@@ -83,6 +84,10 @@ class Trainer:
                 return self.stop_early(self.stopped_by)
         self.save_if_due(last=True)
         self.finish()
+        file, validated = self.config.weight_file, self.state.best_loss is not None
+        best = f", those of the lowest validation loss in {self.config.best_file}" if validated else ""
+        self.ranks.print(f"done. The weights are in {file}{best}. Next:\n"
+                         f"  {self.config.next_command(self.config.save_weight + '_best' * validated)}")  # fmt: skip
         return 0
 
     def updates(self, stop: StopRequest) -> Iterator[float]:
@@ -98,7 +103,8 @@ class Trainer:
                 if self.stopped_by:
                     return
                 learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
-                self.update(micro_batches, learning_rate, supervised, tokens)
+                if supervised:  # else all its samples were bad, and decay and momentum would move the weights all the same
+                    self.update(micro_batches, learning_rate, supervised, tokens)
                 self.advance()
                 yield learning_rate
             if self.run.cache:
@@ -116,17 +122,17 @@ class Trainer:
         sums = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
             float(sum(len(batch.image_index) for batch in micro_batches)), float(read), float(len(bad)), float(signum),
-            float(len(truncated)),
+            float(len(truncated)), float(self.tracker.is_stale),
         ])  # fmt: skip
-        supervised, tokens, pictures, read, bad_count, any_signal, truncated_count = sums
+        supervised, tokens, pictures, read, bad_count, any_signal, truncated_count, self.bar_is_stale = sums
         self.waits_for_pictures = self.waits_for_pictures and not pictures
         self.has_news = self.has_news or bool(supervised and not any_signal)
         if any_signal:  # these samples wait for the resume, which counts them then
             return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
         self.state.truncated += int(truncated_count)
-        self.state.read, self.state.bad = self.state.read + int(read), self.state.bad + int(bad_count)
-        epoch_done = self.state.samples + read >= self.run.sampler.size
-        self.bad_samples.judge(self.state, int(bad_count), epoch_done)
+        state, new, done = self.state, int(bad_count), self.state.samples + int(read)
+        self.bad_samples.judge(new, state.epoch_bad + new, done, done >= self.run.sampler.size)
+        state.read, state.bad, state.epoch_bad = state.read + int(read), state.bad + new, state.epoch_bad + new
         return supervised, tokens, 0
 
     def update(self, micro_batches: list[Batch], learning_rate: float, supervised: float, tokens: float) -> None:
@@ -178,13 +184,14 @@ class Trainer:
         self.state.update += 1
         self.state.samples = min(sampler.size, self.state.samples + sampler.samples_per_update)
         if self.state.samples == sampler.size:
-            self.state.epoch, self.state.samples = self.state.epoch + 1, 0
+            self.state.epoch, self.state.samples, self.state.epoch_bad = self.state.epoch + 1, 0, 0
         self.tracker.advance()
 
     def log_if_due(self, learning_rate: float) -> None:
-        """Logs the first update, every log_interval-th and the last."""
+        """Logs the first update, every log_interval-th and the last; between them a bar's figures are brought up to date."""
         update = self.state.update
-        if update != 1 and update % self.config.log_interval and update != self.total:
+        due = update in (1, self.total) or update % self.config.log_interval == 0
+        if not (due or self.bar_is_stale):
             return
         self.finite.read()
         loss, aux_loss, supervised, updates = self.interval.read(self.ranks)
@@ -193,21 +200,27 @@ class Trainer:
         per_update = (now - self.began) / (update - self.began_update)
         accelerator = self.ranks.device.type == "cuda"
         memory = torch.accelerator.max_memory_allocated() if accelerator else peak_memory()
-        self.tracker.log({
+        values = {
             "update": update, "epoch": self.state.epoch + self.state.samples / self.run.sampler.size,
-            "loss": loss / max(1.0, supervised), "aux_loss": aux_loss / max(1.0, updates),
+            # None: nothing was trained on, all samples were bad or no loss was finite.
+            "loss": loss / supervised if supervised else None, "aux_loss": aux_loss / updates if updates else None,
             "learning_rate": learning_rate, "tokens_per_second": self.interval.tokens / max(elapsed, 1e-9),
             "seconds": self.state.seconds + now - self.began, "seconds_left": per_update * (self.total - update),
             "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad,
             "truncated_samples": self.state.truncated,
-        })  # fmt: skip
+        }  # fmt: skip
+        if not due:
+            self.tracker.show(values)
+            return
+        self.tracker.log(values)
         if self.waits_for_pictures and update != 1:
             self.waits_for_pictures = False
             self.ranks.print("warning: no picture so far, so nothing was learned: --freeze_llm 1 trains the projector alone,"
                              " which sees pictures only. Use --freeze_llm 0 or 2 for text")  # fmt: skip
-        if update == 1:
+        if update == 1 and supervised:
             vocabulary = self.run.model.config.vocab_size
-            self.tracker.message(f"first loss; a model that knows nothing has ln({vocabulary}) = {math.log(vocabulary):.2f}")
+            self.tracker.message(f"first loss {values['loss']:.2f}; a model that knows nothing has ln({vocabulary}) ="
+                                 f" {math.log(vocabulary):.2f}")  # fmt: skip
         self.logged = now
         self.interval.clear()
 
@@ -288,10 +301,11 @@ class Trainer:
         """Saves what was trained when the data let a run down, and says so. A resume counts bad samples anew."""
         if not self.has_news:
             return "Nothing was trained since the start; mend the data and start again"
-        self.state.read = self.state.bad = 0
+        self.state.epoch_bad = 0
         self.save_if_due(last=True)
         self.finish()
-        return f"What was trained until update {self.state.update} is saved: mend the data and go on with --from_resume 1"
+        return (f"What was trained until update {self.state.update} is saved. Mend the data, a line for a line, and go on with"
+                f" --from_resume 1; where lines go or come, {other_data(self.config)}")  # fmt: skip
 
     def stop_early(self, signum: int) -> int:
         """Saves what is done and says how to go on."""
@@ -301,4 +315,4 @@ class Trainer:
             f"stopped by {signal.Signals(signum).name} after update {self.state.update} of {self.total}; "
             + ("saved. To go on, repeat the command with --from_resume 1" if self.has_news else "nothing new to save")
         )
-        return 143 if signum == signal.SIGTERM else 0
+        return 128 + signum if signum in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) else 0

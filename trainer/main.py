@@ -17,6 +17,7 @@ from . import distributed
 from .build import build, loader_remedy
 from .checkpoint import previous_state
 from .config import TrainConfig, UsageError, parse_config
+from .console import keep_talking
 from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
@@ -24,6 +25,7 @@ from .loop import Trainer
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
+    keep_talking()
     began, config, ranks = time.time(), parse_config(description, defaults, argv), None
     try:
         ranks = distributed.start(config.device or distributed.default_device())

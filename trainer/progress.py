@@ -17,6 +17,7 @@ class TrainState:
     samples: int = 0  # samples of the running epoch that are trained on, over all ranks
     read: int = 0  # samples read so far, bad ones included
     bad: int = 0  # bad ones among them
+    epoch_bad: int = 0  # those of the running epoch
     truncated: int = 0  # used ones with a picture that is cut short
     seconds: float = 0.0  # spent training, over all interruptions
     tracker_id: str | None = None

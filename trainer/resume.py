@@ -1,5 +1,6 @@
 """What an interrupted run takes up again: the content of a training state, and the way back from it."""
 
+import os
 import time
 from dataclasses import asdict, dataclass
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from model.weights import check_fingerprints
 
 from .build import Run
-from .checkpoint import load_training_state, previous_state, rng_state, set_rng_state
+from .checkpoint import previous_state, rng_state, set_rng_state
 from .config import TrainConfig, UsageError, share_of
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState
@@ -17,7 +18,8 @@ from .sampler import ResumableSampler
 
 # Flags that a resumed run must not change, and those that it may but that make it another run.
 FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe")
-SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "grad_clip", "max_seq_len", "data_path")
+SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "device", "use_compile", "grad_clip",
+           "max_seq_len", "data_path")  # fmt: skip
 
 
 @dataclass
@@ -53,7 +55,7 @@ def snapshot(run: Run, progress: Progress, sums: list[float], rng: list[dict]) -
         "state": asdict(progress.state), "interval": {"sums": sums, "tokens": progress.interval.tokens}, "rng": rng,
         "ranks": run.ranks.size, "grain": run.sampler.grain, "schedule": asdict(progress.schedule),
         "samples_per_update": run.sampler.samples_per_update, "fingerprints": run.fingerprints,
-        "config": asdict(run.config), "data_size": run.sampler.size, "data": run.dataset.samples.fingerprint(),
+        "threads": torch.get_num_threads(), "config": asdict(run.config), "data_size": run.sampler.size, "data": run.dataset.samples.fingerprint(),
     }  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def restore(run: Run, progress: Progress) -> bool:
     Returns whether the newest state is corrupt, so that the one before it is used.
     """
     path, sampler, ranks = run.config.resume_file, run.sampler, run.ranks
-    content, problem = load_training_state(path)
+    (content, problem), run.saved = run.saved, None
     check_fingerprints(path, run.fingerprints, content["fingerprints"])
     check_settings(run, content)
     if problem:
@@ -85,6 +87,7 @@ def restore(run: Run, progress: Progress) -> bool:
         progress.interval.sums[2:] = torch.tensor(content["interval"]["sums"][2:])
     if content["ranks"] == ranks.size:
         set_rng_state(content["rng"][ranks.rank], ranks.device)
+        keep_threads(content.get("threads"), ranks)
     used = previous_state(path) if problem else path
     left = (run.config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(
@@ -110,19 +113,36 @@ def check_settings(run: Run, content: dict) -> None:
     if content["data_size"] != run.sampler.size:
         raise UsageError(
             f"{path} was saved with {content['data_size']} training samples, {run.config.data_path} has"
-            f" {run.sampler.size}: no exact resume is possible"
+            f" {run.sampler.size}: no exact resume is possible. Instead, {other_data(run.config)}"
         )
+
+
+def other_data(config: TrainConfig) -> str:
+    """What to do where a resume is not possible, because the number of samples is another."""
+    return f"train anew from the saved weights: --from_weight {config.save_weight} without --from_resume"
 
 
 def name_changes(run: Run, content: dict) -> None:
     """Says what will make the run another than an uninterrupted one."""
     config: TrainConfig = run.config
-    changed = [f"--{name} {content['config'][name]} -> {getattr(config, name)}" for name in SHAPING
-               if content["config"][name] != getattr(config, name)]  # fmt: skip
+    changed = [f"--{name} {then} -> {getattr(config, name)}" for name in SHAPING
+               if (then := content["config"][name]) not in (None, getattr(config, name))]  # fmt: skip
     if changed:
         run.ranks.print(f"notice: not what an uninterrupted run would do: {', '.join(changed)}")
     if content["data"] != run.dataset.samples.fingerprint():
         run.ranks.print(f"notice: not what an uninterrupted run would do: {config.data_path} does not hold what was trained on before")
+
+
+def keep_threads(wanted: int | None, ranks: Ranks) -> None:
+    """Computes on as many threads as before where there are so many cores: by others, sums are rounded otherwise."""
+    now = torch.get_num_threads()
+    if ranks.device.type != "cpu" or wanted in (None, now):
+        return
+    if wanted <= (os.cpu_count() or 1):
+        torch.set_num_threads(wanted)
+        ranks.print(f"notice: {wanted} threads instead of {now}, as before the interruption")
+    else:
+        ranks.print(f"notice: not what an uninterrupted run would do: {wanted} -> {now} threads")
 
 
 def keep_global_batch(sampler: ResumableSampler, wanted: int, ranks: Ranks) -> None:

@@ -1,13 +1,25 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) ask a run to save and end; a second signal ends it at once."""
+"""Ctrl-C, SIGTERM, SIGHUP (the terminal was closed) and SIGUSR1 (Slurm's warning) ask a run to save and end; a second signal
+ends it at once."""
 
 import os
 import signal
 
 
+def answered() -> tuple[signal.Signals, ...]:
+    """The signals of this system that ask a run to end.
+
+    Under nohup, which ignores SIGHUP, a closed terminal ends nothing; but torchrun ends its workers by that signal even then.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows lacks the last two
+    ends_workers = "TORCHELASTIC_RUN_ID" in os.environ
+    return tuple(s for s in signals if s.name != "SIGHUP" or ends_workers or signal.getsignal(s) != signal.SIG_IGN)
+
+
 class StopRequest:
     """Installed while a run trains; `signum` is the signal that came, or 0."""
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    SIGNALS = answered()
 
     def __init__(self):
         self.signum = 0
@@ -22,6 +34,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _frame) -> None:
-        if self.signum:
+        if not self.signum:
+            self.signum = signum
+        elif signal.Signals(signum).name != "SIGHUP":  # both the shell and the system send that
             os._exit(128 + signum)  # files are replaced atomically: the last saved state is whole
-        self.signum = signum

@@ -10,7 +10,9 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from model.storage import write_atomically
 from .config import REPOSITORY, TrainConfig
 
 FINISH_SECONDS = 30.0  # that SwanLab gets for its last points, once training has ended
+STALE_SECONDS = 5.0  # until a bar's figures are brought up to date
 
 
 class MetricsFile:
@@ -141,7 +144,7 @@ class Tracker:
         self._metrics = MetricsFile(config.metrics_file, resume_update)
         self._swanlab = SwanLab(config, run_id) if config.use_wandb else None
         self._summary: dict[str, Any] = {}
-        self._total, self._on_terminal = total, sys.stderr.isatty()
+        self._total, self._on_terminal, self._shown = total, sys.stderr.isatty(), time.monotonic()
         self._bar = tqdm(total=total, initial=resume_update, unit="update", disable=not self._on_terminal,
                          dynamic_ncols=True)  # fmt: skip
 
@@ -149,6 +152,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """SwanLab's id of this run, to go on with it after a resume."""
         return self._swanlab.run_id if self._is_main and self._swanlab else None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a bar shows figures of some time ago."""
+        return self._is_main and self._on_terminal and time.monotonic() > self._shown + STALE_SECONDS
 
     def advance(self) -> None:
         """One update is done."""
@@ -160,15 +168,21 @@ class Tracker:
         if not self._is_main:
             return
         self._record(values, values)
-        left = values["seconds_left"]
-        text = (f"loss {values['loss']:.4f}" + (f" aux {values['aux_loss']:.4f}" if values["aux_loss"] else "")
+        self.show(values)
+
+    def show(self, values: dict[str, Any]) -> None:
+        """Shows the figures of an update to the person watching, on the bar or as a line."""
+        if not self._is_main:
+            return
+        loss, aux_loss = values["loss"], values["aux_loss"]
+        text = (("nothing trained" if loss is None else f"loss {loss:.4f}") + (f" aux {aux_loss:.4f}" if aux_loss else "")
                 + f" lr {values['learning_rate']:.3e} {values['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
         if self._on_terminal:
             self._bar.set_postfix_str(text)
+            self._shown = time.monotonic()
         else:
-            clock = f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}"
-            print(f"epoch {values['epoch']:.3f} update {values['update']}/{self._total} {text} left {clock}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(f"epoch {values['epoch']:.3f} update {values['update']}/{self._total} {text}"
+                  f" left {timedelta(seconds=round(values['seconds_left']))}", file=sys.stderr, flush=True)  # fmt: skip
 
     def log_validation(self, values: dict[str, Any]) -> None:
         """Writes a validation everywhere, the answers among it to the file alone."""
@@ -196,7 +210,7 @@ class Tracker:
 
     def _record(self, values: dict[str, Any], figures: dict[str, Any]) -> None:
         self._metrics.log(values)
-        self._summary |= figures
+        self._summary |= {name: value for name, value in figures.items() if value is not None}
         if self._swanlab:
             points = {name: value for name, value in figures.items() if name != "update" and value is not None}
             self._swanlab.log(points, values["update"])

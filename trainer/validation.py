@@ -126,7 +126,7 @@ class Validation:
         total, supervised, read, bad, any_signal = sums
         if any_signal:
             return None
-        self.bad_samples.judge(TrainState(read=int(read), bad=int(bad)), int(bad), epoch_done=True)
+        self.bad_samples.judge(int(bad), int(bad), int(read), done=True)
         return total / supervised
 
     def choose_questions(self, numbers: np.ndarray) -> list[Asked]:

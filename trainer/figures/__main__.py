@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dataset.errors import SampleError
 from dataset.files import check_output
+from model.paths import home_for_tilde
 from trainer.config import REPOSITORY, UsageError, weight_name
 
 PICTURES = REPOSITORY / "dataset" / "eval_images"
@@ -54,7 +55,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--hidden_size", type=int, help="width, where there are several weight files of that name")
     command.add_argument("--use_moe", type=int, choices=(0, 1), help="likewise")
     command.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
-    return parser.parse_args(argv)
+    return parser.parse_args(home_for_tilde(argv))
 
 
 def draw(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.paths import home_for_tilde
+
 from .engine import Engine
 from .models import ModelShelf
 
@@ -43,7 +45,7 @@ def parse_flags(argv: list[str], description: str) -> Settings:
     parser.add_argument("--device", help="default: cuda:0, mps or cpu, the best there is")
     parser.add_argument("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
     parser.add_argument("--image_dir", default=str(REPOSITORY / "dataset" / "eval_images"), help="folder of example pictures")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(home_for_tilde(argv))
     if args.port is not None and not 0 < args.port < 65536:
         parser.error(f"--port {args.port}: a number from 1 to 65535")
     if args.max_seq_len < 512:

@@ -33,8 +33,7 @@ from tests.conftest import (
     training_flags,
 )
 from tests.storm import Storm
-from tests.test_speed import make_trainer
-from tests.test_training import NAME, assert_same, train, weights
+from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
 from trainer.config import UsageError, parse_config
 from trainer.distributed import agree_on_name

@@ -24,11 +24,8 @@ from model.model_minimind import FeedForward, MiniMindConfig, find_loss_position
 from model.moe import MOEFeedForward
 from model.vision import CLIP_MEAN, CLIP_STD, normalize
 from tests.conftest import REPOSITORY, make_data, make_model, make_tower, read_metrics, training_flags, write_jsonl
-from tests.test_training import NAME, assert_same, train, weights
-from trainer import benchmark, distributed
-from trainer.build import build
-from trainer.config import parse_config
-from trainer.loop import Trainer
+from tests.test_training import NAME, assert_same, make_trainer, train, weights
+from trainer import benchmark
 from trainer.plain import mix_experts, plain_forward, plain_loss
 from trainer.sampler import ResumableSampler
 from trainer.signals import StopRequest
@@ -231,11 +228,6 @@ def test_a_picture_shown_twice_in_a_batch_is_encoded_once(tmp_path, renderer):
     model = make_model(tower=make_tower()).eval()
     with torch.no_grad():
         assert torch.allclose(forward(model, batch).loss, forward(model, apart).loss, atol=1e-6)
-
-
-def make_trainer(data, tower_folder, out, **flags) -> Trainer:
-    config = parse_config("", {}, training_flags(data, tower_folder, out, num_workers=0, **flags))
-    return Trainer(build(config, distributed.start("cpu")))
 
 
 def test_a_run_with_the_cache_is_the_run_without_it(data, tower_folder, tmp_path):

@@ -1,5 +1,6 @@
 """The loop, as users run it: resumed equals uninterrupted, two processes equal one, nothing twice, nothing lost."""
 
+import copy
 import itertools
 import json
 import os
@@ -38,6 +39,7 @@ from trainer.loop import Trainer
 from trainer.main import main
 from trainer.progress import cosine
 from trainer.sampler import ResumableSampler
+from trainer.signals import StopRequest
 
 NAME = "sft_vlm_32"
 BATCHES = torch.utils.data.DataLoader.__iter__
@@ -51,6 +53,11 @@ def assert_same(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def make_trainer(data, tower_folder, out, **flags) -> Trainer:
+    """A run in this process."""
+    return Trainer(build(parse_config("", {}, training_flags(data, tower_folder, out, num_workers=0, **flags)), distributed.start("cpu")))
 
 
 def train(data, tower_folder, out, *extra, script: str = "train_sft_vlm.py", processes: int = 0, **flags):
@@ -285,9 +292,9 @@ def test_number_formats_and_experts_learn(data, tower_folder, tmp_path, dtype, m
 def test_a_bad_sample_is_skipped_named_and_counted(data, tower_folder, tmp_path):
     rows = data[0].read_text().splitlines()
     rows[4:4] = ['{"conversations": 3}']
-    few = write_jsonl(tmp_path / "few.jsonl", rows * 6)  # 6 of 138: past 1% of what was read
+    few = write_jsonl(tmp_path / "few.jsonl", rows * 11)  # 11 of 253
     done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "a"))
-    assert done.returncode == 1 and "more than 1%" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "bad, more than 10 and 1%" in done.stderr and "Traceback" not in done.stderr
     assert "few.jsonl:5: 'conversations' is missing" in done.stderr
     done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "b", on_bad_sample="raise"))
     assert done.returncode == 1 and done.stderr.count("bad sample: ") == 1
@@ -307,6 +314,58 @@ def test_a_truncated_picture_is_used_named_once_and_counted(tower_folder, tmp_pa
     assert done.stderr.count("data.jsonl:2: picture 'cut.jpg' is truncated; used") == 1
     line = read_metrics(tmp_path / "a", NAME)[-1]
     assert (line["update"], line["truncated_samples"], line["bad_samples"]) == (2, 2, 0)
+
+
+BAD = '{"conversations": 3}'
+
+
+def texts(count: int) -> list[dict]:
+    return [{"conversations": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "word " * (n % 5 + 1)}]}
+            for n in range(count)]  # fmt: skip
+
+
+def test_ten_bad_samples_of_an_epoch_never_stop_a_run(data, tower_folder, tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", [*texts(5), *[BAD] * 10]), data[1]
+    train(few, tower_folder, tmp_path, epochs=3)
+    assert read_metrics(tmp_path, NAME)[-1]["bad_samples"] == 30, "they are counted, over all epochs"
+    none = write_jsonl(tmp_path / "none.jsonl", [BAD] * 3), data[1]
+    with pytest.raises(TrainingFailed, match=r"3 of 3 samples read were bad, all of them.*Nothing was trained"):
+        make_trainer(none, tower_folder, tmp_path / "none").train()
+
+
+@pytest.mark.parametrize(("dtype", "moe"), [("float32", 0), ("float16", 0), ("float32", 1)])
+def test_an_update_whose_samples_are_all_bad_moves_nothing(data, tower_folder, tmp_path, dtype, moe):
+    rows = write_jsonl(tmp_path / "some.jsonl", [*texts(8), BAD, BAD]), data[1]
+    trainer = make_trainer(rows, tower_folder, tmp_path, save_weight="sft_vlm", epochs=2, batch_size=1, dtype=dtype, use_moe=moe)
+
+    def now() -> dict:
+        optimizer = trainer.run.optimizer.state_dict()["state"]
+        return {**trainer.run.model.state_dict(), **{(n, name): value for n, values in optimizer.items() for name, value in values.items()}}
+
+    before, bad, unmoved = copy.deepcopy(now()), 0, 0
+    for learning_rate in trainer.updates(StopRequest()):
+        trainer.log_if_due(learning_rate)
+        after = copy.deepcopy(now())
+        same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        if trainer.state.bad > bad:
+            assert same
+            unmoved += 1
+        else:
+            assert not same or dtype == "float16", "there, the scaler leaves out some"
+        before, bad = after, trainer.state.bad
+    losses = [line["loss"] for line in read_metrics(tmp_path, weight_name("sft_vlm", 32, bool(moe)))]
+    assert unmoved == losses.count(None) == 4 and len(losses) == trainer.state.update == 20
+
+
+def test_an_update_whose_samples_are_all_bad_is_none_on_every_rank(data, tower_folder, tmp_path):
+    """By two processes as by one with twice the batch; some updates have bad samples on one of them."""
+    rows = write_jsonl(tmp_path / "some.jsonl", [*texts(6), *[BAD] * 7]), data[1]
+    train(rows, tower_folder, tmp_path / "one", batch_size=2, epochs=2, seed=3)
+    said = train(rows, tower_folder, tmp_path / "two", batch_size=1, epochs=2, seed=3, processes=2).stderr
+    one, two = ([line["loss"] for line in read_metrics(tmp_path / name, NAME)] for name in ("one", "two"))
+    assert [loss is None for loss in one] == [loss is None for loss in two] and 0 < one.count(None) < len(one)
+    assert all(abs(a - b) < 1e-4 for a, b in zip(one, two, strict=True) if a is not None)
+    assert "nothing trained" in said and "loss 0.0000" not in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path, capsys):

@@ -1,10 +1,12 @@
 """Validation: held-out samples are never trained on, the loss is the plain one, and training does not notice."""
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from dataset.vlm_dataset import collate
 from model.vision import normalize
 from model.weights import load_weights, save_weights
 from tests.conftest import make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
-from tests.test_speed import make_trainer
-from tests.test_training import NAME, assert_same, train, weights
+from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
+from trainer.build import build
 from trainer.config import UsageError, parse_config
 from trainer.guards import TrainingFailed
+from trainer.loop import Trainer
 from trainer.main import claim_outputs
 from trainer.plain import plain_loss
 from trainer.signals import StopRequest
@@ -249,6 +252,63 @@ def test_a_resume_with_another_share_is_refused(data, tower_folder, tmp_path):
             make_trainer(data, tower_folder, tmp_path, **{**EVERY, "eval_data_path": value, "from_resume": 1})
 
 
+def run_by_default(data, tower_folder, out, **flags) -> Trainer:
+    """A whole run in this process without --dtype; `after_update`: up to a SIGINT."""
+    after_update = flags.pop("after_update", 0)
+    settings = {"save_weight": "sft_vlm", "epochs": 2} | flags
+    config = parse_config("", {}, training_flags(data, tower_folder, out, num_workers=0, **settings))
+    trainer = Trainer(build(replace(config, dtype=None), distributed.start("cpu")))
+    advance = trainer.advance
+
+    def advancing():
+        advance()
+        if trainer.state.update == after_update:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.advance = advancing
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_resume_keeps_the_number_format_whatever_the_machine_measures(data, tower_folder, tmp_path, monkeypatch, capsys, fast):
+    """Bit for bit, and the feature cache stays: also of a new run, unless --dtype asks for another format."""
+    part, name = tmp_path / "part", "bfloat16" if fast else "float32"
+    monkeypatch.setattr("trainer.build.bf16_is_fast", lambda *_: fast)
+    run_by_default(data, tower_folder, tmp_path / "whole", cache_features=1)
+    run_by_default(data, tower_folder, part, cache_features=1, after_update=5)
+    assert json.loads((part / "out" / f"{NAME}.json").read_text())["training"]["dtype"] == name
+    monkeypatch.setattr("trainer.build.bf16_is_fast", lambda *_: not fast)
+    capsys.readouterr()
+    resumed = run_by_default(data, tower_folder, part, cache_features=1, from_resume=1)
+    assert resumed.run.config.dtype == name and resumed.run.cache.key.dtype == name
+    assert_same(weights(tmp_path / "whole"), weights(part))
+    assert [line["loss"] for line in read_metrics(part, NAME)] == [line["loss"] for line in read_metrics(tmp_path / "whole", NAME)]
+    filled = resumed.run.cache.filled()
+    again = run_by_default(data, tower_folder, part, cache_features=1, after_update=1)
+    told = capsys.readouterr().err
+    assert again.run.config.dtype == name and again.run.cache.filled() == filled > 0
+    assert f"notice: {name}, as the pictures in the feature cache" in told and "anew:" not in told and "not what" not in told
+    other = "float32" if fast else "bfloat16"
+    assert make_trainer(data, tower_folder, part, dtype=other, cache_features=1).run.cache.filled() == 0
+    assert "starts anew: it was made with another encoder or format: {'tower'" in (told := capsys.readouterr().err) and name in told
+    assert make_trainer(data, tower_folder, part, dtype=other, from_resume=1, save_weight="sft_vlm").run.config.dtype == other
+    assert f"--dtype {name} -> {other}" in capsys.readouterr().err
+
+
+def test_a_resume_keeps_the_number_of_threads(data, tower_folder, tmp_path, capsys, monkeypatch):
+    """By others, sums are rounded otherwise."""
+    monkeypatch.setattr("trainer.build.bf16_is_fast", lambda *_: False)
+    try:
+        for threads, out, flags in ((2, "whole", {}), (2, "part", {"after_update": 5}), (1, "part", {"from_resume": 1})):
+            torch.set_num_threads(threads)
+            run_by_default(data, tower_folder, tmp_path / out, hidden_size=256, **flags)
+        assert "notice: 2 threads instead of 1" in capsys.readouterr().err and torch.get_num_threads() == 2
+        assert_same(weights(tmp_path / "whole", "sft_vlm_256"), weights(tmp_path / "part", "sft_vlm_256"))
+    finally:
+        torch.set_num_threads(2)
+
+
 # --- the best weights -------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +337,23 @@ def test_the_weights_of_the_lowest_loss_are_kept_apart(data, tower_folder, tmp_p
     assert len((tmp_path / "out" / "sft_vlm_best_32_predictions.jsonl").read_text().splitlines()) == 22
 
 
+def test_best_weights_and_weights_of_that_name_do_not_replace_each_other(data, tower_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    for owner, flags in (({"training": {"save_weight": "x"}}, {"save_weight": "x_best"}), (None, {"save_weight": "x_best"}),
+                         ({"training": {"save_weight": "x_best"}}, {"save_weight": "x", "eval_data_path": 0.3}),
+                         ({}, {"save_weight": "x", "eval_data_path": 0.3})):  # fmt: skip
+        (tmp_path / "out" / "x_best_32.json").unlink(missing_ok=True)
+        torch.save({}, tmp_path / "out" / "x_best_32.pth")
+        if owner is not None:
+            (tmp_path / "out" / "x_best_32.json").write_text(json.dumps(owner))
+        with pytest.raises(UsageError, match=r"x_best_32\.pth, which would be replaced, holds weights of the run --save_weight"):
+            make_trainer(data, tower_folder, tmp_path, **flags)
+    for flags in ({"save_weight": "x_best"}, {"save_weight": "x", "eval_data_path": 0.3}):
+        (tmp_path / "out" / "x_best_32.json").write_text(json.dumps({"training": {"save_weight": flags["save_weight"]}}))
+        make_trainer(data, tower_folder, tmp_path, **flags)
+    make_trainer(data, tower_folder, tmp_path, save_weight="x")
+
+
 def test_what_a_killed_writer_of_the_best_weights_left_is_removed(data, tower_folder, tmp_path):
     out = tmp_path / "out"
     config = parse_config("", {}, training_flags(data, tower_folder, tmp_path, **EVERY))
@@ -292,8 +369,10 @@ def test_what_a_killed_writer_of_the_best_weights_left_is_removed(data, tower_fo
 
 def test_bad_samples_of_the_validation_are_named_and_too_many_end_the_run(data, tower_folder, tmp_path, capsys):
     rows = data[0].read_text().splitlines()
-    bad = write_jsonl(tmp_path / "bad.jsonl", [*rows[:6], '{"conversations": 3}'])
-    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=bad)
-    with pytest.raises(TrainingFailed, match="1 of 7 samples read were bad"):
-        trainer.validation.loss(StopRequest())
-    assert "bad.jsonl:7: 'conversations' is missing" in capsys.readouterr().err
+    for good, bad, told in ((6, 10, None), (6, 11, "11 of 17 samples read were bad"), (0, 2, "2 of 2 samples read were bad, all of them")):
+        held = write_jsonl(tmp_path / "bad.jsonl", [*rows[:good], *['{"conversations": 3}'] * bad])
+        trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=held)
+        with pytest.raises(TrainingFailed, match=told) if told else contextlib.nullcontext():
+            loss = trainer.validation.loss(StopRequest())
+            assert np.isfinite(loss)
+        assert f"bad.jsonl:{good + 1}: 'conversations' is missing" in capsys.readouterr().err

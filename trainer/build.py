@@ -212,7 +212,9 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         problem = why_not_compile(ranks.device)
         if problem:
             ranks.warn(f"notice: --use_compile 1 is passed over: {problem}")
-        if not ranks.sum([float(bool(problem))])[0]:  # all, or none
+        if ranks.sum([float(bool(problem))])[0]:  # all, or none
+            config = replace(config, use_compile=0)
+        else:
             for block in model.model.layers:
                 block.compile(dynamic=True)  # in place: the names of the weights stay
     cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None

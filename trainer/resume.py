@@ -1,12 +1,12 @@
 """What an interrupted run takes up again: the content of a training state, and the way back from it."""
 
-import os
 import time
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
+from machine import cores
 from model.weights import check_fingerprints
 
 from .build import Run
@@ -138,7 +138,7 @@ def keep_threads(wanted: int | None, ranks: Ranks) -> None:
     now = torch.get_num_threads()
     if ranks.device.type != "cpu" or wanted in (None, now):
         return
-    if wanted <= (os.cpu_count() or 1):
+    if wanted * ranks.local_size <= cores():
         torch.set_num_threads(wanted)
         ranks.print(f"notice: {wanted} threads instead of {now}, as before the interruption")
     else:

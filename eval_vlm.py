@@ -21,7 +21,7 @@ from dataset.decode import IMAGE_SUFFIXES, image_files
 from dataset.errors import DataError, SampleError
 from dataset.pictures import load_picture
 from machine import ran_out_of_memory
-from model.errors import first_line
+from model.errors import first_line, print_anything
 from model.paths import home_for_tilde
 from model.storage import StorageError
 from model.weights import find_weights, weight_name
@@ -125,8 +125,8 @@ def choose_chat() -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 for a user's mistake, 1 for a failure of the machine, 130 after Ctrl-C."""
+    print_anything()
     args = parse_flags(argv)
-    sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     try:
         if args.load_from == "model":
             weight_file = find_weights(Path(args.save_dir), args.weight, args.hidden_size, args.use_moe)

@@ -28,7 +28,7 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
-from model.errors import UsageError
+from model.errors import UsageError, print_anything
 from model.paths import home_for_tilde
 from model.vision import to_rgb
 
@@ -37,7 +37,7 @@ from .errors import DataError, SampleError, reason, shown
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .parquet import PICTURES, cells_of, find_columns, read_batches, row_of
 from .pictures import ImageSource, load_picture, open_images
-from .sources import find_files, open_file, split_entries
+from .sources import find_files, open_file, open_files, split_entries
 from .validate import REPOSITORY, counted
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
@@ -222,6 +222,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 when the data cannot be converted, or 130 after Ctrl-C."""
+    print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes, or a file of another format")
     parser.add_argument("--from", dest="form", choices=FORMATS, help="the format, where rows do not show it (dataset/foreign.py)")
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths, images = files_of(args.data), open_images(args.images_path)
         to = args.to or ("jsonl" if paths[0].suffix.lower() == ".parquet" and not args.form else "parquet")
-        sources = [open_rows(path) for path in paths]
+        sources = open_files(paths, open_rows)
         with claimed(out), tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
             writer = ParquetShards(out, args.shard_rows, args.group_rows) if to == "parquet" else JsonlFolder(out)
             for where, read, own in ((where, read, own) for _, rows, own in sources for where, read in rows):

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from model.errors import print_anything
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "dataset" / "demo"
 OUT = REPOSITORY / "out"
@@ -217,6 +219,7 @@ def report(seconds: float, timings: dict[str, float]) -> None:
 
 def main() -> None:
     """Data, trainings, scoring and report; every step is timed."""
+    print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prepare_only", action="store_true", help="make the data and stop")
     args = parser.parse_args()

@@ -2,11 +2,15 @@
 
 from model.errors import SampleError
 
-__all__ = ["DataError", "SampleError", "reason", "shown"]
+__all__ = ["DataError", "NoSamples", "SampleError", "reason", "shown"]
 
 
 class DataError(Exception):
     """A data set as a whole is missing or unusable; the message says what to do."""
+
+
+class NoSamples(DataError):
+    """A file holds none, which is no harm where others do."""
 
 
 def shown(value: object) -> str:

@@ -1,7 +1,9 @@
 """Files that people name, looked at before the work: whether one can be read to its end, and whether one can be written."""
 
+import mmap
 import os
 import stat
+import sys
 from importlib.util import find_spec
 from io import RawIOBase
 from pathlib import Path
@@ -29,6 +31,16 @@ def write_at(file: RawIOBase, data: bytes, offset: int) -> int:
         return os.pwrite(file.fileno(), data, offset)
     file.seek(offset)
     return file.write(data)
+
+
+_told = mmap.mmap(-1, 1)  # shared with the loader processes that are forked
+
+
+def tell_once(text: str) -> None:
+    """Says what one case of is enough to know, once in a run."""
+    if not _told[0]:
+        _told[0] = 1
+        print(text, file=sys.stderr, flush=True)
 
 
 def check_output(flag: str, path: Path, suffixes: tuple[str, ...] = (), replaced: bool = False) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as parquet
 from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
-from .errors import DataError, SampleError
+from .errors import DataError, NoSamples, SampleError
 from .foreign import TEXT_COLUMNS, as_list, picture_of, remedy, with_pictures
 from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
@@ -79,7 +79,7 @@ class ParquetSamples(DataFile):
             groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
             largest = max((group_bytes(group, self._columns) for group in groups), default=0)
             if not self._metadata.num_rows:
-                raise DataError(f"{self.path} holds no samples")
+                raise NoSamples(f"{self.path} holds no samples")
             self._copy = self._open_copy(schema, largest) if largest > LARGEST_GROUP else None
         except (ValueError, OSError, arrow.ArrowException) as error:  # ArrowInvalid is a ValueError
             raise DataError(f"{self.path} is no readable parquet file: {error}") from error

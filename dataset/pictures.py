@@ -9,11 +9,14 @@ import io
 import os
 import posixpath
 import struct
+import tarfile
+import unicodedata
 import zipfile
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,9 +25,9 @@ from PIL import Image
 from model.errors import check_fetched
 from model.vision import preprocess
 
-from .decode import ImageRefused, decode
+from .decode import IMAGE_SUFFIXES, ImageRefused, decode
 from .errors import DataError, SampleError, reason, shown
-from .files import is_regular, read_at
+from .files import is_regular, read_at, tell_once
 from .index import DataFile, open_index
 from .sources import split_names
 
@@ -36,6 +39,8 @@ MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
 
 class ImageSource:
     """Pictures by name; a subclass says where they lie. What a sample holds itself is decoded here."""
+
+    path: str | Path  # of them all
 
     def load(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
         """The decoded picture; raises SampleError. `notes` is told of a file that ends early."""
@@ -62,13 +67,20 @@ class ImageSource:
         """A number other than 0 that changes with the file behind a name; raises SampleError when there is none."""
         return zlib.crc32(ref if isinstance(ref, bytes) else self.state(ref, where)) + 1
 
-    def holds(self, name: str) -> bool:
-        """Whether there is a picture of that name."""
-        try:
-            self.state(name, "")
-        except SampleError:
-            return False
-        return True
+    def find(self, name: str, where: str) -> Any:
+        """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
+        places = self.lookup(name, where)
+        if not places and (places := self.lookup(name, where, loosely=True)):
+            tell_once(f"notice: picture {shown(name)}, and others perhaps, found in another spelling in {self.path}"
+                      " (Unicode form, slashes, capitals)")  # fmt: skip
+        if len(places) != 1:
+            problem = f"could be any of {len(places)} files" if places else "is not"
+            raise SampleError(f"picture {shown(name)} {problem} in {self.path}", where)
+        return places[0]
+
+    def lookup(self, name: str, where: str, loosely: bool = False) -> list:
+        """The places of that name, in other spellings, too, if `loosely`. Raises SampleError for what can be no name."""
+        raise NotImplementedError
 
     def open(self, name: str, where: str) -> Path | BinaryIO:
         """The picture's file; raises SampleError."""
@@ -80,41 +92,66 @@ class ImageSource:
 
 
 class FolderImages(ImageSource):
-    """Pictures in a folder and its subfolders. No name leads out of it."""
+    """Pictures in a folder and its subfolders. No name leads out of it; links in it may."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).resolve()
-        self._inside = os.path.join(self.folder, "")
+        self.path = os.path.abspath(folder)
+        self._inside = os.path.join(self.path, ""), os.path.join(os.path.realpath(folder), "")
+        self._listings: dict[str, list[str]] = {}  # names by their likeness, of folders where a name was not found
+
+    def lookup(self, name: str, where: str, loosely: bool = False) -> list[str]:
+        try:  # os.path is several times faster here than Path
+            spelled = os.fsdecode((name.replace("\\", "/") if loosely else name).encode(errors="surrogateescape"))  # UTF-8 in any locale
+            path = os.path.normpath(os.path.join(self.path, spelled))
+            if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
+                raise SampleError(f"picture {shown(name)} leads out of {self.path}", where)
+            return [found for found in (self._alike(path) if loosely else [path]) if is_file(found)]
+        except SampleError:
+            raise
+        except (OSError, ValueError) as error:  # too long, a NUL, half a character, a circle of links
+            raise SampleError(f"picture {shown(name)} is no file name: {reason(error)}", where) from error
+
+    def _alike(self, path: str) -> list[str]:
+        """Paths below the folder that differ from this one in spelling alone."""
+        parts = os.path.relpath(path, self.path).split(os.sep)
+        found = [self.path]
+        for part in parts:
+            found = [os.path.join(folder, name) for folder in found for name in self._names_like(folder, disk_likeness(part))]
+        return found + [os.path.join(self.path, "\\".join(parts))] * (len(parts) > 1)  # as some unpack a zip of Windows
+
+    def _names_like(self, folder: str, wanted: str) -> list[str]:
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = sorted(os.listdir(folder), key=disk_likeness)
+            except OSError:  # no folder, or none that may be listed
+                return []
+        names = self._listings[folder]
+        return names[bisect_left(names, wanted, key=disk_likeness) : bisect_right(names, wanted, key=disk_likeness)]
 
     def open(self, name: str, where: str) -> Path:
-        """The path of the picture; raises SampleError."""
-        try:  # os.path is several times faster here than Path
-            path = os.path.realpath(os.path.join(self.folder, name))
-            inside = os.path.join(path, "").startswith(self._inside)
-            found = inside and is_regular(path)
-        except (FileNotFoundError, NotADirectoryError):
-            found = False
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, half a character, a circle of links
-            raise SampleError(f"picture {shown(name)} is no file name: {reason(error)}", where) from error
-        if not inside:
-            raise SampleError(f"picture {shown(name)} leads out of {self.folder}", where)
-        if not found:
-            raise SampleError(f"picture {shown(name)} is not in {self.folder}", where)
-        return Path(path)
+        return Path(self.find(name, where))
 
     def state(self, name: str, where: str) -> bytes:
-        status = self.open(name, where).stat()
+        status = os.stat(self.find(name, where))
         return f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogatepass")
 
 
-class ZipImages(DataFile, ImageSource):
-    """Pictures in a zip, read where they are: an index holds 32 bytes a picture, and a picture costs two reads.
+def is_file(path: str) -> bool:
+    """Whether there is a regular file, by whatever links; raises OSError for what can be no path."""
+    try:
+        return is_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
-    When all lie in one folder of the zip, as in the published ones, names may leave that folder out. Reads do not move
+
+class ZipImages(DataFile, ImageSource):
+    """Pictures in a zip or a tar, read where they are: an index holds 40 bytes a picture, and a picture costs two reads.
+
+    When all lie in one folder of it, as in the published ones, names may leave that folder out. Reads do not move
     a file position, so forked processes may share the open file. Raises DataError for what is no zip.
     """
 
-    RECORD = np.dtype([("name", "<u8"), ("offset", "<i8"), ("size", "<u4"), ("unpacked", "<u4"), ("crc", "<u4"),
+    RECORD = np.dtype([("like", "<u8"), ("name", "<u8"), ("offset", "<i8"), ("size", "<u4"), ("unpacked", "<u4"), ("crc", "<u4"),
                        ("method", "<u4")])  # fmt: skip
     LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field (APPNOTE.TXT 4.3.7)
 
@@ -123,70 +160,120 @@ class ZipImages(DataFile, ImageSource):
             self._records, extra = open_index(self.path, self.RECORD, self._read_directory)
             self._root = extra["root"]
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
-        except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:  # all by damaged ones
+        except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile, tarfile.TarError) as error:  # all by damaged ones
             check_fetched(self.path)
-            raise DataError(f"{self.path} is no readable zip of pictures: {error}") from error
+            raise DataError(f"{self.path} is no readable {self.path.suffix[1:]} of pictures: {error}") from error
 
     def _read_directory(self) -> tuple[np.ndarray, dict]:
-        with zipfile.ZipFile(self.path) as file:  # of entries of one name the last counts, as everywhere
-            entries = {entry.filename: entry for entry in file.infolist()
-                       if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")}  # fmt: skip
-        if not entries:
+        entries = dict(zip_entries(self.path) if self.path.suffix.lower() == ".zip" else tar_entries(self.path))
+        names = [name for name in entries if not any(part.startswith((".", "__MACOSX")) for part in posixpath.normpath(name).split("/"))]
+        if not names:
             raise DataError(f"{self.path} holds no files")
-        folder = os.path.commonpath([os.path.dirname(name) for name in entries]) if "" not in map(os.path.dirname, entries) else ""
+        folders = {os.path.dirname(name.replace("\\", "/") if name.isascii() else name)
+                   for name in [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES] or names}  # fmt: skip
+        folder = os.path.commonpath(folders) if "" not in folders else ""
         most = 2**32 - 1  # larger ones are refused when they are wanted
-        records = np.array([(name_hash(entry.filename), entry.header_offset, min(most, entry.compress_size),
-                             min(most, entry.file_size), entry.CRC, entry.compress_type if not entry.flag_bits & 1 else 99)
-                            for entry in entries.values()], self.RECORD)  # fmt: skip
-        return np.sort(records, order="name"), {"root": f"{folder}/" if folder else ""}
+        records = np.array([(name_hash(likeness(name)), name_hash(name), offset, min(most, size), min(most, unpacked), crc, method)
+                            for name, (offset, size, unpacked, crc, method) in entries.items()], self.RECORD)  # fmt: skip
+        return np.sort(records, order="like"), {"root": f"{folder}/" if folder else ""}
 
     def open(self, name: str, where: str) -> BinaryIO:
         """The unpacked file in memory, its checksum compared; raises SampleError."""
-        record, problem = self._find(name, where), None
-        offset, size = int(record["offset"]), int(record["size"])
-        if record["unpacked"] > MAX_BYTES:
-            raise SampleError(f"picture {shown(name)} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
+        record, problem, kind = self.find(name, where), None, self.path.suffix[1:]
+        if record["unpacked"] > MAX_BYTES or record["size"] > MAX_BYTES:
+            raise SampleError(f"picture {shown(name)} in {self.path} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
         try:
-            header = read_at(self._file, self.LOCAL_HEADER.size, offset)
-            signature, name_size, extra_size = self.LOCAL_HEADER.unpack(header)
-            begin = offset + self.LOCAL_HEADER.size + name_size + extra_size
-            data = read_at(self._file, size, begin)
+            offset, size, most, method = int(record["offset"]), int(record["size"]), int(record["unpacked"]) + 1, int(record["method"])
+            signature = b"PK\x03\x04"
+            if method != IN_TAR:
+                signature, name_size, extra_size = self.LOCAL_HEADER.unpack(read_at(self._file, self.LOCAL_HEADER.size, offset))
+                offset += self.LOCAL_HEADER.size + name_size + extra_size
+            data = read_at(self._file, size, offset)
             if signature != b"PK\x03\x04" or len(data) < size:
-                problem = "the zip is torn"
-            elif record["method"] == zipfile.ZIP_DEFLATED:
-                unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-                data = unpacker.decompress(data, int(record["unpacked"]) + 1)
-            elif record["method"] != zipfile.ZIP_STORED:
-                problem = "it is packed by another method than deflate, or encrypted"
-        except (OSError, struct.error, zlib.error) as error:
-            problem = f"the zip is torn: {error}"
-        if problem is None and (len(data) != record["unpacked"] or zlib.crc32(data) != record["crc"]):
+                problem = f"the {kind} is torn"
+            elif method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
+            elif method == zipfile.ZIP_BZIP2:
+                import bz2  # which not every Python was built with, like lzma
+
+                data = bz2.BZ2Decompressor().decompress(data, most)
+            elif method == zipfile.ZIP_LZMA:
+                import lzma
+
+                # With the head of a .lzma file of unknown size.
+                data = lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(data[4:9] + b"\xff" * 8 + data[9:], most)
+            elif method not in (zipfile.ZIP_STORED, IN_TAR):
+                problem = f"it is {'encrypted' if method == ENCRYPTED else f'packed by method {method}'}; unpack the zip and name the folder"
+        except ImportError as error:
+            problem = str(error)
+        except MemoryError:
+            raise
+        except Exception as error:  # OSError, EOFError, struct.error, zlib.error, lzma.LZMAError
+            problem = f"the {kind} is torn: {error}"
+        if problem is None and (len(data) != record["unpacked"] or (method != IN_TAR and zlib.crc32(data) != record["crc"])):
             problem = "its checksum is wrong"
         if problem:
             raise SampleError(f"picture {shown(name)} in {self.path} cannot be read: {problem}", where)
         return io.BytesIO(data)
 
     def state(self, name: str, where: str) -> bytes:
-        return self._find(name, where).tobytes()
+        return self.find(name, where).tobytes()
 
-    def _find(self, name: str, where: str) -> np.void:
-        for full in (folder + spelled for spelled in spellings(name) for folder in ("", self._root)):
-            value = name_hash(full)
-            place = int(np.searchsorted(self._records["name"], value))
-            if place < len(self._records) and self._records[place]["name"] == value:
-                return self._records[place]
-        raise SampleError(f"picture {shown(name)} is not in {self.path}", where)
+    def lookup(self, name: str, where: str, loosely: bool = False) -> list[np.void]:
+        for full in (folder + spelled for spelled in spellings(name, loosely) for folder in ("", self._root)):
+            like, exact = name_hash(likeness(full)), name_hash(full)
+            found = []
+            for place in range(int(np.searchsorted(self._records["like"], like)), len(self._records)):
+                if self._records[place]["like"] != like:
+                    break
+                if loosely or self._records[place]["name"] == exact:
+                    found.append(self._records[place])
+            if found:
+                return found
+        return []
 
 
-def spellings(name: str) -> Iterator[str]:
-    """What a file may be called in a zip: by its name; without "./"; and, since Windows writes names in a code page without
-    saying so, in what zipfile makes of the Chinese and Japanese ones."""
+IN_TAR, ENCRYPTED = 2**16, 2**16 + 1  # in place of a zip's method
+
+
+def zip_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names of the files in a zip, with offset, packed and unpacked size, checksum and method. Of entries of one name the
+    last counts, as everywhere."""
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if not entry.is_dir():
+                method = ENCRYPTED if entry.flag_bits & 1 else entry.compress_type
+                yield entry.filename, (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, method)
+
+
+def tar_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same for a tar that is not packed."""
+    with tarfile.open(path, "r:", encoding="utf-8") as file:
+        while entry := file.next():
+            file.members.clear()  # which the library would keep, a kilobyte each
+            if entry.isreg() and not entry.issparse():
+                yield posixpath.normpath(entry.name), (entry.offset_data, entry.size, entry.size, 0, IN_TAR)
+
+
+def spellings(name: str, loosely: bool) -> Iterator[str]:
+    """What a file may be called in a zip: by its name; without "./"; and, since many write names in UTF-8 or a Chinese or
+    Japanese code page without saying so, in what zipfile makes of those."""
     yield name
-    yield (plain := posixpath.normpath(name))
-    if not plain.isascii():
-        for page in ("cp950", "cp936", "cp932"):
+    yield (plain := posixpath.normpath(name.replace("\\", "/") if loosely else name))
+    for form in () if plain.isascii() else (plain, unicodedata.normalize("NFD", plain)):
+        for page in ("utf-8", "cp950", "cp936", "cp932"):
             with contextlib.suppress(UnicodeError):
-                yield plain.encode(page).decode("cp437")
+                yield form.encode(page).decode("cp437")
+
+
+def likeness(name: str) -> str:
+    """What spellings of a file name have in common: those of macOS (Unicode form), Windows (slashes) and either's capitals."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.replace("\\", "/")).casefold())
+
+
+def disk_likeness(name: str) -> str:
+    """The likeness of a name as the system gives it, which is UTF-8 whatever the locale."""
+    return likeness(name if name.isascii() else os.fsencode(name).decode(errors="surrogateescape"))
 
 
 def name_hash(name: str) -> np.uint64:
@@ -199,19 +286,16 @@ class ManyImages(ImageSource):
     """Several folders and zips; a name has to be in one of them alone."""
 
     def __init__(self, sources: list[ImageSource]):
-        self.sources = sources
+        self.sources, self.path = sources, ", ".join(str(source.path) for source in sources)
+
+    def lookup(self, name: str, where: str, loosely: bool = False) -> list[ImageSource]:
+        return [source for source in self.sources for _ in source.lookup(name, where, loosely)]
 
     def open(self, name: str, where: str) -> Path | BinaryIO:
-        return self._source(name, where).open(name, where)
+        return self.find(name, where).open(name, where)
 
     def state(self, name: str, where: str) -> bytes:
-        return self._source(name, where).state(name, where)
-
-    def _source(self, name: str, where: str) -> ImageSource:
-        holding = [source for source in self.sources if source.holds(name)]
-        if len(holding) > 1:
-            raise SampleError(f"picture {shown(name)} is in {len(holding)} of the places of pictures", where)
-        return holding[0] if holding else self.sources[0]  # which then says what is wrong
+        return self.find(name, where).state(name, where)
 
 
 class NoImages(ImageSource):
@@ -259,10 +343,11 @@ def open_images(paths: str | Path) -> ImageSource:
 def _open_one(path: Path, may_miss: bool) -> ImageSource:
     if path.is_dir():
         return FolderImages(path)
-    if path.suffix.lower() == ".zip" and path.is_file():
+    if path.suffix.lower() in (".zip", ".tar") and path.is_file():
         return ZipImages(path)
     if path.exists():
-        raise DataError(f"{path} is no folder of pictures and no .zip")
+        packed = f": mkdir pictures && tar -xf '{path}' -C pictures" if ".tar." in path.name or path.suffix == ".tgz" else ""
+        raise DataError(f"{path} is no folder of pictures, no .zip and no .tar{packed}")
     if not may_miss:
         raise DataError(f"{path} does not exist; a folder or a .zip of pictures is wanted")
     return NoImages(path)

@@ -4,29 +4,30 @@ A sample source is anything with `len()`, `[i] -> Sample` (raising SampleError) 
 formats join here, in `open_file`.
 """
 
-import codecs
 import errno
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from model.errors import check_fetched
 
 from .conversation import Sample
-from .errors import DataError
+from .errors import DataError, NoSamples
 from .files import is_regular
-from .jsonl import JsonlSamples
+from .jsonl import UNPACK, JsonlSamples, is_packed, kind_of
 from .order import EpochOrder, Order, Permutation, share
 from .parquet import WINDOW_BYTES, ParquetSamples
 
-FILES = (".jsonl", ".parquet")  # taken from a folder; .json is jsonl, too, when it is named
+FILES = (".jsonl", ".ndjson", ".parquet")  # taken from a folder; .json, too, when it is named
 MOST_WEIGHT = 1000
 MOST_COMMAS = 8  # of a name
+T = TypeVar("T")
 HOLD_OUT = 1  # in a key of random numbers: the choice of held-out samples is no order of an epoch
 
 
@@ -140,8 +141,8 @@ def open_samples(paths: str | Path) -> Mixture:
         if twice := next((files[real] for real in files if real in seen), None):
             raise DataError(f"{twice} is named twice; a weight takes samples more often ({twice}:2)")
         seen.update(files)
-        sources += map(open_file, files.values())
-        weights += [weight] * len(files)
+        sources += (opened := open_files(files.values()))
+        weights += [weight] * len(opened)
     return Mixture(sources, weights)
 
 
@@ -193,32 +194,44 @@ def find_files(entry: str) -> Iterator[Path]:
             f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
             f"or name a jsonl or parquet file of your own (format: README, 'Train on your own pictures')."
         )
+    pattern, any_file = not os.path.exists(entry), False
     for path in map(Path, found):
-        if path.exists() and not path.is_dir() and not is_regular(path):
-            raise DataError(f"{path} is a pipe or a device; data are read more than once: write them to a file")
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in FILES and p.is_file()) if path.is_dir() else [path]
-        if not inside:
-            raise DataError(f"{path} holds no .jsonl and no .parquet files")
-        for file in inside:
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if kind_of(file) in FILES and not file.is_dir())
+            files = [file for file in files if not (file.name.startswith(".") or (is_packed(file) and file.with_suffix("").exists()))]
+        else:
+            files = [path] * (not pattern or kind_of(path) in (*FILES, ".json"))  # what a pattern meets may be anything
+        for file in files:
+            if file.exists() and not is_regular(file):
+                raise DataError(f"{file} is a pipe or a device; data are read more than once: write them to a file")
             check_fetched(file)
-        yield from inside
+            any_file = True
+            yield file
+    if not any_file:
+        raise DataError(f"{entry} holds no .jsonl and no .parquet files (.json files are named, or met by a pattern: {entry.rstrip('/')}/*.json)")
 
 
 def open_file(path: Path) -> SampleSource:
     """The samples of one file; raises DataError."""
-    kind = path.suffix.lower()
-    if kind not in (*FILES, ".json"):
-        raise DataError(f"{path} is no .jsonl and no .parquet file")
+    if kind_of(path) not in (*FILES, ".json") or (kind_of(path) == ".parquet" and is_packed(path)):
+        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, or such packed as {', '.join(UNPACK)})")
     try:
-        if kind == ".parquet":
-            return ParquetSamples(path)
-        with open(path, "rb") as file:
-            begin = file.read(64)
-        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path} is UTF-16 text; UTF-8 is wanted: iconv -f UTF-16 -t UTF-8 {path} > data.jsonl")
-        if begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise DataError(f"{path} is one json array; one object a line is wanted: jq -c '.[]' {path} > data.jsonl")
-        return JsonlSamples(path)
+        return ParquetSamples(path) if path.suffix.lower() == ".parquet" else JsonlSamples(path)
     except OSError as error:
         remedy = "; raise the limit (ulimit -n) or join files" if error.errno == errno.EMFILE else ""
         raise DataError(f"cannot read {path}: {error}{remedy}") from error
+
+
+def open_files(paths: Iterable[Path], opened: Callable[[Path], T] = open_file) -> list[T]:
+    """What is `opened` of each file. Empty ones beside others, as Spark leaves them, are left out. Raises DataError."""
+    sources, empty = [], []
+    for path in paths:
+        try:
+            sources.append(opened(path))
+        except NoSamples as error:
+            empty.append(error)
+    if empty and not sources:
+        raise empty[0]
+    if empty:
+        print(f"notice: {len(empty)} of {len(empty) + len(sources)} files left out: {empty[0]}", file=sys.stderr)
+    return sources

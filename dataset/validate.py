@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from machine import cores
-from model.errors import UsageError
+from model.errors import UsageError, print_anything
 from model.paths import home_for_tilde
 from model.processing import load_tokenizer
 
@@ -225,6 +225,7 @@ def tell_times(report: Report, args: argparse.Namespace, samples: Mixture, secon
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 or 2, as the module's description says; 130 after Ctrl-C."""
+    print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes")
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .errors import UsageError, check_fetched, first_line
+from .errors import UsageError, check_fetched, first_line, print_anything
 from .model_vlm import MiniMindVLM, VLMConfig
 from .paths import home_for_tilde
 from .processing import MiniMindVProcessor, load_tokenizer
@@ -264,6 +264,7 @@ def convert(source: Path, target: Path, tokenizer_path: str | None, vision_model
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 for a user's mistake, 1 when writing failed."""
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m model.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", type=Path, help="weights (.pth) or a folder")

@@ -1,7 +1,9 @@
 """Whose mistake it is: a UsageError is the user's, a SampleError one sample's. Scripts end with exit code 2 for both."""
 
 import contextlib
+import io
 import re
+import sys
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,6 +16,12 @@ def first_line(error: Exception) -> str:
     """An error in one line, up to a library's advice to trust a file and run what it holds; its kind where it has no words."""
     line = next(iter(str(error).strip().splitlines()), "")
     return ". ".join(takewhile(lambda part: not re.search("weights_only|trust", part), line.split(". "))) or type(error).__name__
+
+
+def print_anything() -> None:
+    """From now on standard output spells out what its encoding lacks, as standard error does: no message ends a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def placeholder(begin: bytes) -> str:

@@ -27,7 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset.files import check_output, check_plot
 from dataset.synthetic import write_data
-from model.errors import UsageError
+from model.errors import UsageError, print_anything
 from model.moe import MOEFeedForward
 from model.paths import home_for_tilde
 
@@ -248,6 +248,7 @@ def train_suite(folder: Path, device: str, save: Callable[[list[dict]], None]) -
 
 def main() -> int:
     """Runs a suite and writes its rows."""
+    print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("suite", nargs="?", choices=("train", "growth", "data", "inference"), default="train")
     parser.add_argument("--json", help="file for the rows")

@@ -215,7 +215,7 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
         print("[bleu counts runs of four words, and most references here are shorter: go by another metric]")
     if job.report:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(job.report, lambda file: file.write(text.encode()))
+        write_atomically(job.report, lambda file: file.write(text.encode(errors="backslashreplace")))
     lock.release()
     return report
 
@@ -233,7 +233,7 @@ def write_predictions(answers: Iterable[tuple[Question, str]], count: int, targe
     older predictions."""
     partial, answered = target.with_name(f"{target.name}.partial"), []
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             for question, prediction in tqdm(answers, total=count, unit="question", disable=not sys.stderr.isatty()):
                 answered.append((question, prediction))
                 file.write(json.dumps(prediction_row(question, prediction), ensure_ascii=False) + "\n")

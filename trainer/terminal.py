@@ -215,7 +215,7 @@ class TerminalChat:
             raise UsageError(f"{target} is a folder; /save needs a file name")
         if os.path.exists(target) and not (sys.stdin.isatty() and confirmed(f"{target} exists. Replace it? [y/N] ")):
             raise UsageError(f"not saved: {target} exists")
-        write_atomically(target, lambda file: file.write(markdown(self.exchanges, target.parent).encode()))
+        write_atomically(target, lambda file: file.write(markdown(self.exchanges, target.parent).encode(errors="backslashreplace")))
         self.screen.say(f"saved: {target}")
 
     def reset(self, _argument: str) -> None:

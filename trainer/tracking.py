@@ -48,7 +48,7 @@ class MetricsFile:
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one line. A disk that refuses is reported once, and asked again for the next line."""
-        line = ("\n" * self._torn + json.dumps(values, ensure_ascii=False) + "\n").encode()
+        line = ("\n" * self._torn + json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         problem = None
         try:
             self._torn = self._file.write(line) < len(line)

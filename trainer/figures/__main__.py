@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dataset.errors import SampleError
 from dataset.files import check_output
+from model.errors import print_anything
 from model.paths import home_for_tilde
 from trainer.config import REPOSITORY, UsageError, weight_name
 
@@ -85,6 +86,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 for a user's mistake."""
+    print_anything()
     args = parse_flags(argv)
     try:
         check_output("--out", args.out, SUFFIXES)

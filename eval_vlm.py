@@ -59,7 +59,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
     parser.add_argument("--use_compile", type=int, default=0, choices=(0, 1), help="1: compile a chat's step; for GPUs")
     parser.add_argument("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
-    parser.add_argument("--prompt", help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
+    parser.add_argument("--prompt", type=lambda text: os.fsencode(text).decode(errors="replace"),  # whatever the locale took it for
+                        help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
     parser.add_argument("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
     parser.add_argument("--metrics", default="exact,rouge_l", help="of --score: exact, rouge_l, chrf, bleu, with commas between")
     parser.add_argument("--predictions", help="where --score writes every answer")

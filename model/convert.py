@@ -34,6 +34,7 @@ from .weights import (
     check_fingerprints,
     fingerprints,
     half_weights,
+    listed,
     load_weights,
     lock_of,
     parse_sidecar,
@@ -173,7 +174,9 @@ def read_config(folder: Path) -> VLMConfig:
         raise UsageError(f"{folder} is a file, and a folder in transformers format is wanted; native weights (NAME_512.pth) are"
                          f" taken by --save_dir {folder.parent} --weight NAME")  # fmt: skip
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: no config.json there; give a folder in transformers format")
+        there = listed(folder)
+        raise UsageError(f"{folder}: no config.json there; give a folder in transformers format"
+                         + (f". Native weights there are taken by --save_dir {folder} and, as --weight:{there}" if there else ""))  # fmt: skip
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above

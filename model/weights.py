@@ -224,12 +224,12 @@ def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None
     ones trained with (`expected` holds those in use; see `fingerprints`).
     """
     if not path.is_file():
+        there = listed(path.parent)
         raise UsageError(
-            f"no weights at {path}. Published ones:\n"
-            f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
+            f"no weights at {path}." + (f" Those that are there, as --weight (of training: --from_weight) takes them:{there}\n" if there else " ")
+            + f"Published ones:\n    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
             f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
-            + (f" Those that lie there:{there}" if (there := listed(path.parent)) else "")
         )
     sidecar = read_sidecar(path) or {}
     check_fingerprints(path, expected or {}, sidecar.get("fingerprints", {}))

@@ -160,6 +160,8 @@ def test_the_question_of_folder_mode_can_be_chosen(files, assistant, capsys):
     shown = capsys.readouterr().out
     answer = assistant.generate([(Turn("user", f"{IMAGE_MARK}\nWhat colour?"),)], [preprocess(picture("blue"))], Sampling(5, 0.0))[0]
     assert shown.startswith("What colour?\n") and f"[blue.png] {answer}\n" in shown
+    assert main([*files[1], "--prompt", "這是?".encode().decode("ascii", "surrogateescape")]) == 0, "as a C locale has it"
+    assert capsys.readouterr().out.startswith("這是?\n")
 
 
 @pytest.fixture
@@ -283,7 +285,7 @@ def test_questions_from_a_pipe(files):
     ("change", "message"),
     [(["--weight", "other"], "no weights at"), (["--vision_model_path", "/nowhere"], "hf download openai"),
      (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "no config.json"),
-     (["--load_from", __file__], "is a file, and a folder"), (["--prompt", "Hm?", "--mode", "chat"], "--prompt goes with folder mode"),
+     (["--load_from", __file__], "is a file, and a folder"), (["--load_from", "{save_dir}"], "sft_vlm_32.pth: sft_vlm --hidden_size 32"), (["--prompt", "Hm?", "--mode", "chat"], "--prompt goes with folder mode"),
      (["--score", "/nowhere.jsonl"], "no data at /nowhere.jsonl. Fetch"), (["--image_dir", "/nowhere"], "no pictures there"),
      (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
      (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),
@@ -293,7 +295,7 @@ def test_questions_from_a_pipe(files):
 )  # fmt: skip
 def test_mistakes_end_with_code_2_and_no_traceback(files, capsys, change, message):
     try:
-        code = main([*files[1], *change])
+        code = main([*files[1], *(word.format(save_dir=files[0]) for word in change)])
     except SystemExit as error:  # argparse's
         code = error.code
     assert code == 2 and message in capsys.readouterr().err

@@ -56,11 +56,15 @@ def test_a_whole_clip_model_gives_its_vision_half(clip_layout, clip_folder):
 
 
 def test_folders_that_hold_no_tower_say_so(tmp_path):
-    with pytest.raises(UsageError, match="hf download openai/clip-vit-base-patch16"):
+    with pytest.raises(UsageError, match=r"(?s)hf download openai/clip-vit-base-patch16.*tiny-clip"):
         load_vision_tower(tmp_path / "nothing")
     make_tower().save_pretrained(tmp_path / "part")
     state = load_file(tmp_path / "part" / "model.safetensors")
-    state.pop(next(name for name in state if name.endswith("k_proj.weight")))
+    taken = next(name for name in state if name.endswith("k_proj.weight"))
+    save_file(state | {taken: state[taken] * float("nan")}, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="weights that are not finite"):
+        load_vision_tower(tmp_path / "part")
+    state.pop(taken)
     save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="1 weights missing"):
         load_vision_tower(tmp_path / "part")

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
@@ -192,3 +193,54 @@ def test_the_readmes_lora_trains_merges_and_comes_back_native(folder, tmp_path, 
     answers = [Assistant(one, native.tokenizer).generate([(Turn("user", "<image>\nWhat?"),)], [preprocess(RED)], Sampling(5, 0.0))
                for one in (native.model, read_folder(tmp_path / "minimind-v-mine", "", "none").model)]  # fmt: skip
     assert answers[0] == answers[1]
+
+
+LAYERS = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [({"modules_to_save": ["vision_proj"]}, {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}),
+     ({"modules_to_save": ["vision_proj", "embed_tokens"], "ensure_weight_tying": True},
+      {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias", "model.embed_tokens.weight", "lm_head.weight"})],
+    ids=["projector", "tied embedding"],
+)  # fmt: skip
+def test_lora_trains_whole_modules_beside_it(folder, processor, tmp_path, settings, learns, task_type):
+    """As LLaVA's recipes have it: the projector learns, and the adapter is saved, loaded and merged without loss."""
+    def base():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    talk = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A red one."}]
+    batch = processor.apply_chat_template([talk], images=[RED], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    labels = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
+    adapted = get_peft_model(base(), LoraConfig(**LAYERS, **settings, task_type=task_type)).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(**batch, labels=labels).loss.backward()
+    optimizer.step()
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        assert (expected - base()(**batch).logits).abs().max() > 1e-3
+        assert torch.equal(again(**batch).logits, expected)
+        answer = again.generate(**batch, max_new_tokens=3, do_sample=False)
+        merged = again.merge_and_unload()
+        assert (merged(**batch).logits - expected).abs().max() < 1e-4
+        assert torch.equal(merged.generate(**batch, max_new_tokens=3, do_sample=False), answer)
+        merged.save_pretrained(tmp_path / "merged")
+        assert (AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(**batch).logits - expected).abs().max() < 1e-4
+    before, after = base().state_dict(), merged.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name]) and "_proj.weight" not in name}
+    assert after.keys() == before.keys() and changed == learns
+
+
+def test_the_model_takes_what_the_processor_gives_with_labels_and_in_the_order_of_the_decoder(processor, model):
+    batch = processor.apply_chat_template(CONVERSATIONS["a picture"], images=[RED], tokenize=True, return_dict=True)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert torch.equal(model(**batch, labels=batch["input_ids"]).logits, expected)
+        pictures = {name: batch[name] for name in ("pixel_values", "image_positions")}
+        assert torch.equal(model(batch["input_ids"], batch["attention_mask"], **pictures).logits, expected)
+        with pytest.raises(ValueError, match="position_ids"):
+            model(batch["input_ids"], None, batch["pixel_values"])

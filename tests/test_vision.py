@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
 from model.errors import UsageError
-from model.vision import encode_images, load_vision_tower, tower_fingerprint
-from tests.conftest import REPOSITORY, make_tower
+from model.train_tiny_clip import TinyCLIP, save
+from model.vision import encode_images, load_vision_tower, save_vision_tower, tower_fingerprint
+from tests.conftest import REPOSITORY, make_model, make_tower
 
 TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"
 
@@ -78,6 +79,32 @@ def test_fingerprint_is_of_the_weights(tmp_path):
     assert tower_fingerprint(one) == tower_fingerprint(same) != tower_fingerprint(other)
     one.save_pretrained(tmp_path)
     assert tower_fingerprint(load_vision_tower(tmp_path)) == tower_fingerprint(same)
+
+
+def test_encoders_are_written_by_the_names_that_every_release_reads(tmp_path):
+    """transformers 4 leaves weights of other names at random values, and says so only in a warning."""
+    tower, model = make_tower(), TinyCLIP()
+    save_vision_tower(tower, tmp_path / "ours")
+    make_model(tower=tower).save_pretrained(tmp_path / "model")
+    save(model, tmp_path / "clip")
+    for folder in (tmp_path / "ours", tmp_path / "model" / "vision_model", tmp_path / "clip", TINY_CLIP):
+        names = set(load_file(folder / "model.safetensors"))
+        assert names == {f"vision_model.{name}" for name in load_vision_tower(folder).state_dict()}, folder
+    tower.save_pretrained(tmp_path / "new names")
+    assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "new names" / "model.safetensors"))
+    prints = {tower_fingerprint(load_vision_tower(tmp_path / name)) for name in ("ours", "model/vision_model", "new names")}
+    assert prints == {tower_fingerprint(tower)}
+    assert tower_fingerprint(load_vision_tower(TINY_CLIP)) == "3209d5e00bdb0d40", "sidecars hold it"
+
+
+def test_a_fingerprint_is_the_same_in_releases_that_keep_the_prefix_in_memory():
+    class Classic:
+        """As CLIPVisionModel of transformers 4 is in memory."""
+
+        def state_dict(self):
+            return {f"vision_model.{name}": tensor for name, tensor in make_tower().state_dict().items()}
+
+    assert tower_fingerprint(Classic()) == tower_fingerprint(make_tower())
 
 
 def test_the_demo_tower_is_what_its_readme_says():

@@ -190,8 +190,10 @@ class MiniMindVLM(MiniMindForCausalLM):
         `pixel_values` [N, 3, 224, 224], normalised, are all pictures of the batch in reading order; `image_features`
         [N, P, W] are the tower's output for them, to skip it. `image_positions` int64 [N * P] are indices into the
         flattened [B * T] ids; None means the leftmost runs of P placeholder ids.
-        Raises ValueError when pictures and places do not match, with both counts.
+        Raises ValueError when pictures and places do not match, with both counts, and for pictures beside embeddings.
         """
+        if inputs_embeds is not None and (pixel_values is not None or image_features is not None):
+            raise ValueError("pictures go with input_ids; inputs_embeds hold them already (see `embed`)")
         if input_ids is not None and inputs_embeds is None:
             input_ids, inputs_embeds = None, self.embed(input_ids, pixel_values, image_positions, image_features)
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
@@ -230,6 +232,9 @@ class MiniMindVLM(MiniMindForCausalLM):
                 positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
             check_positions(features, positions)
             mask = torch.zeros_like(input_ids, dtype=torch.bool).view(-1).index_fill(0, positions, True).view_as(input_ids)
+            if mask.sum() != len(positions) or (input_ids[mask] != self.config.image_token_id).any():
+                raise ValueError("image_positions are not those of placeholders in input_ids: they count through all rows of"
+                                 " a batch, so rows cannot be put together afterwards (a pipeline's batch_size)")  # fmt: skip
             rows = features.split((mask.sum(1) // self.config.image_tokens).tolist())
             features = torch.cat([row for row in rows for _ in range(expand_size)])
             kwargs["image_mask"] = mask

@@ -414,7 +414,10 @@ def test_pictures_that_a_cache_holds_are_not_read_again(seeing):
         assert torch.equal(seeing.generate(ids, **more, **GREEDY, past_key_values=cache), expected)
     assert torch.equal(seeing.generate(ids, **more, **GREEDY, prompt_lookup_num_tokens=2), expected)
     assert torch.equal(seeing.generate(ids, **more, **GREEDY, assistant_model=seeing), expected)
-    assert torch.equal(seeing.generate(inputs_embeds=seeing.embed(ids, **more), **GREEDY), expected[:, -5:])
+    embeds = seeing.embed(ids, **more)
+    assert torch.equal(seeing.generate(inputs_embeds=embeds, **GREEDY), expected[:, -5:])
+    with pytest.raises(ValueError, match="hold them already"):
+        seeing(inputs_embeds=embeds, **more)
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         seeing.generate(ids, **more, **GREEDY, prefill_chunk_size=50)
 

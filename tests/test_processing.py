@@ -143,6 +143,10 @@ def test_transformers_pipeline(folder, processor, model):
     batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     ids = model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch.input_ids.shape[1] :]
     assert said == processor.decode(ids, skip_special_tokens=True)
+    longer = [{"role": "user", "content": [{"type": "text", "text": "What? " * 100}, {"type": "image", "image": RED}]}]
+    for one, other in ((messages, messages), (messages, longer), (longer, messages)):
+        with pytest.raises(ValueError, match="batch_size"):  # transformers puts the rows together, and knows nothing of places
+            pipe(text=[one, other], batch_size=2, generate_kwargs={"max_new_tokens": 4})
 
 
 def test_a_processor_survives_saving(processor, tmp_path):

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.load_from == "model":
             weight_file = find_weights(Path(args.save_dir), args.weight, args.hidden_size, args.use_moe)
         else:  # its name goes to the predictions
-            weight_file = Path(args.save_dir) / weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))
+            weight_file = Path(args.save_dir) / f"{weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))}.pth"
         assistant = load_assistant(
             args.load_from, weight_file, args.device or default_device(), args.vision_model_path,
             args.tokenizer_path, bool(args.use_compile),

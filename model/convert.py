@@ -74,7 +74,7 @@ def recorded(record: dict, name: str, file: str, default: Path) -> Path:
     path = training.get(name) if isinstance(training, dict) else None
     if not path or not isinstance(path, str):
         return default
-    parts = Path(path).parts
+    parts = Path(path.replace("\\", "/")).parts  # also of Windows
     places = [Path(path), *(MODEL_FOLDER.parent.joinpath(*parts[start:]) for start in range(len(parts))), default]
     return next((place for place in places if os.path.isfile(place / file)), Path(path))
 

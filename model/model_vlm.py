@@ -61,16 +61,6 @@ def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tok
     return flat.to(input_ids.device)
 
 
-def check_positions(features: torch.Tensor, image_positions: torch.Tensor) -> None:
-    """Raises ValueError, with both counts, unless there is a position for each vector of `features` [N, P, ...]."""
-    N, P = features.shape[:2]
-    if image_positions.numel() != N * P:
-        raise ValueError(
-            f"{N} pictures ({N * P} patch vectors), but places for {image_positions.numel() / P:g}"
-            f" ({image_positions.numel()} placeholder positions)"
-        )
-
-
 def splice_image_features(
     inputs_embeds: torch.Tensor, features: torch.Tensor, image_positions: torch.Tensor
 ) -> torch.Tensor:
@@ -78,8 +68,12 @@ def splice_image_features(
 
     Raises ValueError when pictures and places do not match.
     """
-    check_positions(features, image_positions)
-    D = features.shape[-1]
+    N, P, D = features.shape
+    if image_positions.numel() != N * P:
+        raise ValueError(
+            f"{N} pictures ({N * P} patch vectors), but places for {image_positions.numel() / P:g}"
+            f" ({image_positions.numel()} placeholder positions)"
+        )
     flat = inputs_embeds.reshape(-1, D)
     return flat.index_copy(0, image_positions, features.reshape(-1, D).to(flat.dtype)).view_as(inputs_embeds)
 
@@ -230,12 +224,13 @@ class MiniMindVLM(MiniMindForCausalLM):
         if features is not None and len(features):
             if positions is None:
                 positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
-            check_positions(features, positions)
             mask = torch.zeros_like(input_ids, dtype=torch.bool).view(-1).index_fill(0, positions, True).view_as(input_ids)
-            if mask.sum() != len(positions) or (input_ids[mask] != self.config.image_token_id).any():
-                raise ValueError("image_positions are not those of placeholders in input_ids: they count through all rows of"
-                                 " a batch, so rows cannot be put together afterwards (a pipeline's batch_size)")  # fmt: skip
-            rows = features.split((mask.sum(1) // self.config.image_tokens).tolist())
+            mask &= input_ids == self.config.image_token_id
+            if mask.sum() != features.shape[:2].numel():
+                raise ValueError(f"{len(features)} pictures, but places for {mask.sum() / features.shape[1]:g} among the placeholders"
+                                 " of input_ids; image_positions count through all rows, so a batch cannot be put together"
+                                 " from several (as a pipeline's batch_size does)")  # fmt: skip
+            rows = features.split((mask.sum(1) // features.shape[1]).tolist())
             features = torch.cat([row for row in rows for _ in range(expand_size)])
             kwargs["image_mask"] = mask
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -31,12 +32,14 @@ from tests.conftest import (
     run_script,
     start_on_disk,
     training_flags,
+    write_jsonl,
 )
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
 from trainer.config import UsageError, parse_config
 from trainer.distributed import agree_on_name
+from trainer.guards import TrainingFailed
 from trainer.main import claim_outputs
 from trainer.progress import Schedule, cosine
 
@@ -252,6 +255,76 @@ def test_data_that_let_a_run_down_cost_none_of_it(tower_folder, tmp_path):
     picture.write_bytes(content)
     train(data, tower_folder, tmp_path / "part", from_resume=1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+def test_mended_data_go_on_and_others_start_from_the_saved_weights(data, tower_folder, tmp_path, capsys):
+    """What a run says that stopped for its data is what works."""
+    rows, bad = data[0].read_text().splitlines(), '{"conversations": 3}'
+
+    def trainer(lines, **flags):
+        return make_trainer((write_jsonl(tmp_path / "data.jsonl", lines), data[1]), tower_folder, tmp_path, save_weight="sft_vlm", **flags)
+
+    def stopped():
+        with pytest.raises(TrainingFailed, match=r"a line for a line, and go on with --from_resume 1; .*--from_weight sft_vlm without"):
+            trainer([*rows, *[bad] * 11]).train()
+
+    stopped()
+    mended = trainer([*rows, *rows[:11]], from_resume=1)
+    assert mended.state.epoch_bad == 0 < mended.state.update < 17 and mended.train() == 0 and mended.state.update == 17
+    stopped()
+    with pytest.raises(UsageError, match=r"33 training samples, .* has 22: .*--from_weight sft_vlm without --from_resume"):
+        trainer(rows, from_resume=1)
+    assert trainer(rows, from_weight="sft_vlm").train() == 0
+    assert "weights from" in capsys.readouterr().err
+
+
+# --- a log that cannot be written, a terminal that is gone ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shell", "processes"), [("2>/dev/full", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>&1 | head -1", 0), ("2>&1 | true", 2)])
+def test_a_log_that_cannot_be_written_costs_nothing(tower_folder, tmp_path, shell, processes):
+    """Nor one that cannot spell: a bad sample names a file in Chinese."""
+    data = make_data(tmp_path / "圖", 22)
+    rows = [*data[0].read_text().splitlines(), '{"conversations": 3}']
+    flags = training_flags((write_jsonl(data[0], rows), data[1]), tower_folder, tmp_path, eval_data_path=0.2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    command = shlex.join([sys.executable, *launcher, str(REPOSITORY / "train_sft_vlm.py"), *flags])
+    subprocess.run(["bash", "-c", f"({command}; echo $? >{tmp_path}/code) {shell}"], timeout=300, check=False, stderr=subprocess.DEVNULL,
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii:strict"})  # fmt: skip
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert read_metrics(tmp_path, NAME)[-1]["eval_loss"] > 0 and len(weights(tmp_path)) > 3
+    assert checkpoint.load_training_state(tmp_path / "checkpoints" / STATE)[0]["state"]["epoch"] == 1
+
+
+def test_a_full_pipe_loses_a_message_and_a_slow_one_does_not(tmp_path):
+    """A pipe that does not wait raises BlockingIOError in Python's own stream."""
+    code = "import os, sys; from trainer.console import keep_talking; os.set_blocking(2, False); keep_talking()\n" \
+           "for n in range(9999): print(n, 'x' * 100, file=sys.stderr)\nprint('the end')"  # fmt: skip
+    reader, writer = os.pipe()
+    done = subprocess.run([sys.executable, "-c", code], stderr=writer, capture_output=False, stdout=subprocess.PIPE, text=True,
+                          cwd=REPOSITORY, timeout=120, check=False)  # fmt: skip
+    os.close(reader)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, "the end\n")
+
+
+@pytest.mark.parametrize(("launcher", "code"), [([], 129), (["nohup"], 0), (["nohup", "torchrun"], None)])
+def test_a_closed_terminal_saves_but_not_under_nohup(data, tower_folder, tmp_path, launcher, code):
+    """The signal comes twice, by the shell and by the system, and to all processes. torchrun ends its workers even under nohup."""
+    grouped, epochs = "torchrun" in launcher, 400 if code != 0 else 4
+    command = [*launcher[:1], sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] * grouped),
+               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path, epochs=epochs, save_interval=10_000)]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    read_until(process, "update 3/")
+    os.killpg(process.pid, signal.SIGHUP)
+    if not grouped:
+        os.killpg(process.pid, signal.SIGHUP)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code or grouped, rest
+    assert ("stopped by SIGHUP" in rest) == (code != 0), rest
+    state = checkpoint.load_training_state(tmp_path / "checkpoints" / STATE)[0]["state"]
+    assert state["update"] >= 3 and (code != 0 or state["epoch"] == 4)
 
 
 # --- one writer at a time ---------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """What a run tells: the metrics file, and SwanLab, which may be absent, fail or hang at any moment."""
 
+import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 from dataclasses import replace
@@ -10,8 +13,8 @@ import pytest
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record
 from swanlab.sdk.internal.core_python.store import DataStoreReader
 
-from tests.conftest import read_metrics, training_flags
-from tests.test_training import NAME
+from tests.conftest import read_metrics, run_script, training_flags
+from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import distributed, tracking
 from trainer.build import build
 from trainer.config import TrainConfig, parse_config
@@ -97,6 +100,55 @@ def test_a_resumed_metrics_file_goes_on_where_the_state_left_off(tmp_path):
     assert lines[1]["samples"][0]["answer"] == "一隻\u2028貓\x85"
     MetricsFile(path, 0).close()
     assert path.read_text() == "", "a run from the start leaves nothing of the one before"
+
+
+# --- what a person sees -------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_shows_the_figures_of_now_and_the_run_is_the_same(data, tower_folder, tmp_path, monkeypatch):
+    """On a terminal, between two log lines; neither weights nor what is logged change by being looked at."""
+    monkeypatch.setattr(tracking, "STALE_SECONDS", -1.0)
+    for name, screen in (("plain", io.StringIO()), ("bar", Terminal())):
+        monkeypatch.setattr("sys.stderr", screen)
+        trainer = make_trainer(data, tower_folder, tmp_path / name, save_weight="sft_vlm", log_interval=100)
+        assert trainer.train() == 0
+        losses = re.findall(r"loss (\d\.\d{4}) lr", screen.getvalue())
+        assert len(set(losses)) == {"plain": 2, "bar": 11}[name], losses
+    assert_same(weights(tmp_path / "plain"), weights(tmp_path / "bar"))
+    plain, bar = ([(line["update"], line["loss"]) for line in read_metrics(tmp_path / name, NAME)] for name in ("plain", "bar"))
+    assert plain == bar and [update for update, _ in bar] == [1, 11]
+
+
+def test_lines_say_the_first_loss_and_a_time_that_exists(data, tower_folder, tmp_path, capsys):
+    trainer = make_trainer(data, tower_folder, tmp_path, save_weight="sft_vlm", log_interval=100)
+    trainer.train()
+    said = capsys.readouterr().err
+    loss = read_metrics(tmp_path, NAME)[0]["loss"]
+    assert f"first loss {loss:.2f}; a model that knows nothing has ln(6400) = 8.76" in said
+    values = {"update": 3, "epoch": 0.5, "loss": None, "aux_loss": None, "learning_rate": 1e-3, "tokens_per_second": 7.0}
+    for seconds, clock in ((119.7, "0:02:00"), (3599.6, "1:00:00"), (0.4, "0:00:00"), (90061, "1 day, 1:01:01")):
+        trainer.tracker.show({**values, "seconds_left": seconds})
+        assert capsys.readouterr().err == f"epoch 0.500 update 3/11 nothing trained lr 1.000e-03 7 tokens/s left {clock}\n"
+
+
+def test_what_a_run_says_at_its_end_is_what_to_do_next(data, tower_folder, tmp_path):
+    """Pretraining leads to fine-tuning, that to asking, each by the command as it is printed."""
+    said = train(data, tower_folder, tmp_path, script="train_pretrain_vlm.py", save_weight="pretrain_vlm", freeze_llm=1).stderr
+    words = shlex.split(said.splitlines()[-1])
+    assert f"The weights are in {tmp_path / 'out' / 'pretrain_vlm_32.pth'}. Next:" in said and words[0] == "python"
+    done = run_script(*words[1:], "--data_path", data[0], "--images_path", data[1], "--checkpoint_dir", tmp_path, "--device", "cpu",
+                      "--num_workers", 1, "--eval_data_path", 0.2, "--epochs", 1, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0 and "weights from" in done.stderr, done.stderr
+    assert f"those of the lowest validation loss in {tmp_path / 'out' / 'sft_vlm_best_32.pth'}. Next:" in done.stderr
+    words = shlex.split(done.stderr.splitlines()[-1])
+    assert words[2:4] == ["--weight", "sft_vlm_best"]
+    done = run_script(*words[1:], "--image_dir", data[1], "--max_new_tokens", 1, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0 and "[0_0.png]" in done.stdout, done.stderr
 
 
 # --- SwanLab ----------------------------------------------------------------------------------------------------------

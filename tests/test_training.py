@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model import MiniMindVLM, VLMConfig, storage
+from model.paths import home_for_tilde
 from model.weights import load_weights, save_weights
 from tests.conftest import (
     REPOSITORY,
@@ -161,6 +162,25 @@ def test_bad_flags_end_with_code_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
         parse_config("", {}, flags)
     assert end.value.code == 2 and flags[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_in_every_command(tmp_path, monkeypatch, capsys):
+    """Where a shell does not see to it: after =, and after a comma."""
+    import eval_vlm
+    from dataset import convert, validate
+    from model import convert as convert_model
+    from trainer.web import settings
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home_for_tilde(["~", "~/a", "--x=~/b", "c,~/d:0.3,e~/f", "--q", "~nobody-of-that-name/g", "a~b"]) == [
+        str(tmp_path), f"{tmp_path}/a", f"--x={tmp_path}/b", f"c,{tmp_path}/d:0.3,e~/f", "--q", "~nobody-of-that-name/g", "a~b"]  # fmt: skip
+    config = parse_config("", {}, ["--save_dir=~/x", "--data_path", "~/a.jsonl,~/b.jsonl:2"])
+    assert (config.save_dir, config.data_path) == (f"{tmp_path}/x", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl:2")
+    assert eval_vlm.parse_flags(["--score=~/t.jsonl"]).score == f"{tmp_path}/t.jsonl"
+    assert settings.parse_flags(["--save_dir=~"], "").save_dir == tmp_path
+    for command, flags in ((validate.main, ["~/no.jsonl"]), (convert.main, ["~/no.jsonl", "--out=~/o"]), (convert_model.main, ["~/no.pth", "~/o"])):
+        assert command(flags) == 2 and f"{tmp_path}/no." in capsys.readouterr().err
+    assert not (REPOSITORY / "~").exists()
 
 
 def test_moe_zero_means_dense():

@@ -69,7 +69,7 @@ class TrainConfig:
     tokenizer_path: str = setting(str(REPOSITORY / "model"), "folder of the tokenizer")
     checkpoint_dir: str = setting(str(REPOSITORY / "checkpoints"), "folder for training states")
     on_bad_sample: str = setting(
-        "skip", "skip: log it and go on, up to 1%% of what was read; raise: stop at the first", ("skip", "raise")
+        "skip", "skip: log it and go on, up to 10 an epoch or 1%% of what was read; raise: stop at the first", ("skip", "raise")
     )
     cache_features: int = setting(
         0, "1: keep the vision encoder's output of every picture on disk, in --checkpoint_dir", (0, 1)

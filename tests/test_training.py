@@ -452,7 +452,8 @@ def test_a_killed_loader_process_is_one_line(data, tower_folder, tmp_path):
     assert "error: a loader process died" in rest and "--from_resume 1" in rest
 
 
-@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"), ConnectionRefusedError(111, "refused")])
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"), ConnectionRefusedError(111, "refused"),
+                                   RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. Out of shared memory, perhaps")])  # fmt: skip
 def test_a_loader_process_whose_connection_broke_is_told_as_dead(error, data, tower_folder, tmp_path, monkeypatch, capsys):
     """Before the loader hears of the death, what it reads from the process ends in the middle."""
     def broken(_):
@@ -461,7 +462,8 @@ def test_a_loader_process_whose_connection_broke_is_told_as_dead(error, data, to
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
     assert main("", {}, training_flags(data, tower_folder, tmp_path, num_workers=0)) == 1
-    assert "error: a loader process died" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "error: a loader process died" in told and ("--shm-size" in told) == ("shared memory" in str(error))
 
 
 def test_weights_load_strictly(tmp_path):

@@ -59,11 +59,11 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     if ran_out_of_memory(error):
         return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
                 f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip
+    if remedy := loader_remedy(error):
+        text += f". {remedy}"
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # the connection to it may be seen to break first
         return f"a loader process died, for want of memory if it said nothing: {text}{go_on}, with fewer --num_workers if it comes again"
-    if remedy := loader_remedy(error):
-        return f"{text}. {remedy}{go_on}"
-    return None if isinstance(error, RuntimeError) else str(error)
+    return text + go_on if remedy else None if isinstance(error, RuntimeError) else str(error)
 
 
 def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:

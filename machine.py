@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-
 
 def cpu_quota(root: Path = Path("/")) -> float:
     """Cores' worth of time that the control groups of this process grant it: the least on the way from the root to its own."""
@@ -50,8 +48,8 @@ def settle_threads() -> None:
     runs, they keep the core from the very thread that they wait for. Not to spin at all costs an idle machine a quarter of
     its speed. As many threads as cores, shared among the processes that torchrun started here.
     """
-    if not any(name in os.environ for name in SPIN):
-        os.environ |= {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # libgomp: tries; LLVM's and Intel's: milliseconds
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of libgomp alone: Intel's and LLVM's give way by themselves
     processes = os.environ.get("LOCAL_WORLD_SIZE", "")
     shared = processes.isdecimal() and int(processes) > 1
     if not threads_chosen() and (shared or cpu_quota() < math.inf):

@@ -34,8 +34,9 @@ from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
 from .errors import DataError, SampleError, reason, shown
+from .files import on_disk
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
-from .parquet import PICTURES, cells_of, find_columns, read_batches, row_of
+from .parquet import PICTURES, arrow_file, cells_of, find_columns, read_batches, row_of
 from .pictures import ImageSource, load_picture, open_images
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import REPOSITORY, counted
@@ -63,7 +64,7 @@ def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]],
         source = open_file(path)
         return len(source), ((source.where(number), partial(source.row, number)) for number in range(len(source))), None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(arrow_file(path)) as file:
             count, schema = file.metadata.num_rows, file.schema_arrow
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise DataError(f"{path} is no readable parquet file: {error}") from error
@@ -140,7 +141,8 @@ class ParquetShards:
 
     def _write_group(self) -> None:
         if self._writer is None:
-            self._writer = parquet.ParquetWriter(self.out / f"{self.shards:05}.tmp", SCHEMA, compression=self.COMPRESSION)
+            self._file = arrow_file(self.out / f"{self.shards:05}.tmp", "wb")
+            self._writer = parquet.ParquetWriter(self._file, SCHEMA, compression=self.COMPRESSION)
         self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
         self._shard_count, self._shard_bytes = self._shard_count + len(self._rows), self._shard_bytes + self._bytes
         self._rows, self._bytes = [], 0
@@ -151,6 +153,7 @@ class ParquetShards:
             self._write_group()
         if self._writer is not None:
             self._writer.close()
+            self._file.close()
             (self.out / f"{self.shards:05}.tmp").replace(self.out / f"{self.shards:05}.parquet")
             self._writer, self.shards, self._shard_count, self._shard_bytes = None, self.shards + 1, 0, 0
 
@@ -174,7 +177,7 @@ class JsonlFolder:
     def _write(self, name: str, blob: bytes) -> str:
         """Writes an image; its name, which is another where a different image is called so."""
         try:
-            path = (self.images / name).resolve()
+            path = (self.images / on_disk(name)).resolve()
             there = path.exists()
         except (OSError, ValueError) as error:  # too long, a NUL
             raise DataError(f"picture {shown(name)} is no file name: {reason(error)}") from error

@@ -33,6 +33,11 @@ def write_at(file: RawIOBase, data: bytes, offset: int) -> int:
     return file.write(data)
 
 
+def on_disk(name: str) -> str:
+    """A name in the data as this process has to spell it for the system to meet the UTF-8 name, whatever the locale."""
+    return os.fsdecode(name.encode(errors="surrogateescape"))
+
+
 _told = mmap.mmap(-1, 1)  # shared with the loader processes that are forked
 
 

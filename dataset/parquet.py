@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import os
 import re
 import sys
 from array import array
@@ -71,7 +72,7 @@ class ParquetSamples(DataFile):
 
     def _open(self) -> None:
         try:
-            with parquet.ParquetFile(self.path) as file:
+            with parquet.ParquetFile(arrow_file(self.path)) as file:
                 self._metadata, schema = file.metadata, file.schema_arrow
             self._text, self._pictures = find_columns(self.path, schema)
             wanted = (self._text, self._pictures, *FURTHER)
@@ -101,7 +102,7 @@ class ParquetSamples(DataFile):
 
     def _write_copy(self, place: Path, schema: arrow.Schema) -> None:
         print(f"notice: {self.path} has row groups too large to hold; its rows are copied to {place.with_suffix('')} once", file=sys.stderr)
-        with arrow.ipc.new_file(str(place), schema) as writer:
+        with arrow_file(place, "wb") as file, arrow.ipc.new_file(file, schema) as writer:
             for batch in read_batches(self.path, self._columns, f"copy of {self.path.name}"):
                 columns = zip(batch.columns, schema.types, strict=True)  # what arrow casts list views to is too short
                 parts = [arrow.array(column.to_pylist(), kind) if "list_view" in str(column.type) else column.cast(kind) for column, kind in columns]
@@ -150,10 +151,15 @@ class ParquetSamples(DataFile):
         if state != self._state:
             raise SampleError("the file has changed since the start", where)
         try:
-            with parquet.ParquetFile(self.path, metadata=self._metadata, pre_buffer=False) as file:
+            with parquet.ParquetFile(arrow_file(self.path), metadata=self._metadata, pre_buffer=False) as file:
                 return file.read_row_group(number, columns=self._columns, use_threads=False)
         except (OSError, ValueError, arrow.ArrowException) as error:
             raise SampleError(f"row group {number} cannot be read: {error}", where) from error
+
+
+def arrow_file(path: Path, mode: str = "rb") -> arrow.NativeFile:
+    """A file for Arrow, which takes its name for UTF-8 and in that of the locale."""
+    return arrow.OSFile(os.fsencode(path), mode)
 
 
 def map_table(place: Path, schema: arrow.Schema) -> arrow.Table | None:
@@ -171,7 +177,7 @@ def read_batches(path: Path, columns: list[str] | None = None, doing: str = "") 
     """All rows, some at a time, with a progress bar on a terminal if it is called something; memory does not depend on the row
     groups. Raises DataError."""
     try:
-        with (parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file,
+        with (parquet.ParquetFile(arrow_file(path), pre_buffer=False, buffer_size=2**20) as file,
               tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3, disable=None if doing else True) as bar):  # fmt: skip
             rows, done = batch_rows(file.metadata, columns), 0
             while done < file.metadata.num_rows:

@@ -27,7 +27,7 @@ from model.vision import preprocess
 
 from .decode import IMAGE_SUFFIXES, ImageRefused, decode
 from .errors import DataError, SampleError, reason, shown
-from .files import is_regular, read_at, tell_once
+from .files import is_regular, on_disk, read_at, tell_once
 from .index import DataFile, open_index
 from .sources import split_names
 
@@ -101,8 +101,7 @@ class FolderImages(ImageSource):
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[str]:
         try:  # os.path is several times faster here than Path
-            spelled = os.fsdecode((name.replace("\\", "/") if loosely else name).encode(errors="surrogateescape"))  # UTF-8 in any locale
-            path = os.path.normpath(os.path.join(self.path, spelled))
+            path = os.path.normpath(os.path.join(self.path, on_disk(name.replace("\\", "/") if loosely else name)))
             if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
                 raise SampleError(f"picture {shown(name)} leads out of {self.path}", where)
             return [found for found in (self._alike(path) if loosely else [path]) if is_file(found)]

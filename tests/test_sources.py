@@ -621,6 +621,23 @@ def test_packed_pictures_that_cannot_be_read_name_what_to_do(tmp_path):
             open_images(tmp_path / "b.zip").read("a.png")
 
 
+def test_data_in_a_folder_whose_name_is_not_utf8(data, tmp_path, monkeypatch):
+    folder = tmp_path / "\udcff \u732b"
+    folder.mkdir()
+    shutil.copytree(data[1], folder / "p\udcfe")
+    source, images = shutil.copy(data[0], folder / "a\udcff.jsonl"), folder / "p\udcfe"
+    expected = [sample.turns for sample in (open_samples(source)[number] for number in range(22))]
+    assert convert.main([str(source), "--images_path", str(images), "--out", str(folder / "shards")]) == 0
+    assert convert.main([str(folder / "shards"), "--out", str(folder / "back")]) == 0
+    assert read_rows(folder / "back" / "data.jsonl") == read_rows(data[0])
+    for most in (parquet_samples.LARGEST_GROUP, 100):  # read by row groups, and by a copy
+        monkeypatch.setattr(parquet_samples, "LARGEST_GROUP", most)
+        samples = open_samples(folder / "shards")
+        assert [samples[number].turns for number in range(22)] == expected
+    images = open_images(pack(images, "zip"))
+    assert images.read("1_0.png" if (data[1] / "1_0.png").exists() else next(data[1].iterdir()).name)
+
+
 def test_names_that_are_not_utf8_and_names_in_a_poor_locale(data, tmp_path):
     """A name in the data is UTF-8 whatever the locale; a file whose name is not can be named by halves of characters, as
     Python prints them."""

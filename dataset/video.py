@@ -65,7 +65,8 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
     except ImportError as error:
         raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
     except Exception as error:  # decoders raise all kinds
-        raise SampleError(f"video {name} cannot be read: {reason(error)}") from error
+        remedy = "; it is cut short, or no video" if isinstance(error, ValueError) else ""  # what FFmpeg calls invalid data
+        raise SampleError(f"video {name} cannot be read: {reason(error)}{remedy}") from error
 
 
 def clock(seconds: float, tenths: bool = False) -> str:

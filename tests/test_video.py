@@ -116,6 +116,14 @@ def test_square_pixels(tmp_path):
     assert read_frames(path, 1)[0].picture.size == (96 * wide, 64)
 
 
+def test_a_recording_that_was_broken_off_is_told_so(tmp_path):
+    """An mp4 has the places of its frames at its end."""
+    data = make_video(tmp_path / "v.mp4", list(range(40)), codec="libx264").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SampleError, match="it is cut short, or no video"):
+        read_frames(tmp_path / "cut.mp4", 4)
+
+
 def test_a_damaged_video_gives_what_decodes(tmp_path):
     data = make_video(tmp_path / "v.mkv", list(range(60)), codec="libx264").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 2 // 3])

@@ -33,7 +33,7 @@ from model.paths import home_for_tilde
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
-from .errors import DataError, SampleError, reason, shown
+from .errors import DataError, NoSamples, SampleError, reason, shown
 from .files import on_disk
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .parquet import PICTURES, arrow_file, cells_of, find_columns, read_batches, row_of
@@ -68,13 +68,15 @@ def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]],
             count, schema = file.metadata.num_rows, file.schema_arrow
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise DataError(f"{path} is no readable parquet file: {error}") from error
+    if not count:
+        raise NoSamples(f"{path} holds no samples")
     own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema)
     kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *PICTURES) or "binary" not in str(schema.field(name).type)]
     if lost := [name for name in schema.names if name not in kept]:
         print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
     places = map(f"{path}:{{}}".format, itertools.count(1))
     rows = ((batch, number, next(places)) for batch in read_batches(path, kept) for number in range(len(batch)))
-    return count, ((row[2], partial(cells_of, *row)) for row in rows), own
+    return count, ((row[2], partial(cells_of, *row, texts=own[:1] if own else TEXT_COLUMNS)) for row in rows), own
 
 
 def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, images: ImageSource, where: str) -> Row:

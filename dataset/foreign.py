@@ -37,7 +37,7 @@ def detect(row: Any) -> str | None:
     if not isinstance(row, dict):
         return None
     for form, keys in (("cauldron", {"texts"}), ("alpaca", {"instruction", "output"}), ("openai", {"messages"})):
-        if keys <= row.keys():
+        if keys <= row.keys() and "conversations" not in row:
             return form
     turns = row.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []

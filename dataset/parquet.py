@@ -8,7 +8,7 @@ import re
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, NoSamples, SampleError
-from .foreign import TEXT_COLUMNS, as_list, picture_of, remedy, with_pictures
+from .foreign import as_list, picture_of, remedy, with_pictures
 from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
 
@@ -140,7 +140,7 @@ class ParquetSamples(DataFile):
         group = int(np.searchsorted(self.blocks, index, side="right")) - 1
         table = self._copy if self._copy is not None else KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
         row = index - int(self.blocks[group])
-        fields, pictures = row_of(cells_of(table, row, where), self._text, self._pictures, where)
+        fields, pictures = row_of(cells_of(table, row, where, [self._text]), self._text, self._pictures, where)
         return parse_sample(fields, where, pictures)
 
     def _read_group(self, number: int, where: str) -> Any:
@@ -236,11 +236,11 @@ def plain(kind: arrow.DataType) -> arrow.DataType:
     return arrow.list_(plain(kind.value_type)) if hasattr(kind, "value_type") else kind
 
 
-def cells_of(rows: arrow.Table | arrow.RecordBatch, number: int, where: str) -> dict[str, Any]:
-    """One row by column, json text of conversations decoded; raises SampleError."""
+def cells_of(rows: arrow.Table | arrow.RecordBatch, number: int, where: str, texts: Iterable[str]) -> dict[str, Any]:
+    """One row by column, decoded where these columns hold json text; raises SampleError."""
     try:
         cells = {name: column[number].as_py() for name, column in zip(rows.schema.names, rows.columns, strict=True)}
-        for name in TEXT_COLUMNS & cells.keys():
+        for name in cells.keys() & texts:
             text = cells[name].decode() if isinstance(cells[name], bytes) else cells[name]
             cells[name] = parse_json(text, where) if isinstance(text, str) else text
     except UnicodeDecodeError as error:

@@ -1167,7 +1167,7 @@ TALK = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content"
      ({"more": '{"image": "b.png", "kind": 7}'}, {"image": "b.png", "kind": 7}),
      ({"more": '{"image": "b.png"}', "image": ["a.png"]}, {"image": "b.png"}), ({"image": ["a.png", "b.png"]}, {}),
      ({"url": "u", "when": datetime(2024, 1, 2), "score": 0.5, "tags": ["a"]}, {"url": "u", "when": "2024-01-02 00:00:00", "score": 0.5, "tags": ["a"]}),
-     ({"thumbnail": b"..."}, {}), ({"image": 7}, {}), ({"images": 3}, {"images": 3}), ({"images": ["c.png"]}, {"images": ["c.png"]})],
+     ({"thumbnail": b"..."}, {}), ({"image": 7}, {}), ({"messages": "m", "texts": ["t"]}, {"messages": "m", "texts": ["t"]}), ({"images": 3}, {"images": 3}), ({"images": ["c.png"]}, {"images": ["c.png"]})],
 )  # fmt: skip
 def test_further_columns_of_parquet_become_fields(data, tmp_path, columns, fields, capsys):
     blob = next(data[1].iterdir()).read_bytes()
@@ -1450,3 +1450,13 @@ def test_parquet_and_fields_of_other_formats(tmp_path, capsys):
 
 def test_rows_that_are_ours_are_no_other_format(data):
     assert {foreign.detect(own) for own in [*read_rows(data[0]), None, [], {}, {"conversations": 1}, {"conversations": [7]}, row("x", "a.png")]} == {None}
+
+
+def test_parquet_without_rows_is_no_data_alone_and_no_error_beside_others(data, tmp_path, capsys):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    table = parquet.read_table(write_parquet(parts / "b.parquet", read_rows(data[0])[:4], data[1]))
+    parquet.write_table(table.slice(0, 0), parts / "a.parquet")
+    assert convert.main([str(parts), "--out", str(tmp_path / "out")]) == 0 and len(open_samples(tmp_path / "out")) == len(open_samples(parts)) == 4
+    assert convert.main([str(parts / "a.parquet"), "--out", str(tmp_path / "none")]) == 2
+    assert "a.parquet holds no samples" in capsys.readouterr().err

@@ -35,12 +35,14 @@ from tests.conftest import (
 from trainer import checkpoint, distributed
 from trainer.build import build, freeze
 from trainer.config import TrainConfig, UsageError, parse_config, weight_name
+from trainer.figures.loss import read_curves
 from trainer.guards import TrainingFailed
 from trainer.loop import Trainer
 from trainer.main import main
 from trainer.progress import cosine
 from trainer.sampler import ResumableSampler
 from trainer.signals import StopRequest
+from trainer.web.runs import Run as MetricsOfRun
 
 NAME = "sft_vlm_32"
 BATCHES = torch.utils.data.DataLoader.__iter__
@@ -386,6 +388,9 @@ def test_an_update_whose_samples_are_all_bad_is_none_on_every_rank(data, tower_f
     assert [loss is None for loss in one] == [loss is None for loss in two] and 0 < one.count(None) < len(one)
     assert all(abs(a - b) < 1e-4 for a, b in zip(one, two, strict=True) if a is not None)
     assert "nothing trained" in said and "loss 0.0000" not in said
+    file, known = tmp_path / "one" / "out" / f"{NAME}.metrics.jsonl", [loss for loss in one if loss is not None]
+    page = MetricsOfRun(file, "one").refresh()
+    assert page.bad == 0 and page.curve("loss", "update")[1] == known == [loss for _, loss in read_curves(file)["loss"]]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path, capsys):

@@ -33,7 +33,7 @@ from model.paths import home_for_tilde
 from model.vision import to_rgb
 
 from .conversation import is_text, parse_images, parse_sample
-from .errors import DataError, NoSamples, SampleError, reason, shown
+from .errors import DataError, NoSamples, SampleError, reason
 from .files import on_disk
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .parquet import PICTURES, arrow_file, cells_of, find_columns, read_batches, row_of
@@ -169,7 +169,7 @@ class JsonlFolder:
         self._file = open(out / "data.tmp", "w", encoding="utf-8")  # noqa: SIM115  (closed in close)
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
-        """One more sample; raises DataError for a name that leads out of the folder."""
+        """One more sample."""
         names = list(parse_images(row.get("image")))
         written = [self._write(name, blob) for name, blob in zip(names, blobs, strict=True)]
         row = row if written == names else row | {"image": written}
@@ -177,16 +177,17 @@ class JsonlFolder:
         self._file.write((text if is_text(text) else json.dumps(row, default=str)) + "\n")
 
     def _write(self, name: str, blob: bytes) -> str:
-        """Writes an image; its name, which is another where a different image is called so."""
+        """Writes an image; its name, which is made of its content where the name leads out of the folder, can be no file's, or
+        is that of a different image."""
         try:
             path = (self.images / on_disk(name)).resolve()
             there = path.exists()
-        except (OSError, ValueError) as error:  # too long, a NUL
-            raise DataError(f"picture {shown(name)} is no file name: {reason(error)}") from error
-        if not path.is_relative_to(self.images.resolve()):
-            raise DataError(f"picture {shown(name)} leads out of {self.images}")
+        except (OSError, ValueError):  # too long, a NUL
+            return self._write(name_for(blob), blob)
+        if not path.is_relative_to(self.images.resolve()) or path.is_dir() or (there and path.read_bytes() != blob):
+            return self._write(name_for(blob), blob)
         if there:
-            return name if path.read_bytes() == blob else self._write(name_for(blob), blob)
+            return name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(blob)
         return name
@@ -226,7 +227,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 2 when the data cannot be converted, or 130 after Ctrl-C."""
+    """Returns 0, 2 when the data cannot be converted or no sample was good, or 130 after Ctrl-C."""
     print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes, or a file of another format")
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped; what is in {out} is not all", file=sys.stderr)
         return 130
     print(f"{counted(count, 'sample')} in {out}" + (f"; {len(skipped):,} bad left out, the first: {skipped[0]}" if skipped else ""))
-    return 0
+    return 0 if count else 2
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-MOST_MISSING = 0.05  # share of an image that may be missing: of its pixels, rows or bytes
+MOST_MISSING = 0.05  # share of an image that may be missing: of its pixels or rows
 PLUGINS = {"HEIC": ("HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif"), "JPEG XL": ("JXL", "pillow_jxl", "pillow-jxl-plugin")}
 CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
 IMAGE_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".mpo"} | {
@@ -48,10 +48,7 @@ def decode(data: bytes, most_pixels: int) -> tuple[Image.Image, bool]:
 
     Raises ImageRefused, and what decoders raise, which is all kinds.
     """
-    webp = 8 + int.from_bytes(data[4:8], "little") if re.match(rb"RIFF....WEBP", data, re.DOTALL) else 0  # bytes it should have
-    if cut := len(data) < webp and 1 - len(data) / webp <= MOST_MISSING:
-        data = data.ljust(webp, b"\0")
-    image = open_image(data, most_pixels)
+    image, cut = open_image(data, most_pixels), False
     try:
         image.load()
     except OSError as error:

@@ -66,10 +66,16 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
             if role != "user" and isinstance(content, str):
                 content = content.replace(IMAGE_MARK, TYPED_MARK)
             turns.append({"role": role, "content": content})
-        images = iter(as_list(row.get("images") or row.get("image")))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        images = as_list(row.get("images") or row.get("image"))
+        numbers = iter(range(len(images)))
+        placed = [next(numbers, len(images)) if value is None else value for value in placed]
+        if unseen := set(range(len(images) if placed else 0)).difference(value for value in placed if isinstance(value, int)):
+            raise SampleError(f"image {min(unseen) + 1} of the row's {len(images)} is shown by no part of a message", where)
+        found = [images[value] if isinstance(value, int) else value for value in placed] or images
+    except SampleError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise SampleError(f"no row of the format {form} ({type(error).__name__}: {error})", where) from error
-    found = [value if value is not None else next(images, None) for value in placed] or list(images)
     question = next((turn for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)), None)
     if question and not any(IMAGE_MARK in str(turn["content"]) for turn in turns):
         question["content"] = f"{IMAGE_MARK}\n" * len(found) + question["content"]
@@ -95,13 +101,14 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
 
 
 def part_of(part: Any, placed: list, where: str) -> str:
-    """The text of a message's part; of an image a mark, and in `placed` what it is: None for the next of the row's images."""
+    """The text of a message's part; of an image a mark, and in `placed` what it is: a number of the row's images from 0,
+    None for the next of them."""
     kind = "text" if isinstance(part, str) else part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return (part if isinstance(part, str) else part["text"]).replace(IMAGE_MARK, TYPED_MARK)
     if kind not in ("image", "image_url", "input_image"):
         raise SampleError(f"a message has a part of type {shown(kind)}; known are text, image and image_url", where)
-    held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes"))
+    held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes", "index"))
     value = next((value for value in held if value is not None), None)
     placed.append(value["url"] if isinstance(value, dict) and "url" in value else value)
     return IMAGE_MARK

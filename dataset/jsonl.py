@@ -186,7 +186,7 @@ def read_pieces(file: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         yield from iter(lambda: file.read(2**20), b"")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {path}: {error}; it is damaged or cut short, or packed otherwise than its name says") from error
 
 
 def lines_of(document: bytes) -> Iterator[bytes]:

@@ -216,7 +216,8 @@ class ZipImages(DataFile, ImageSource):
         return io.BytesIO(data)
 
     def state(self, name: str, where: str) -> bytes:
-        return self.find(name, where).tobytes()
+        record = self.find(name, where)
+        return record.tobytes() + (repr(self._state).encode() if record["method"] == IN_TAR else b"")  # a tar has no checksums
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[np.void]:
         for full in (folder + spelled for spelled in spellings(name, loosely) for folder in ("", self._root)):
@@ -242,16 +243,21 @@ def zip_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         for entry in file.infolist():
             if not entry.is_dir():
                 method = ENCRYPTED if entry.flag_bits & 1 else entry.compress_type
-                yield entry.filename, (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, method)
+                yield posixpath.normpath(entry.filename), (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, method)
 
 
-def tar_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The same for a tar that is not packed."""
+def tar_entries(path: Path) -> dict[str, tuple[int, ...]]:
+    """The same for a tar that is not packed. A hard link is the file before it that it names."""
+    found: dict[str, tuple[int, ...]] = {}
     with tarfile.open(path, "r:", encoding="utf-8") as file:
         while entry := file.next():
             file.members.clear()  # which the library would keep, a kilobyte each
+            name, target = posixpath.normpath(entry.name), posixpath.normpath(entry.linkname)
             if entry.isreg() and not entry.issparse():
-                yield posixpath.normpath(entry.name), (entry.offset_data, entry.size, entry.size, 0, IN_TAR)
+                found[name] = (entry.offset_data, entry.size, entry.size, 0, IN_TAR)
+            elif entry.islnk() and target in found:
+                found[name] = found[target]
+    return found
 
 
 def spellings(name: str, loosely: bool) -> Iterator[str]:
@@ -288,7 +294,15 @@ class ManyImages(ImageSource):
         self.sources, self.path = sources, ", ".join(str(source.path) for source in sources)
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[ImageSource]:
-        return [source for source in self.sources for _ in source.lookup(name, where, loosely)]
+        found, problem = [], None
+        for source in self.sources:
+            try:
+                found += [source for _ in source.lookup(name, where, loosely)]
+            except SampleError as error:  # an absolute name leads out of all folders but one
+                problem = error
+        if problem and not found:
+            raise problem
+        return found
 
     def open(self, name: str, where: str) -> Path | BinaryIO:
         return self.find(name, where).open(name, where)

@@ -198,10 +198,12 @@ def find_files(entry: str) -> Iterator[Path]:
     for path in map(Path, found):
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if kind_of(file) in FILES and not file.is_dir())
-            files = [file for file in files if not (file.name.startswith(".") or (is_packed(file) and file.with_suffix("").exists()))]
+            files = [file for file in files if not file.name.startswith(".")]
         else:
             files = [path] * (not pattern or kind_of(path) in (*FILES, ".json"))  # what a pattern meets may be anything
         for file in files:
+            if (pattern or path.is_dir()) and is_packed(file) and file.with_suffix("").exists():
+                continue  # unpacked beside it
             if file.exists() and not is_regular(file):
                 raise DataError(f"{file} is a pipe or a device; data are read more than once: write them to a file")
             check_fetched(file)

@@ -98,7 +98,7 @@ def plain_attention(model, ids: torch.Tensor, positions: torch.Tensor, features:
     for module, (hidden, rope, *_), output in calls:
         T, d = hidden.shape[1], module.head_dim
         q, k, v = (proj(hidden).view(T, -1, d).transpose(0, 1) for proj in (module.q_proj, module.k_proj, module.v_proj))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = (apply_rope(x, *(table[0, 0] for table in rope)) for x in (q, k))
         share = len(q) // len(k)
         weights = []
         for head in range(len(q)):

@@ -547,7 +547,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         file.write(b"half of the ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(storage.StorageError, match="disk full"):
         storage.write_atomically(path, fail)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 
@@ -40,6 +41,8 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, FloatingPointError, StorageError, OSError, EOFError, MemoryError, RuntimeError) as error:
+        if hasattr(signal, "SIGCHLD"):  # torch raises an error of its own, anywhere, for every loader process that ends
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if (told := failure(error, config, began)) is None:
             raise
         print(f"error: {told}", file=sys.stderr)
@@ -52,7 +55,7 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     """What a failure at run time is told as, and what to do; None for a fault of the program. `began` tells a state that this
     run saved from an older one that lies there."""
-    text = " ".join(str(error).split()).rstrip(".")
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     state = config.resume_file
     saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
     go_on = f". Go on from {state} with --from_resume 1" if saved else ". Nothing was saved yet"

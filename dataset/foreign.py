@@ -67,15 +67,9 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
                 content = content.replace(IMAGE_MARK, TYPED_MARK)
             turns.append({"role": role, "content": content})
         images = as_list(row.get("images") or row.get("image"))
-        numbers = iter(range(len(images)))
-        placed = [next(numbers, len(images)) if value is None else value for value in placed]
-        if unseen := set(range(len(images) if placed else 0)).difference(value for value in placed if isinstance(value, int)):
-            raise SampleError(f"image {min(unseen) + 1} of the row's {len(images)} is shown by no part of a message", where)
-        found = [images[value] if isinstance(value, int) else value for value in placed] or images
-    except SampleError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SampleError(f"no row of the format {form} ({type(error).__name__}: {error})", where) from error
+    found = placed_images(placed, images, where) if placed else images
     question = next((turn for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)), None)
     if question and not any(IMAGE_MARK in str(turn["content"]) for turn in turns):
         question["content"] = f"{IMAGE_MARK}\n" * len(found) + question["content"]
@@ -101,17 +95,31 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
 
 
 def part_of(part: Any, placed: list, where: str) -> str:
-    """The text of a message's part; of an image a mark, and in `placed` what it is: a number of the row's images from 0,
-    None for the next of them."""
+    """The text of a message's part; of an image a mark, and in `placed` what it is, or None, and its number among
+    the row's images, None for the next of them."""
     kind = "text" if isinstance(part, str) else part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return (part if isinstance(part, str) else part["text"]).replace(IMAGE_MARK, TYPED_MARK)
     if kind not in ("image", "image_url", "input_image"):
         raise SampleError(f"a message has a part of type {shown(kind)}; known are text, image and image_url", where)
-    held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes", "index"))
+    held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes"))
     value = next((value for value in held if value is not None), None)
-    placed.append(value["url"] if isinstance(value, dict) and "url" in value else value)
+    placed.append((value["url"] if isinstance(value, dict) and "url" in value else value, part.get("index")))
     return IMAGE_MARK
+
+
+def placed_images(placed: list, images: list, where: str) -> list:
+    """The images that a message's parts show; raises SampleError unless they show every image of the row."""
+    found, seen, at = [], set(), 0
+    for value, number in placed:
+        if value is None:
+            at = number if isinstance(number, int) else at
+            seen.add(at)
+            value, at = images[at] if 0 <= at < len(images) else None, at + 1
+        found.append(value)
+    if seen != set(range(len(images))):
+        raise SampleError(f"the parts of messages show the images {sorted(seen)}, counted from 0, of a row that has {len(images)}", where)
+    return found
 
 
 def picture_of(value: Any, where: str) -> Picture:

@@ -60,8 +60,8 @@ def decode(data: bytes, most_pixels: int) -> tuple[Image.Image, bool]:
             image.tile = []  # its decoder has left the rows that came; the others are as they were filled
         image.load()
         filling = (127, 128) if jpeg else (0, image.info.get("transparency", 0) if image.format == "GIF" else 0)
-        blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), filling).all(2)  # pixels
-        missing = (blank if jpeg else blank.all(1)).mean()  # a JPEG comes in blocks, others in rows
+        blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), filling)
+        missing = blank.all(2).mean() if jpeg else blank.all(1).mean(0).max()  # a JPEG comes in blocks, others in rows, perhaps a channel at a time
         if missing > MOST_MISSING or (jpeg and lacks_scans(image, data)):
             raise ImageRefused("it is cut short, and too much of it is missing") from error
         cut = True

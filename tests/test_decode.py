@@ -63,6 +63,9 @@ def test_much_that_is_missing_is_not_hidden_in_few_rows():
     with pytest.raises(ImageRefused, match="too much of it is missing"):  # a single row of blocks
         data = encoded(PHOTO.resize((2000, 8)), "JPEG")
         decode(data[: len(data) // 2], 10**6)
+    with pytest.raises(ImageRefused, match="too much of it is missing"):  # the last channel
+        data = encoded(PHOTO, "SGI")
+        decode(data[: len(data) * 9 // 10], 10**6)
     data = encoded(PHOTO, "JPEG", progressive=True)
     scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     for scan in scans[1:7]:  # all pixels have come, but coarse

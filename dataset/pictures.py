@@ -70,7 +70,7 @@ class ImageSource:
     def find(self, name: str, where: str) -> Any:
         """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
         places = self.lookup(name, where)
-        if not places and (places := self.lookup(name, where, loosely=True)):
+        if not places and len(places := self.lookup(name, where, loosely=True)) == 1:
             tell_once(f"notice: picture {shown(name)}, and others perhaps, found in another spelling in {self.path}"
                       " (Unicode form, slashes, capitals)")  # fmt: skip
         if len(places) != 1:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from .conversation import IMAGE_MARK, Sample, parse_sample
 from .errors import DataError, NoSamples, SampleError, shown
 from .files import read_at
-from .index import DataFile, keep, open_index
+from .index import DataFile, file_state, keep, open_index
 
 UNPACK = {".gz": ("gzip", "gzip -dk"), ".bz2": ("bz2", "bzip2 -dk"), ".zst": ("zstd", "zstd -dk")}  # codec, command
 MOST_BYTES = 2**30  # of a line
@@ -145,17 +146,17 @@ def one_a_line(path: Path) -> Path:
         document = begin.startswith(b"[") or (kind_of(path) == ".json" and is_document(begin, file))
     if not document and not is_packed(path):
         return path
-    changed = path.stat().st_mtime_ns
+    stamp = zlib.crc32(repr(file_state(path)).encode())  # whose copy it is, told by its time: whole seconds stay on any disk
 
     def write(place: Path) -> None:
         print(f"notice: {path} is {'packed' if is_packed(path) else 'one json document'}; its lines are copied to {place.with_suffix('')} once", file=sys.stderr)
         with unpacked(path) as file, open(place, "wb") as copy:
             pieces = read_pieces(file, path)
             copy.writelines(lines_of(b"".join(pieces)) if document else pieces)
-        os.utime(place, ns=(changed, changed))  # whose copy it is
+        os.utime(place, (stamp, stamp))
 
     try:
-        found = keep(path, "lines", lambda place: place if place.is_file() and place.stat().st_mtime_ns == changed else None, write)
+        found = keep(path, "lines", lambda place: place if place.is_file() and place.stat().st_mtime == stamp else None, write)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is neither one json document nor one object a line: {error}") from error
     if found is None:

@@ -314,6 +314,10 @@ def test_json_by_other_names(tmp_path, capsys, name, suffix):
     assert capsys.readouterr().err == "", "the copy is made once"
     path.write_bytes(packed(json.dumps(ROWS[0]).encode(), suffix))
     assert sample_texts(open_samples(path)) == ["one"], "and again when the file changes"
+    seen = path.stat()
+    path.write_bytes(packed(json.dumps(ROWS[1]).encode(), suffix))
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # as tar and rsync restore times
+    assert seen.st_size == path.stat().st_size or sample_texts(open_samples(path)) == [ROWS[1]["conversations"][0]["content"]]
 
 
 def test_one_sample_that_is_a_document(tmp_path):

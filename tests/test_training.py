@@ -34,7 +34,7 @@ from tests.conftest import (
 )
 from trainer import checkpoint, distributed
 from trainer.build import build, freeze
-from trainer.config import TrainConfig, UsageError, parse_config, weight_name
+from trainer.config import UsageError, parse_config, weight_name
 from trainer.figures.loss import read_curves
 from trainer.guards import TrainingFailed
 from trainer.loop import Trainer
@@ -559,11 +559,6 @@ def test_resume_with_other_settings_is_refused_by_name(data, tower_folder, tmp_p
         assert done.returncode == 2 and f"--{flag}" in done.stderr, done.stderr
     done = train(data, tower_folder, tmp_path, from_resume=1)  # a finished run has nothing left to do
     assert "11 updates done" in done.stderr
-
-
-def test_settings_survive_as_json():
-    config = TrainConfig(epochs=3)
-    assert json.loads(config.to_json())["epochs"] == 3
 
 
 def test_model_from_files_alone(data, tower_folder, tmp_path):

@@ -164,10 +164,6 @@ class TrainConfig:
                 words += [f"--{item.name}", str(value)]
         return shlex.join(words)
 
-    def to_json(self) -> str:
-        """The settings as json text, for records."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
 
 def share_of(eval_data_path: str | None) -> float | None:
     """The number that --eval_data_path is, if it is one."""

@@ -211,7 +211,7 @@ def test_what_a_sidecar_names_but_cannot_be_found_is_asked_for(trained, training
     assert main(flags) == 0, "of CLIP's usual place"
 
 
-def test_of_several_weights_the_one_of_the_published_size_is_meant(tmp_path):
+def test_of_several_weights_the_one_of_the_published_size_is_meant(tmp_path, capsys):
     for name in ("a_64", "a_256", "a_256_moe", "b_64", "a_best_512", "llm_512", "._a_512", ".a_512"):
         (tmp_path / f"{name}.pth").touch()
     (tmp_path / "b_512.pth").mkdir()
@@ -226,7 +226,9 @@ def test_of_several_weights_the_one_of_the_published_size_is_meant(tmp_path):
         found("a", None, None)
     assert "b_64" not in str(caught.value)
     (tmp_path / "a_512.pth").touch()
+    assert capsys.readouterr().err == ""
     assert found("a", None, None) == "a_512.pth", "as commands without a size have always meant"
+    assert "a_512.pth is taken, the default" in (said := capsys.readouterr().err) and "a_64.pth: a --hidden_size 64" in said
     with pytest.raises(UsageError, match=r"(?s)no weights at .*c_512\.pth.*a_64\.pth: a --hidden_size 64\n") as caught:
         load_weights(tmp_path / "c_512.pth", make_model())
     assert "._a" not in str(caught.value)

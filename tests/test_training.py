@@ -425,6 +425,15 @@ def test_a_run_that_trains_nothing_leaves_what_was_trained_before(data, tower_fo
     assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_bad_sample_in_the_first_update_leaves_what_was_trained_before(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*_32*") if path.suffix in (".pth", ".json")}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*texts(1), BAD]), data[1]  # a good one beside it
+    with pytest.raises(TrainingFailed, match="Nothing was trained"):
+        make_trainer(rows, tower_folder, tmp_path, save_weight="sft_vlm", batch_size=2, on_bad_sample="raise").train()
+    assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_workers_are_capped_with_a_notice(data, tower_folder, tmp_path):
     assert "capped to" in train(data, tower_folder, tmp_path, num_workers=4096).stderr
 

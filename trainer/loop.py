@@ -104,6 +104,7 @@ class Trainer:
                     return
                 learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
                 if supervised:  # else all its samples were bad, and decay and momentum would move the weights all the same
+                    self.has_news = True
                     self.update(micro_batches, learning_rate, supervised, tokens)
                 self.advance()
                 yield learning_rate
@@ -126,7 +127,6 @@ class Trainer:
         ])  # fmt: skip
         supervised, tokens, pictures, read, bad_count, any_signal, truncated_count, self.bar_is_stale = sums
         self.waits_for_pictures = self.waits_for_pictures and not pictures
-        self.has_news = self.has_news or bool(supervised and not any_signal)
         if any_signal:  # these samples wait for the resume, which counts them then
             return supervised, tokens, signum or signal.SIGTERM  # 0: another rank was asked to stop
         self.state.truncated += int(truncated_count)

@@ -267,15 +267,15 @@ class MiniMindModel(MiniMindPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         T = inputs_embeds.shape[1]
+        if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != T):
+            raise ValueError(f"position_ids {tuple(position_ids.shape)}: [1 or B, {T}] is wanted, one for each token")
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values,
+            position_ids=position_ids,  # not the default ones: looking for packed sequences in them waits for the device
+        )  # fmt: skip
         if position_ids is None:
             position_ids = torch.arange(T, device=inputs_embeds.device).unsqueeze(0) + past
-        if position_ids.ndim != 2 or position_ids.shape[1] != T:
-            raise ValueError(f"position_ids {tuple(position_ids.shape)}: [1 or B, {T}] is wanted, one for each token")
         rope = [table.unsqueeze(1) for table in rope_tables(self.config, position_ids)]  # [1 or B, 1, T, d]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids,
-        )  # fmt: skip
         if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -T:]
 

@@ -490,3 +490,13 @@ def test_decoder_alone_is_a_transformers_model():
     decoder = MiniMindForCausalLM(config).eval()
     out = decoder.generate(text(2, 4), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert out.shape == (2, 7)
+
+
+def test_a_training_step_asks_the_device_for_no_value():
+    """Whoever asks waits: on a GPU for all that was queued before."""
+    model, ids, places = make_model().train(), torch.full((2, 210), 7), torch.arange(196)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(ids, labels=ids, use_cache=False, loss_positions=torch.arange(5), image_features=torch.zeros(1, 196, 24),
+              image_positions=places).loss.backward()  # fmt: skip
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::index_copy" in names and not names & {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"}

@@ -551,6 +551,19 @@ def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, tower_
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
+def test_a_worker_that_dies_before_it_looks_is_no_reason_to_take_up_an_older_run(data, tower_folder, tmp_path):
+    train(data, tower_folder, tmp_path / "whole", processes=1)
+    train(data, tower_folder, tmp_path / "part", processes=1, seed=7)
+    script = tmp_path / "dies_at_first.py"
+    script.write_text("import os, runpy, sys\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    os._exit(9)\n"
+                      f"sys.path.insert(0, {str(REPOSITORY)!r})\nrunpy.run_path({str(REPOSITORY / 'train_sft_vlm.py')!r}, run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--max_restarts", "1",
+                           str(script), *training_flags(data, tower_folder, tmp_path / "part")],
+                          capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert "resumed from" not in done.stderr
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
 def test_every_start_of_a_group_has_a_name_of_its_own():
     """Restarted workers meet in the store that the dead ones used; what those left there must not be taken up."""
     store, names = torch.distributed.HashStore(), []

@@ -23,6 +23,8 @@ from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
 
+BEGAN = "minimind-v/began"  # a key in the store of torchrun's agent
+
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
@@ -90,17 +92,22 @@ def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:
 
 
 def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """torchrun that starts its workers again after a failure wants them to resume what this run saved, and nothing else: where
-    it may do so, a run from scratch first puts the state of an older run of the same name in the place of its previous one.
+    """torchrun that starts its workers again wants them to resume what this run saved, and nothing else: where it may do so,
+    a run from scratch first puts the state of an older run of the same name in the place of its previous one.
 
-    Decided by all ranks together: a machine that came back counts its own restarts from 0.
+    That it did so stands in the store of torchrun's agent, which outlives the workers: they may have died before. Without such
+    a store their restarts are counted, by all ranks together: a machine that came back counts its own from 0.
     """
-    if config.from_resume or not dist.is_initialized():
+    if config.from_resume or not dist.is_initialized() or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
         return config
-    counts = [int(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
-    restarts, may_restart, there = ranks.sum([*map(float, counts), float(ranks.is_main and config.resume_file.is_file())])
-    if there and restarts:
-        return dataclasses.replace(config, from_resume=1)
-    if there and may_restart and ranks.is_main:
+    began = ranks.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)])[0] > 0
+    store, there = None, ranks.is_main and config.resume_file.is_file()
+    if ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        began = store.check([BEGAN])
+    if there and not began:
         os.replace(config.resume_file, previous_state(config.resume_file))
-    return config
+        ranks.print(f"notice: the training state of an older run is kept at {previous_state(config.resume_file)}")
+    if store:
+        store.set(BEGAN, "")
+    return dataclasses.replace(config, from_resume=int(ranks.sum([float(there and began)])[0]))

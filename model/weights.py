@@ -204,7 +204,7 @@ def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: in
     meant = folder / f"{weight_name(weight, hidden_size or 512, bool(use_moe))}.pth"
     if len(fitting) > 1 and meant not in fitting:
         raise UsageError(f"--weight {weight}: there are several in {folder}; choose one:{listed(folder, weight)}")
-    if len(fitting) > 1:
+    if len(fitting) > 1 and hidden_size is None:
         print(f"notice: {meant.name} is taken, the default; weights of that name are:{listed(folder, weight)}", file=sys.stderr)
     return fitting[0] if len(fitting) == 1 else meant
 

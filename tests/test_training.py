@@ -1,5 +1,6 @@
 """The loop, as users run it: resumed equals uninterrupted, two processes equal one, nothing twice, nothing lost."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -478,6 +479,18 @@ def test_a_loader_process_whose_connection_broke_is_told_as_dead(error, data, to
     assert main("", {}, training_flags(data, tower_folder, tmp_path, num_workers=0)) == 1
     told = capsys.readouterr().err
     assert "error: a loader process died" in told and ("--shm-size" in told) == ("shared memory" in str(error))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("a fault of the program")])
+def test_what_fails_in_a_loader_process_is_no_death_of_it(error, data, tower_folder, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr("dataset.vlm_dataset.VLMDataset.__getitems__", broken)
+    flags = training_flags(data, tower_folder, tmp_path)
+    with pytest.raises(RuntimeError, match="Original Traceback") if isinstance(error, RuntimeError) else contextlib.nullcontext():
+        assert main("", {}, flags) == 1
+    assert capsys.readouterr().err.endswith("error: OSError: [Errno 5] Input/output error\n") == isinstance(error, OSError)
 
 
 def test_weights_load_strictly(tmp_path):

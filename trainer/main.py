@@ -57,7 +57,10 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     """What a failure at run time is told as, and what to do; None for a fault of the program. `began` tells a state that this
     run saved from an older one that lies there."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = str(error).strip()
+    if "in DataLoader worker process" in text:  # its traceback follows, and last what it died of
+        text = text.splitlines()[-1]
+    text = " ".join(text.split()).rstrip(".") or type(error).__name__
     state = config.resume_file
     saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
     go_on = f". Go on from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
@@ -66,9 +69,9 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
                 f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip
     if remedy := loader_remedy(error):
         text += f". {remedy}"
-    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # the connection to it may be seen to break first
+    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):  # the connection to it may be seen to break first
         return f"a loader process died, for want of memory if it said nothing: {text}{go_on}, with fewer --num_workers if it comes again"
-    return text + go_on if remedy else None if isinstance(error, RuntimeError) else str(error)
+    return text + go_on if remedy else None if isinstance(error, RuntimeError) else text
 
 
 def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:

@@ -67,6 +67,8 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
                 content = content.replace(IMAGE_MARK, TYPED_MARK)
             turns.append({"role": role, "content": content})
         images = as_list(row.get("images") or row.get("image"))
+    except SampleError as error:
+        raise SampleError(error.problem, where) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SampleError(f"no row of the format {form} ({type(error).__name__}: {error})", where) from error
     found = placed_images(placed, images, where) if placed else images
@@ -84,7 +86,11 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
     if form in ("llava", "sharegpt"):
         yield from ((turn["from"], turn["value"]) for turn in row["conversations"])
     elif form == "openai":
-        yield from ((turn["role"], turn["content"]) for turn in row["messages" if "messages" in row else "conversations"])
+        for turn in row["messages" if "messages" in row else "conversations"]:
+            lost = [name for name in ("tool_calls", "function_call", "refusal") if turn.get(name)] + ["weight: 0"] * (turn.get("weight") == 0)
+            if lost:
+                raise SampleError(f"a message has {lost[0]}, which samples here have no place for; --skip_bad leaves such rows out")
+            yield turn["role"], turn["content"]
     elif form == "alpaca":
         question = "\n".join(filter(None, (row["instruction"], row.get("input"))))
         for asked, answer in [*(row.get("history") or []), (question, row["output"])]:

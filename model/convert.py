@@ -280,6 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         convert(args.source, args.target, args.tokenizer_path, args.vision_model_path)
+    except UnicodeError as error:  # of tokenizers and safetensors, which open files by UTF-8 names alone
+        print(f"error: {args.source} -> {args.target}: {error}. Take folders with plain names, or set PYTHONUTF8=1", file=sys.stderr)
+        return 2
     except (UsageError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1452,6 +1452,8 @@ def test_rows_of_other_formats(name, coloured, tmp_path, capsys):
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}}]}, ANSWER]}, "is no data URL"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/svg+xml,<svg/>"}]}, ANSWER]}, "no data URL in base64"),
      ("openai", {"messages": []}, "'conversations' is missing, empty"),
+     ("openai", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [{"id": "1"}]}, ANSWER]}, "has tool_calls, .*--skip_bad"),
+     ("openai", {"messages": [{"role": "user", "content": "Hi"}, ANSWER | {"weight": 0}, ANSWER]}, "has weight: 0, .*--skip_bad"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ANSWER]}, "a part of type 'input_audio'"),
      ("openai", {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, r"show the images \[0\], .* has 0"),
      ("openai", {"images": ["a.png", "b.png"], "messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, r"show the images \[0\], .* has 2"),

@@ -80,8 +80,10 @@ class Saver:
         weights, config = half_weights(model), model.config.to_diff_dict()
 
         def write() -> None:
-            first()
-            self._exported[weight_file] = write_weights(weight_file, weights, config, sidecar, self._exported.get(weight_file))
+            try:
+                first()
+            finally:  # a disk that has no room for the state may be another than that of the weights
+                self._exported[weight_file] = write_weights(weight_file, weights, config, sidecar, self._exported.get(weight_file))
 
         try:
             self.wait()
@@ -101,7 +103,7 @@ def previous_state(path: Path) -> Path:
 
 
 def load_training_state(path: Path) -> tuple[dict, str | None]:
-    """The content of a training state, or of the one before it when the newest is torn; then also what is wrong.
+    """The content of a training state, or of the one before it when the newest is corrupt; then also what is wrong.
 
     Raises UsageError when there is none, none can be read, or it is of another version.
     """
@@ -111,11 +113,11 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
             f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
             f" --hidden_size, --use_moe and --checkpoint_dir."
         )
+    if not path.is_file():  # it is there at every instant once a run has saved
+        raise UsageError(f"--from_resume 1, but this run has saved nothing yet at {path}. To resume the run before it, give its state that"
+                         f" name: mv '{previous}' '{path}'")  # fmt: skip
     problems = []
     for file in (path, previous):
-        if not file.is_file():
-            problems.append(f"{file} is missing")
-            continue
         try:
             content = read_tensors(file, "training state")
         except UsageError as error:

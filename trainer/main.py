@@ -101,9 +101,12 @@ def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     That it did so stands in the store of torchrun's agent, which outlives the workers: they may have died before. Without such
     a store their restarts are counted, by all ranks together: a machine that came back counts its own from 0.
     """
-    if config.from_resume or not dist.is_initialized() or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
+    if config.from_resume or not dist.is_initialized():
         return config
-    began = ranks.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)])[0] > 0
+    may_restart, restarts = ranks.sum([float(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("MAX_RESTARTS", "RESTART_COUNT")])
+    if not may_restart:  # on none of the machines
+        return config
+    began = restarts > 0
     store, there = None, ranks.is_main and config.resume_file.is_file()
     if ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

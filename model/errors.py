@@ -13,9 +13,10 @@ class UsageError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line, up to a library's advice to trust a file and run what it holds; its kind where it has no words."""
+    """An error in one line without its full stop, up to a library's advice to trust a file and run what it holds; its kind
+    where it has no words."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return ". ".join(takewhile(lambda part: not re.search("weights_only|trust", part), line.split(". "))) or type(error).__name__
+    return ". ".join(takewhile(lambda part: not re.search("weights_only|trust", part), line.split(". "))).rstrip(".") or type(error).__name__
 
 
 def print_anything() -> None:

@@ -597,6 +597,18 @@ def test_a_storm_of_kills_changes_nothing(tmp_path):
     assert not any(counts[name] for name in ("unreadable", "differing", "repeated", "skipped")), counts
 
 
+@pytest.mark.parametrize("foreign", [torch.eye(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(3).to(torch.float8_e5m2), 3])
+def test_a_resume_replaces_weights_that_are_none_of_its_own(tmp_path, foreign):
+    path, model, saver = tmp_path / "w_32.pth", make_model(), checkpoint.Saver()
+    save_weights(path, model, {"progress": {"update": 1}})
+    assert saver.find_export(path, 1) and not saver.find_export(path, 2)
+    torch.save({**model.state_dict(), "x": foreign}, path)
+    assert not saver.find_export(path, 1)
+    saver.export(path, model, {"progress": {"update": 1}})
+    saver.wait()
+    assert saver.find_export(path, 1)
+
+
 def test_states_of_another_version_are_refused(tmp_path):
     torch.save({"version": 1}, tmp_path / "s.pth")
     with pytest.raises(UsageError, match="no training state of version"):

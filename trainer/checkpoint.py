@@ -10,7 +10,7 @@ import torch
 from model import MiniMindVLM
 from model.errors import UsageError
 from model.storage import write_atomically
-from model.weights import half_weights, read_sidecar, read_tensors, tensors_fingerprint, write_weights
+from model.weights import half_weights, read_sidecar, read_state, read_tensors, tensors_fingerprint, write_weights
 
 STATE_VERSION = 4
 
@@ -54,10 +54,10 @@ class Saver:
     def find_export(self, weight_file: Path, update: int) -> bool:
         """For a resumed run: whether the weights of `update` and their sidecar are on disk, both whole."""
         try:
-            sidecar, weights = read_sidecar(weight_file) or {}, read_tensors(weight_file, "weight file")
+            sidecar, weights = read_sidecar(weight_file) or {}, read_state(weight_file)[0]
             self._exported[weight_file] = tensors_fingerprint(weights)
             return sidecar["progress"]["update"] == update and sidecar["weights"][0] == self._exported[weight_file]
-        except (UsageError, KeyError, TypeError, AttributeError, IndexError):  # missing, corrupt, or written by others
+        except (UsageError, KeyError, TypeError, IndexError):  # missing, corrupt, or written by others
             return False
 
     def save(self, state_file: Path, objects: dict[str, Any], extra: dict, weight_file: Path, model: MiniMindVLM, sidecar: dict) -> None:
@@ -121,7 +121,7 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
         try:
             content = read_tensors(file, "training state")
         except UsageError as error:
-            problems.append(str(error))
+            problems.append(str(error).rstrip("."))
             continue
         if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
             raise UsageError(f"{file} is no training state of version {STATE_VERSION}; start anew, without --from_resume")

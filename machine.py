@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+
 
 def cpu_quota(root: Path = Path("/")) -> float:
     """Cores' worth of time that the control groups of this process grant it: the least on the way from the root to its own."""
@@ -50,7 +52,7 @@ def settle_threads() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of libgomp alone: Intel's and LLVM's give way by themselves
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    processes = os.environ["LOCAL_WORLD_SIZE"] if all(map(os.environ.get, LAUNCHER)) else ""
     shared = processes.isdecimal() and int(processes) > 1
     if not threads_chosen() and (shared or cpu_quota() < math.inf):
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // (int(processes) if shared else 1)))

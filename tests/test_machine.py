@@ -30,7 +30,7 @@ SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in (*distributed.LAUNCHER, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", *SPIN, "OMP_NUM_THREADS"):
+    for name in (*machine.LAUNCHER, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", *SPIN, "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -78,6 +78,11 @@ def test_cores_are_the_least_of_affinity_and_quota(tmp_path, monkeypatch, group,
 def test_threads_and_loader_processes_follow_the_cores(monkeypatch, capsys):
     monkeypatch.setattr(machine, "cores", lambda: 6)
     monkeypatch.setattr("trainer.build.cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # left in a shell: one process alone
+    machine.settle_threads()
+    assert "OMP_NUM_THREADS" not in os.environ
+    for name in machine.LAUNCHER:
+        monkeypatch.setenv(name, "1")
     for quota, local_size, expected in ((float("inf"), "", None), (6, "", "6"), (float("inf"), "2", "3"), (6, "4", "1"), (6, "9", "1"),
                                         (6, "x", "6"), (6, "0", "6"), (6, "-2", "6")):  # fmt: skip
         monkeypatch.setattr(machine, "cpu_quota", lambda quota=quota: quota)

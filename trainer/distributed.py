@@ -14,10 +14,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from machine import allow_many_files
+from machine import LAUNCHER, allow_many_files
 from model.errors import UsageError, first_line
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 JOIN_SECONDS = 600  # that processes wait for one another at the start
 
 

@@ -5,7 +5,6 @@ decoder.
 """
 
 import functools
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -83,16 +82,6 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
 def tower_patches(tower: CLIPVisionModel) -> int:
     """Patch vectors of one picture."""
     return (tower.config.image_size // tower.config.patch_size) ** 2
-
-
-def tower_fingerprint(tower: CLIPVisionModel) -> str:
-    """A short hash of the tower's weights: the same weights give the same fingerprint, wherever they lie and whatever
-    release of transformers loads them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(name.removeprefix(CLASSIC_PREFIX).encode())
-        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save_vision_tower(tower: CLIPVisionModel, folder: str | Path) -> None:

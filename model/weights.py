@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
 from .model_vlm import MiniMindVLM
 from .storage import write_atomically
-from .vision import tower_fingerprint
+from .vision import CLASSIC_PREFIX
 
 
 def read_tensors(path: Path, what: str) -> Any:
@@ -87,6 +87,11 @@ def tensors_fingerprint(state: dict[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tower_fingerprint(tower: CLIPVisionModel) -> str:
+    """The fingerprint of a vision encoder, whatever release of transformers loaded it."""
+    return tensors_fingerprint({name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in tower.state_dict().items()})
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict, before: str | None = None) -> str:

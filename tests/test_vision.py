@@ -10,7 +10,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from model.errors import UsageError
 from model.train_tiny_clip import TinyCLIP, save
-from model.vision import encode_images, load_vision_tower, save_vision_tower, tower_fingerprint
+from model.vision import encode_images, load_vision_tower, save_vision_tower
+from model.weights import tower_fingerprint
 from tests.conftest import REPOSITORY, make_model, make_tower
 
 TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"

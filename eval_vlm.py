@@ -17,20 +17,21 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from chat.chat import Chat
+from chat.console import Screen
+from chat.scoring import ScoreJob, score
+from chat.terminal import TerminalChat
 from dataset.decode import IMAGE_SUFFIXES, image_files
-from dataset.errors import DataError, SampleError
-from dataset.pictures import load_picture
+from dataset.errors import DataError
+from dataset.images import load_picture
 from machine import ran_out_of_memory
-from model.errors import first_line, print_anything
-from model.paths import home_for_tilde
+from model.device import default_device
+from model.errors import SampleError, UsageError, first_line, print_anything
+from model.inference.assistant import Assistant, load_assistant
+from model.inference.generation import Sampling
+from model.paths import REPOSITORY, home_for_tilde
 from model.storage import StorageError
 from model.weights import find_weights, weight_name
-from trainer.config import REPOSITORY, UsageError
-from trainer.console import Screen
-from trainer.distributed import default_device
-from trainer.inference import Assistant, Chat, Sampling, load_assistant
-from trainer.scoring import ScoreJob, score
-from trainer.terminal import TerminalChat
 
 FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."
 

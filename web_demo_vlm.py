@@ -15,7 +15,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from trainer.web.settings import parse_flags, start
+from chat.web.settings import parse_flags, start
 
 settings = parse_flags(sys.argv[1:], __doc__)  # here, so that a bad flag ends `streamlit run` with code 2 as well
 
@@ -27,7 +27,7 @@ async def lifespan(_: st.App):
     yield
 
 
-PAGE = Path(__file__).resolve().parent / "trainer" / "web" / "page.py"
+PAGE = Path(__file__).resolve().parent / "chat" / "web" / "page.py"
 # Streamlit puts the folder of a page's script before sys.path for as long as the script runs, unless it is in there. Were it
 # taken out while torch is imported in the background, the import would pass over the entry that moved into its place.
 sys.path.append(str(PAGE.parent))

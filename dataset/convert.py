@@ -28,18 +28,19 @@ import pyarrow.parquet as parquet
 from PIL import Image
 from tqdm import tqdm
 
-from model.errors import UsageError, print_anything
-from model.paths import home_for_tilde
+from model.conversation import is_text
+from model.errors import SampleError, UsageError, print_anything
+from model.paths import REPOSITORY, home_for_tilde
 from model.vision import to_rgb
 
-from .conversation import is_text, parse_images, parse_sample
-from .errors import DataError, NoSamples, SampleError, reason
+from .errors import DataError, NoSamples, reason
 from .files import on_disk
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
+from .images import ImageSource, load_picture, open_images
 from .parquet import PICTURES, arrow_file, cells_of, find_columns, read_batches, row_of
-from .pictures import ImageSource, load_picture, open_images
+from .sample import parse_images, parse_sample
 from .sources import find_files, open_file, open_files, split_entries
-from .validate import REPOSITORY, counted
+from .validate import counted
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "more": arrow.string()})  # fmt: skip

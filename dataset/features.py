@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.errors import SampleError
 from model.storage import hold
 
-from .errors import DataError, SampleError
+from .errors import DataError
 from .files import write_at
 from .sources import SampleSource
 

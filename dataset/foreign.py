@@ -16,9 +16,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from model.rendering import IMAGE_MARK, ROLES, TYPED_MARK
+from model.conversation import IMAGE_MARK, ROLES, TYPED_MARK
+from model.errors import SampleError
 
-from .errors import SampleError, shown
+from .errors import shown
 
 Picture = tuple[bytes | None, str | None]  # the bytes of an image's file, its name: one of them at least
 

@@ -17,10 +17,13 @@ import numpy as np
 import pyarrow as arrow
 from tqdm import tqdm
 
-from .conversation import IMAGE_MARK, Sample, parse_sample
-from .errors import DataError, NoSamples, SampleError, shown
+from model.conversation import IMAGE_MARK
+from model.errors import SampleError
+
+from .errors import DataError, NoSamples, shown
 from .files import read_at
 from .index import DataFile, file_state, keep, open_index
+from .sample import Sample, parse_sample
 
 UNPACK = {".gz": ("gzip", "gzip -dk"), ".bz2": ("bz2", "bzip2 -dk"), ".zst": ("zstd", "zstd -dk")}  # codec, command
 MOST_BYTES = 2**30  # of a line

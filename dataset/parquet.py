@@ -17,11 +17,14 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from tqdm import tqdm
 
-from .conversation import IMAGE_MARK, Sample, parse_sample
-from .errors import DataError, NoSamples, SampleError
+from model.conversation import IMAGE_MARK
+from model.errors import SampleError
+
+from .errors import DataError, NoSamples
 from .foreign import as_list, picture_of, remedy, with_pictures
 from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
+from .sample import Sample, parse_sample
 
 TEXTS, PICTURES = ("conversations", "messages"), ("image_bytes", "images", "image")  # columns; the first that is there counts
 FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields

@@ -17,12 +17,12 @@ import numpy as np
 
 from model.errors import check_fetched
 
-from .conversation import Sample
 from .errors import DataError, NoSamples
 from .files import is_regular
 from .jsonl import UNPACK, JsonlSamples, is_packed, kind_of
 from .order import EpochOrder, Order, Permutation, share
 from .parquet import WINDOW_BYTES, ParquetSamples
+from .sample import Sample
 
 FILES = (".jsonl", ".ndjson", ".parquet")  # taken from a folder; .json, too, when it is named
 MOST_WEIGHT = 1000

@@ -22,24 +22,21 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_all_start_methods, get_context
 from operator import iadd
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from machine import cores
-from model.errors import UsageError, print_anything
-from model.paths import home_for_tilde
-from model.processing import load_tokenizer
+from model.conversation import Renderer, Turn, load_tokenizer
+from model.errors import SampleError, UsageError, print_anything
+from model.paths import REPOSITORY, home_for_tilde
 
-from .conversation import Renderer, Turn
-from .errors import DataError, SampleError
+from .errors import DataError
 from .files import check_plot
-from .pictures import ImageSource, open_images
+from .images import ImageSource, open_images
 from .sources import Mixture, open_samples
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 256  # samples that a process checks at a time
 SHOWN = 5  # places named for each kind of trouble
 STAGES = {640: "train_pretrain_vlm.py", 1536: "train_sft_vlm.py"}  # by their --max_seq_len

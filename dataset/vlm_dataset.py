@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model.model_minimind import find_loss_positions
+from model.conversation import Renderer
+from model.errors import SampleError
+from model.model_minimind import IGNORE_INDEX, find_loss_positions
 
-from .conversation import IGNORE_INDEX, Renderer
-from .errors import SampleError
 from .features import FeatureCache
-from .pictures import ImageSource, Ref
+from .images import ImageSource, Ref
 from .sources import SampleSource
 
 MULTIPLE = 8  # of tokens, the length of a batch: fewer shapes to compile for, and what matrix units like

@@ -1,29 +1,3 @@
-"""The model. Importing this package teaches transformers' Auto classes the `minimind` and `minimind-v` families."""
+"""What a vision-language model is: functions of tensors, which know nothing of flags and files of data."""
 
-# Sets what OpenMP reads once, when torch is loaded.
-import machine as machine  # isort: split
-
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from .model_minimind import MiniMindConfig, MiniMindForCausalLM
-from .model_vlm import MiniMindVLM, VLMConfig
-from .processing import MiniMindVImageProcessor, MiniMindVProcessor
-
-AutoConfig.register(MiniMindConfig.model_type, MiniMindConfig, exist_ok=True)
-AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
-AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
-AutoModelForCausalLM.register(VLMConfig, MiniMindVLM, exist_ok=True)
-AutoModelForImageTextToText.register(VLMConfig, MiniMindVLM, exist_ok=True)
-AutoImageProcessor.register(VLMConfig, slow_image_processor_class=MiniMindVImageProcessor, exist_ok=True)
-# By these names transformers' Trainer knows that label smoothing has to shift the labels.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update({"minimind": "MiniMindForCausalLM", "minimind-v": "MiniMindVLM"})
-AutoProcessor.register(VLMConfig, MiniMindVProcessor, exist_ok=True)
-
-__all__ = ["MiniMindConfig", "MiniMindForCausalLM", "MiniMindVImageProcessor", "MiniMindVLM", "MiniMindVProcessor", "VLMConfig"]
+import machine as machine  # sets what OpenMP reads once, when torch is loaded

@@ -24,10 +24,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from model.hub.processing import MiniMindVProcessor
+
+from .conversation import load_tokenizer
 from .errors import UsageError, check_fetched, first_line, print_anything
 from .model_vlm import MiniMindVLM, VLMConfig
 from .paths import home_for_tilde
-from .processing import MiniMindVProcessor, load_tokenizer
 from .storage import StorageError, hold
 from .vision import CLIP_FOLDER, load_vision_tower
 from .weights import (

@@ -352,7 +352,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         Raises ValueError for labels of another shape than the tokens, and for `output_attentions`.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions: attention weights are never made here; model.attention_map computes them")
+            raise ValueError("output_attentions: attention weights are never made here; model.inference.attention_map computes them")
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
             loss_positions, token_mask,

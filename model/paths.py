@@ -1,8 +1,11 @@
-"""Paths as people type them."""
+"""The repository's folder, and paths as people type them."""
 
 import os
 import re
 import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def home_for_tilde(argv: list[str] | None = None) -> list[str]:

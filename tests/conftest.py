@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load as load_safetensors
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
-from dataset.conversation import Renderer
-from model import MiniMindVLM, VLMConfig
+from model.conversation import Renderer
+from model.model_vlm import MiniMindVLM, VLMConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 
-from model import MiniMindVLM, VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import load_weights, read_sidecar, tensors_fingerprint
+from tests.conftest import kill_tree, make_data, make_tower, training_flags
 from trainer.checkpoint import load_training_state
-
-from .conftest import kill_tree, make_data, make_tower, training_flags
 
 SAMPLES, EPOCHS, NAME = 22, 12, "sft_vlm_32"
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.conversation import IMAGE_MARK, Turn
-from model import MiniMindVLM
-from model.attention_map import attention_to_pictures
+from chat.attention_view import look, overlay, picture_of, split_text
+from chat.chat import Chat
+from model.conversation import IMAGE_MARK, Turn
+from model.errors import UsageError
+from model.inference.assistant import Assistant
+from model.inference.attention_map import attention_to_pictures
+from model.inference.generation import Sampling
 from model.layers import apply_rope
+from model.model_vlm import MiniMindVLM
 from model.vision import preprocess
 from tests.conftest import make_model, make_tower
-from trainer.attention_view import look, overlay, picture_of, split_text
-from trainer.config import UsageError
-from trainer.inference import Assistant, Chat, Sampling
 
 P, SIDE = 196, 14
 ASKS_FOR_A, ASKS_FOR_B, NEUTRAL = 500, 501, 502  # tokens of the model built by hand

@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from chat.chat import Chat
+from chat.console import Screen
+from chat.scoring import ScoreJob, score
+from chat.terminal import TerminalChat
+from chat.video import read_frames
 from dataset import convert, validate
-from dataset.errors import DataError, SampleError
-from dataset.pictures import open_images
+from dataset.errors import DataError
+from dataset.images import open_images
 from dataset.sources import open_samples
-from dataset.video import read_frames
 from dataset.vlm_dataset import BadSample, Example, VLMDataset
-from model.errors import UsageError
+from model.device import usable_device
+from model.errors import SampleError, UsageError
+from model.inference.assistant import Assistant
+from model.inference.generation import Sampling
 from tests.conftest import make_model, make_tower, write_jsonl
-from trainer.console import Screen
-from trainer.distributed import usable_device
-from trainer.inference import Assistant, Chat, Sampling
-from trainer.scoring import ScoreJob, score
-from trainer.terminal import TerminalChat
 
 
 def turns(question="<image>\nWhat?", answer="This."):

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.conversation import IMAGE_MARK, Renderer, Sample, Turn, parse_sample
-from dataset.errors import SampleError
+from dataset.sample import Sample, parse_sample
+from model.conversation import IMAGE_MARK, Renderer, Turn
+from model.errors import SampleError
 from tests.conftest import FIXTURES, REPOSITORY
 
 P = 196

@@ -19,13 +19,16 @@ from transformers import (
 )
 
 import eval_vlm
-from dataset.conversation import IMAGE_MARK, Turn
-from model import MiniMindVLM, MiniMindVProcessor, convert
+from model import convert
+from model.conversation import IMAGE_MARK, Turn
 from model.errors import UsageError
+from model.hub.processing import MiniMindVProcessor
+from model.inference.assistant import Assistant, load_assistant
+from model.inference.generation import Sampling
+from model.model_vlm import MiniMindVLM
 from model.vision import load_vision_tower, normalize, preprocess
 from model.weights import fingerprints, read_sidecar, save_weights
 from tests.conftest import REPOSITORY, make_model, make_tower
-from trainer.inference import Assistant, Sampling, load_assistant
 
 P = 196
 SIZES = {"hidden_size": 32, "num_attention_heads": 8, "vision_hidden_size": 24}

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from dataset.errors import DataError, SampleError
+from dataset.errors import DataError
+from dataset.images import FolderImages, open_images
 from dataset.jsonl import JsonlSamples
-from dataset.pictures import FolderImages, open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
+from model.errors import SampleError
 from model.vision import normalize, preprocess
 from tests.conftest import make_data, make_model, make_tower, write_jsonl
 
@@ -88,7 +89,7 @@ def test_pictures_that_cannot_be_had(tmp_path, monkeypatch):
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     gradient(50, 50).save(folder / "large.png")
     images = open_images(folder)
-    monkeypatch.setattr("dataset.pictures.MAX_PIXELS", 2000)
+    monkeypatch.setattr("dataset.images.MAX_PIXELS", 2000)
     for name, reason in [("cut.png", "cannot be read"), ("empty.png", "cannot be read"), ("text.png", "cannot be read"),
                          ("none.png", "is not in"), ("../outside.png", "leads out of"),
                          (str(tmp_path / "outside.png"), "leads out of"), ("large.png", "50 x 50 pixels"),

@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 
 from dataset import decode as decoding
 from dataset.decode import IMAGE_SUFFIXES, ImageRefused, decode, image_files
-from dataset.errors import SampleError, reason
-from dataset.pictures import load_picture, open_images
+from dataset.errors import reason
+from dataset.images import load_picture, open_images
 from dataset.sources import open_samples
 from dataset.validate import Checker
 from dataset.vlm_dataset import VLMDataset, collate
+from model.errors import SampleError
 from model.vision import preprocess, to_rgb
 from tests.conftest import write_jsonl
 
@@ -188,7 +189,7 @@ def test_memory_that_runs_out_is_no_bad_sample(step, renderer, tmp_path, monkeyp
     def run_out(*_):
         raise MemoryError
 
-    monkeypatch.setattr(f"dataset.pictures.{step}", run_out)
+    monkeypatch.setattr(f"dataset.images.{step}", run_out)
     with pytest.raises(MemoryError):
         open_images(tmp_path).pixels("a.png")
     dataset = VLMDataset(open_samples(write_jsonl(tmp_path / "a.jsonl", [ROW])), open_images(tmp_path), renderer, 640)
@@ -199,7 +200,7 @@ def test_memory_that_runs_out_is_no_bad_sample(step, renderer, tmp_path, monkeyp
 
 def test_an_error_without_words_has_its_name(tmp_path, monkeypatch):
     RED.save(tmp_path / "a.png")
-    monkeypatch.setattr("dataset.pictures.preprocess", lambda _: (_ for _ in ()).throw(KeyError()))
+    monkeypatch.setattr("dataset.images.preprocess", lambda _: (_ for _ in ()).throw(KeyError()))
     with pytest.raises(SampleError, match=r"cannot be converted: KeyError$"):
         open_images(tmp_path).pixels("a.png")
 

@@ -8,16 +8,18 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from dataset.conversation import IMAGE_MARK, Turn
+from chat.chat import Chat
 from eval_vlm import main
 from model import convert
+from model.conversation import IMAGE_MARK, Turn
+from model.errors import UsageError
+from model.inference.assistant import Assistant
+from model.inference.generation import Sampling
 from model.storage import hold
 from model.vision import preprocess
 from model.weights import find_weights, fingerprints, load_weights, lock_of, save_weights
 from tests.conftest import DECODER, make_model, make_tower, run_script, write_jsonl
 from tests.test_video import make_video
-from trainer.config import UsageError
-from trainer.inference import Assistant, Chat, Sampling
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 
@@ -315,7 +317,7 @@ def test_files_of_scoring_are_looked_at_before_the_first_answer(files, capsys, t
     os.mkfifo(tmp_path / "pipe")  # as /dev/null it must not be replaced by a file, nor /dev/stdout
     (tmp_path / "link").symlink_to(tmp_path / "file")
     test = write_jsonl(tmp_path / "test.jsonl", [talk("Hm?", "yes")])
-    monkeypatch.setattr("trainer.scoring.answer_in_batches", None)
+    monkeypatch.setattr("chat.scoring.answer_in_batches", None)
     assert main([*flags, "--score", str(test), "--predictions", str(tmp_path / "p.jsonl"), flag, str(tmp_path / name)]) == 2
     assert f"error: {flag} {tmp_path / name}" in (shown := capsys.readouterr().err) and message in shown
 

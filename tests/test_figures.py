@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.conversation import Renderer, parse_sample
+from dataset.sample import parse_sample
+from docs.figures import attention, canvas, loss, sample
+from docs.figures.__main__ import main
+from docs.figures.structure import at_work, build, count
+from model.conversation import Renderer
+from model.inference.assistant import Assistant
 from tests.conftest import REPOSITORY, make_model, make_tower
-from trainer.figures import attention, canvas, loss, sample
-from trainer.figures.__main__ import main
-from trainer.figures.structure import at_work, build, count
-from trainer.inference import Assistant
 
 CAT = REPOSITORY / "dataset" / "eval_images" / "chelsea.jpg"
 
@@ -172,7 +173,7 @@ def test_mistakes_are_named(arguments, message, tmp_path, capsys):
 @pytest.mark.parametrize("name, message", [("noext", "ends in .png, .jpg or .webp"), ("", "a folder, a pipe or a device"), ("a.h5", "ends in .png"), ("pipe.png", "a folder, a pipe or a device"),
                                            ("file/a.png", "no file can be written there (File exists)")])  # fmt: skip
 def test_the_place_of_a_picture_is_looked_at_first(name, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.figures.__main__.draw", lambda args: pytest.fail("work before the look"))
+    monkeypatch.setattr("docs.figures.__main__.draw", lambda args: pytest.fail("work before the look"))
     (tmp_path / "file").write_text("precious")
     os.mkfifo(tmp_path / "pipe.png")
     assert main(["structure", "--out", str(tmp_path / name)]) == 2

@@ -22,13 +22,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from dataset.conversation import IMAGE_MARK, Turn
-from model.compiled import CompiledDecoder
-from model.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
-from model.packed import PackedDecoder, pack_tower
+from benchmarks.inference import Plain, PlainVLM, Real
+from chat.chat import Chat
+from chat.scoring import Question, answer_in_batches
+from model.conversation import IMAGE_MARK, Turn
+from model.inference.assistant import Assistant
+from model.inference.compiled import CompiledDecoder
+from model.inference.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
+from model.inference.packed import PackedDecoder, pack_tower
 from tests.conftest import REPOSITORY, make_model, make_tower
-from trainer.inference import Assistant, Chat, Question, answer_in_batches
-from trainer.inference_suite import Plain, PlainVLM, Real
 
 P = 196
 NEVER = -1  # no token: answers go on to max_new_tokens

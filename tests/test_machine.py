@@ -14,7 +14,7 @@ import torch
 import machine
 from dataset import validate
 from dataset.files import read_at, write_at
-from model.compiled import why_not_compile
+from model.device import why_not_compile
 from tests.conftest import REPOSITORY, run_script, training_flags
 from trainer import distributed
 from trainer.build import worker_count
@@ -22,8 +22,8 @@ from trainer.main import main
 from trainer.objective import Objective
 
 SCRIPTS = ["train_pretrain_vlm.py", "train_sft_vlm.py", "eval_vlm.py", "web_demo_vlm.py"]
-TOOLS = ["dataset.demo", "dataset.validate", "dataset.convert", "model.convert", "model.train_tokenizer", "model.train_tiny_clip",
-         "trainer.benchmark", "trainer.figures"]  # fmt: skip
+TOOLS = ["dataset.demo", "dataset.validate", "dataset.convert", "model.convert", "model.recipes.train_tokenizer", "model.recipes.train_tiny_clip",
+         "benchmarks", "docs.figures"]  # fmt: skip
 
 SPIN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -121,7 +121,7 @@ atexit.register(lambda: print("no torch:", os.environ.get("GOMP_SPINCOUNT")))
 """
 
 
-@pytest.mark.parametrize("entry", [*SCRIPTS, *TOOLS, "tests.conftest", "trainer.web.page", "tests.storm", "tests.slow_disk"])
+@pytest.mark.parametrize("entry", [*SCRIPTS, *TOOLS, "tests.conftest", "chat.web.page", "tests.storm", "tests.slow_disk"])
 def test_waiting_threads_sleep_soon_at_every_entry(entry):
     """What OpenMP reads stands there before torch brings it."""
     out = enter(entry, WATCH).stdout
@@ -320,7 +320,7 @@ def test_scripts_start_without_modules_of_unix(entry):
 def test_all_modules_load_without_modules_of_unix():
     names = [".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for folder in ("model", "dataset", "trainer")
              for file in sorted((REPOSITORY / folder).rglob("*.py")) if file.name not in ("__init__.py", "page.py")]  # fmt: skip
-    done = enter("trainer.benchmark", f"{ABSENT_FOR_US}\nimport importlib\nfor name in {names}: importlib.import_module(name)")
+    done = enter("benchmarks", f"{ABSENT_FOR_US}\nimport importlib\nfor name in {names}: importlib.import_module(name)")
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 

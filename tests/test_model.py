@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-import model as model_package
-from model import MiniMindForCausalLM, MiniMindVLM, VLMConfig
+import model.hub  # noqa: F401  (teaches transformers the families)
 from model.layers import rope_tables
-from model.model_minimind import find_loss_positions
-from model.model_vlm import find_image_positions, splice_image_features
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, find_loss_positions
+from model.model_vlm import MiniMindVLM, VLMConfig, find_image_positions, splice_image_features
 from model.moe import MOEFeedForward
 from tests.conftest import make_model, make_tower
 
@@ -486,7 +485,7 @@ def test_moe_keeps_the_number_format():
 
 def test_decoder_alone_is_a_transformers_model():
     torch.manual_seed(0)
-    config = model_package.MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     decoder = MiniMindForCausalLM(config).eval()
     out = decoder.generate(text(2, 4), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert out.shape == (2, 7)

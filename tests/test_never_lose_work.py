@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from model import storage
+from model.errors import UsageError
 from model.storage import StorageError, hold, write_atomically
 from model.weights import half_weights, load_weights, read_sidecar, read_tensors, save_weights, write_weights
 from tests.conftest import (
@@ -37,7 +38,7 @@ from tests.conftest import (
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
-from trainer.config import UsageError, parse_config
+from trainer.config import parse_config
 from trainer.distributed import agree_on_name
 from trainer.guards import TrainingFailed
 from trainer.main import claim_outputs
@@ -298,7 +299,7 @@ def test_a_log_that_cannot_be_written_costs_nothing(tower_folder, tmp_path, shel
 
 def test_a_full_pipe_loses_a_message_and_a_slow_one_does_not(tmp_path):
     """A pipe that does not wait raises BlockingIOError in Python's own stream."""
-    code = "import os, sys; from trainer.console import keep_talking; os.set_blocking(2, False); keep_talking()\n" \
+    code = "import os, sys; from trainer.main import keep_talking; os.set_blocking(2, False); keep_talking()\n" \
            "for n in range(9999): print(n, 'x' * 100, file=sys.stderr)\nprint('the end')"  # fmt: skip
     reader, writer = os.pipe()
     done = subprocess.run([sys.executable, "-c", code], stderr=writer, capture_output=False, stdout=subprocess.PIPE, text=True,

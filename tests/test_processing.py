@@ -9,14 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
-from dataset.conversation import IMAGE_MARK, Turn, parse_sample
-from model import MiniMindVProcessor
+from dataset.sample import parse_sample
+from model.conversation import IMAGE_MARK, Turn
 from model.convert import Loaded, read_folder, write_folder
 from model.convert import main as convert
+from model.hub.processing import MiniMindVProcessor
+from model.inference.assistant import Assistant, load_assistant
+from model.inference.generation import Sampling
 from model.vision import normalize, preprocess
 from model.weights import fingerprints
 from tests.conftest import REPOSITORY, make_model, make_tower
-from trainer.inference import Assistant, Sampling, load_assistant
 
 P = 196
 RED, BLUE = Image.new("RGB", (60, 40), "red"), Image.new("RGB", (30, 50), "blue")

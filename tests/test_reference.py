@@ -7,8 +7,9 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model import MiniMindConfig, MiniMindVLM, VLMConfig
 from model.layers import rope_frequencies, rope_tables
+from model.model_minimind import MiniMindConfig
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.moe import MoEGate
 from model.vision import encode_images
 from tests.conftest import FIXTURES

@@ -11,15 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
+from chat import scoring
+from chat.scoring import (
+    Question,
+    ScoreJob,
+    common_subsequence,
+    kind_of,
+    make_metrics,
+    make_report,
+    read_questions,
+    rouge_l,
+)
 from dataset import convert
-from dataset.conversation import Turn
-from dataset.errors import SampleError
 from dataset.sources import open_samples
+from model.conversation import Turn
+from model.errors import SampleError, UsageError
+from model.inference.assistant import Assistant
 from tests.conftest import make_model, make_tower, write_jsonl
-from trainer import scoring
-from trainer.config import UsageError
-from trainer.inference import Assistant, Question
-from trainer.scoring import ScoreJob, common_subsequence, kind_of, make_metrics, make_report, read_questions, rouge_l
 
 WORDS = ["the", "a", "cat", "dog", "sits", "on", "mat", "red", "big"]
 

@@ -36,16 +36,19 @@ from transformers import AutoTokenizer
 
 import train_pretrain_vlm
 import train_sft_vlm
-from dataset import convert, files, foreign, index, jsonl, pictures, sources, validate
+from dataset import convert, files, foreign, index, jsonl, sources, validate
+from dataset import images as pictures
 from dataset import parquet as parquet_samples
-from dataset.conversation import Renderer, parse_sample
-from dataset.errors import DataError, SampleError
+from dataset.errors import DataError
+from dataset.images import ZipImages, load_picture, open_images
 from dataset.jsonl import JsonlSamples
 from dataset.order import BlockOrder, EpochOrder, Permutation
 from dataset.parquet import ParquetSamples
-from dataset.pictures import ZipImages, load_picture, open_images
+from dataset.sample import parse_sample
 from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
+from model.conversation import Renderer
+from model.errors import SampleError
 from model.vision import preprocess
 from tests.conftest import REPOSITORY, make_data, read_until, start_on_disk, write_jsonl
 from tests.test_training import assert_same, train, weights

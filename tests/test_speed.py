@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dataset.conversation import Renderer, Turn
+from benchmarks import train as benchmark
+from benchmarks.synthetic import write_data
 from dataset.errors import DataError
 from dataset.features import CacheKey, FeatureCache
+from dataset.images import FolderImages
 from dataset.jsonl import JsonlSamples
-from dataset.pictures import FolderImages
-from dataset.synthetic import write_data
 from dataset.vlm_dataset import VLMDataset, collate
+from model.conversation import Renderer, Turn
 from model.layers import GatedSiLU, RMSNorm, causal_attention
 from model.model_minimind import FeedForward, MiniMindConfig, find_loss_positions
 from model.moe import MOEFeedForward
 from model.vision import CLIP_MEAN, CLIP_STD, normalize
 from tests.conftest import REPOSITORY, make_data, make_model, make_tower, read_metrics, training_flags, write_jsonl
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
-from trainer import benchmark
 from trainer.plain import mix_experts, plain_forward, plain_loss
 from trainer.sampler import ResumableSampler
 from trainer.signals import StopRequest

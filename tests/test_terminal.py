@@ -20,16 +20,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.conversation import IMAGE_MARK
+from chat import console, terminal
+from chat.chat import Chat
+from chat.console import Screen, complete_path, half_blocks, history_file, use_readline
+from chat.markdown import escape
+from chat.terminal import TerminalChat, changed, complete, typed_paths
+from model.conversation import IMAGE_MARK
+from model.errors import UsageError
+from model.inference.assistant import Assistant
+from model.inference.generation import Sampling
 from model.weights import fingerprints, save_weights
 from tests.conftest import DECODER, REPOSITORY, make_model, make_tower
 from tests.test_video import make_video
-from trainer import console, terminal
-from trainer.config import UsageError
-from trainer.console import Screen, complete_path, half_blocks, history_file, use_readline
-from trainer.inference import Assistant, Chat, Sampling
-from trainer.markdown import escape
-from trainer.terminal import TerminalChat, changed, complete, typed_paths
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 

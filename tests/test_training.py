@@ -17,9 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model import MiniMindVLM, VLMConfig, storage
+from chat.web.runs import Run as MetricsOfRun
+from docs.figures.loss import read_curves
+from model import storage
+from model.errors import UsageError
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.paths import home_for_tilde
-from model.weights import load_weights, save_weights
+from model.weights import load_weights, save_weights, weight_name
 from tests.conftest import (
     REPOSITORY,
     children,
@@ -35,15 +39,13 @@ from tests.conftest import (
 )
 from trainer import checkpoint, distributed
 from trainer.build import build, freeze
-from trainer.config import UsageError, parse_config, weight_name
-from trainer.figures.loss import read_curves
+from trainer.config import parse_config
 from trainer.guards import TrainingFailed
 from trainer.loop import Trainer
 from trainer.main import main
 from trainer.progress import cosine
 from trainer.sampler import ResumableSampler
 from trainer.signals import StopRequest
-from trainer.web.runs import Run as MetricsOfRun
 
 NAME = "sft_vlm_32"
 BATCHES = torch.utils.data.DataLoader.__iter__
@@ -170,9 +172,9 @@ def test_bad_flags_end_with_code_2(flags, capsys):
 def test_a_tilde_is_the_home_folder_in_every_command(tmp_path, monkeypatch, capsys):
     """Where a shell does not see to it: after =, and after a comma."""
     import eval_vlm
+    from chat.web import settings
     from dataset import convert, validate
     from model import convert as convert_model
-    from trainer.web import settings
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert home_for_tilde(["~", "~/a", "--x=~/b", "c,~/d:0.3,e~/f", "--q", "~nobody-of-that-name/g", "a~b"]) == [

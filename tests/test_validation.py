@@ -14,16 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.pictures import FolderImages
+from dataset.images import FolderImages
 from dataset.sources import Mixture
 from dataset.vlm_dataset import collate
+from model.errors import UsageError
 from model.vision import normalize
 from model.weights import load_weights, save_weights
 from tests.conftest import make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
 from trainer.build import build
-from trainer.config import UsageError, parse_config
+from trainer.config import parse_config
 from trainer.guards import TrainingFailed
 from trainer.loop import Trainer
 from trainer.main import claim_outputs

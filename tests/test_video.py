@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import video
-from dataset.errors import DataError, SampleError
-from dataset.video import Frame, clock, labels, read_frames
+from chat import video
+from chat.video import Frame, clock, labels, read_frames
+from dataset.errors import DataError
+from model.errors import SampleError
 
 SIZE = (96, 64)
 

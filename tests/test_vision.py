@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
 from model.errors import UsageError
-from model.train_tiny_clip import TinyCLIP, save
+from model.recipes.train_tiny_clip import TinyCLIP, save
 from model.vision import encode_images, load_vision_tower, save_vision_tower
 from model.weights import tower_fingerprint
 from tests.conftest import REPOSITORY, make_model, make_tower

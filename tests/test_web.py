@@ -19,20 +19,21 @@ import pytest
 import torch
 from PIL import Image
 
+from chat.markdown import escape
+from chat.web import engine as engine_module
+from chat.web import pictures, tray
+from chat.web.engine import Engine
+from chat.web.models import Loading, ModelShelf
+from chat.web.problems import explain
+from chat.web.runs import Run, RunFolder, differing, smooth, thin
+from chat.web.texts import TEXTS, Labels, preferred
+from chat.web.training import state_table
+from chat.web.visitor import Visitor
 from model import vision
+from model.inference.generation import Sampling
 from model.weights import fingerprints, save_weights
 from tests.browser import CHROMIUM, Guest, chromium, free_port, serve
 from tests.conftest import COLOURS, REPOSITORY, make_model, make_tower, run_script, training_flags, write_jsonl
-from trainer.inference import Sampling
-from trainer.web import engine as engine_module
-from trainer.web import pictures, tray
-from trainer.web.engine import Engine
-from trainer.web.models import Loading, ModelShelf
-from trainer.web.problems import explain
-from trainer.web.runs import Run, RunFolder, differing, smooth, thin
-from trainer.web.texts import TEXTS, Labels, preferred
-from trainer.web.training import state_table
-from trainer.web.visitor import Visitor, escape
 
 
 def picture_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PNG", **options) -> bytes:
@@ -197,7 +198,7 @@ def test_companions_are_no_examples(tmp_path):
 
 def test_pictures_are_taken_without_torch():
     """The page is shown before torch is there; examples are on it."""
-    code = ("import io, sys; from PIL import Image; from trainer.web import pictures; file = io.BytesIO(); "
+    code = ("import io, sys; from PIL import Image; from chat.web import pictures; file = io.BytesIO(); "
             "Image.new('RGBA', (9, 9)).save(file, 'PNG'); pictures.take(file.getvalue(), 'p'); print('torch' in sys.modules)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, text=True, capture_output=True, check=True).stdout == "False\n"
 
@@ -538,7 +539,7 @@ def test_failures_are_told_and_leave_the_conversation_usable(loading, monkeypatc
     visitor = Visitor(Engine(), 512)
     show(visitor, "red")
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.inference.Chat", lambda *_: [][0])
+        patch.setattr("chat.chat.Chat", lambda *_: [][0])
         assert converse(visitor, loading, "What colour?") == "" and not visitor.busy
     assert "IndexError" in visitor.exchanges.pop().problem
     show(visitor, "red")
@@ -620,8 +621,8 @@ def test_a_picture_of_16_bits_and_a_model_are_awaited_at_once(trained, tmp_path)
     program = """if True:
         import sys, time
         from pathlib import Path
-        from trainer.web import pictures
-        from trainer.web.models import ModelShelf
+        from chat.web import pictures
+        from chat.web.models import ModelShelf
 
         shelf = ModelShelf(Path(sys.argv[1]), "sft_vlm", None, None, "model", "cpu")
         loading = shelf.load(shelf.choices()[0])
@@ -662,7 +663,7 @@ def test_a_page_that_is_drawn_leaves_the_path_of_imports_alone(tmp_path):
         import sys
         import web_demo_vlm
         from streamlit.testing.v1 import AppTest
-        from trainer.web.settings import start
+        from chat.web.settings import start
 
         class Watched(list):
             def insert(self, index, entry):
@@ -827,9 +828,9 @@ def test_a_question_asked_at_once_goes_with_all_of_its_pictures(page_of, browser
 
 WATCHED = """
 import runpy, sys
-from trainer.inference import Assistant
-from trainer.web import chat
-from trainer.web.engine import Engine
+from model.inference.assistant import Assistant
+from chat.web import chat
+from chat.web.engine import Engine
 
 def watch(owner, name):
     plain = getattr(owner, name)

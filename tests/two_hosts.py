@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .conftest import REPOSITORY, make_data, make_tower, run_script, training_flags
+from tests.conftest import REPOSITORY, make_data, make_tower, run_script, training_flags
 
 NAMES, ADDRESSES, PORT = ("host_a", "host_b"), ("10.213.0.1", "10.213.0.2"), 29511
 WEIGHTS = Path("out") / "sft_vlm_32.pth"

@@ -5,7 +5,6 @@ import errno
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,22 +16,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dataset.conversation import Renderer
-from dataset.errors import DataError, SampleError
+from dataset.errors import DataError
 from dataset.features import CacheKey, FeatureCache, format_of
-from dataset.pictures import NoImages, open_images
+from dataset.images import NoImages, open_images
 from dataset.sources import SampleSource, open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from machine import cores
-from model import MiniMindVLM, VLMConfig
-from model.compiled import why_not_compile
-from model.errors import first_line
-from model.processing import load_tokenizer
+from model.conversation import Renderer, load_tokenizer
+from model.device import bf16_is_fast, why_not_compile
+from model.errors import SampleError, UsageError, first_line
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import attend_by_products, load_vision_tower, tower_patches
 from model.weights import fingerprints, load_weights, read_sidecar
 
 from .checkpoint import load_training_state
-from .config import TrainConfig, UsageError
+from .config import TrainConfig
 from .distributed import Ranks
 from .sampler import ResumableSampler
 from .signals import StopRequest
@@ -91,22 +89,6 @@ def freeze(model: MiniMindVLM, mode: int) -> None:
     for name, parameter in model.named_parameters():
         learns = mode == 0 or name.startswith("vision_proj.") or (mode == 2 and name.startswith(last))
         parameter.requires_grad_(learns)
-
-
-def bf16_is_fast(device: torch.device, size: int = 768) -> bool:
-    """Whether the device multiplies bf16 matrices at least as fast as fp32 ones: measured, in milliseconds."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(size, size, device=device).to(dtype)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            for _ in range(3):
-                b = a @ a
-            b.sum().item()  # waits for the device
-            times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
 def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None, tower: str) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from model import MiniMindVLM
 from model.errors import UsageError
+from model.model_vlm import MiniMindVLM
 from model.storage import write_atomically
 from model.weights import half_weights, read_sidecar, read_state, read_tensors, tensors_fingerprint, write_weights
 

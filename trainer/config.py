@@ -16,10 +16,8 @@ from pathlib import Path
 
 from dataset.sources import split_entries
 from model.errors import UsageError
-from model.paths import home_for_tilde
+from model.paths import REPOSITORY, home_for_tilde
 from model.weights import weight_name
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def setting(default, help_text: str, choices: tuple | None = None):

@@ -3,7 +3,6 @@
 Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); started plainly, there is one rank.
 """
 
-import ctypes
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from machine import LAUNCHER, allow_many_files
+from model.device import keep_freed_memory, usable_device
 from model.errors import UsageError, first_line
 
 JOIN_SECONDS = 600  # that processes wait for one another at the start
@@ -56,41 +56,6 @@ class Ranks:
         return tensor.tolist()
 
 
-def default_device() -> str:
-    """"cuda:0", "mps" or "cpu": the best there is."""
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        return "cuda:0" if kind == "cuda" else kind
-    return "cpu"
-
-
-def keep_freed_memory(huge_pages: bool = False) -> None:
-    """Settings of memory for work on a CPU; to be called before the first tensor is made.
-
-    glibc's malloc keeps what tensors free instead of handing it back to the system. By default every large tensor is
-    mapped anew and each of its pages faults on first touch; an update allocates hundreds of them, and spent a quarter of
-    its time there. Other C libraries are left alone.
-
-    oneDNN keeps the compiled kernels of fewer shapes than its own 1,024: with batches of all lengths these took half a
-    gigabyte, and compiling one again costs next to nothing.
-
-    `huge_pages` asks for them for tensors of 2 MB and more: weights that are read once a token stream up to a tenth faster.
-    Training's tensors, of all sizes, would only take a fifth more memory by their alignment.
-    """
-    if huge_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks once, at its first tensor of any size
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_ARENA_MAX, 1)  # what the backward's thread frees serves the forward's, and the other way round
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 64 * 2**20)
-
-
 def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float) -> str:
     """A name for this start of the group, the same on all ranks and never used before; raises TimeoutError.
 
@@ -115,17 +80,6 @@ def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float) -> st
             raise TimeoutError(f"ranks {sorted(missing)} of {size} did not come within {seconds:.0f} s")
         time.sleep(0.02)
     return name
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name; raises UsageError when this machine or this torch has none."""
-    try:
-        device = torch.device(name)
-        if device.type != "cpu":
-            torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: {first_line(error).split('. ')[0]}. Without the flag the best there is is taken") from error
-    return device
 
 
 def launched() -> tuple[int, int, int, int] | None:

@@ -1,6 +1,7 @@
 """What both training scripts do: flags, start, training, and an exit code that says how it went."""
 
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -10,15 +11,14 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from machine import ran_out_of_memory
-from model.errors import first_line
+from model.errors import UsageError, first_line
 from model.storage import StorageError, check_writable, hold, remove_temporaries
 from model.weights import lock_of
 
 from . import distributed
 from .build import build, loader_remedy
 from .checkpoint import previous_state
-from .config import TrainConfig, UsageError, parse_config
-from .console import keep_talking
+from .config import TrainConfig, parse_config
 from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
@@ -117,3 +117,25 @@ def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     if store:
         store.set(BEGAN, "")
     return dataclasses.replace(config, from_resume=int(ranks.sum([float(there and began)])[0]))
+
+
+class _Lossy(io.FileIO):
+    """A file that loses what it cannot write."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or len(data)  # None: a full pipe that does not wait
+        except OSError:  # nobody reads, the disk is full, the terminal is gone
+            return len(data)
+
+
+def keep_talking() -> None:
+    """From now on no message can fail: what standard output and error do not take, and what they cannot spell, is lost, and the
+    work goes on. For work of hours; a short command may end with whoever reads it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed when the process started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (as long as the process)
+        elif stream is getattr(sys, f"__{name}__"):  # and no notebook's or test's
+            raw = _Lossy(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True))

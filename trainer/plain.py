@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPImageProcessor
 
-from dataset.conversation import Renderer
-from dataset.pictures import ImageSource
+from dataset.images import ImageSource
 from dataset.sources import SampleSource
-from model import MiniMindVLM
+from model.conversation import Renderer
 from model.layers import rope_tables
 from model.model_minimind import IGNORE_INDEX
+from model.model_vlm import MiniMindVLM
 from model.moe import MOEFeedForward
 
 

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 
 from machine import cores
+from model.errors import UsageError
 from model.weights import check_fingerprints
 
 from .build import Run
 from .checkpoint import previous_state, rng_state, set_rng_state
-from .config import TrainConfig, UsageError, share_of
+from .config import TrainConfig, share_of
 from .distributed import Ranks
 from .progress import Interval, Schedule, TrainState
 from .sampler import ResumableSampler

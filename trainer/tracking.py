@@ -18,9 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from model.paths import REPOSITORY
 from model.storage import write_atomically
 
-from .config import REPOSITORY, TrainConfig
+from .config import TrainConfig
 
 FINISH_SECONDS = 30.0  # that SwanLab gets for its last points, once training has ended
 STALE_SECONDS = 5.0  # until a bar's figures are brought up to date

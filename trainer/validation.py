@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dataset.conversation import IMAGE_MARK, Sample, Turn
 from dataset.errors import DataError
-from dataset.pictures import open_images
+from dataset.images import open_images
+from dataset.sample import Sample
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset
+from model.conversation import IMAGE_MARK, Turn
+from model.errors import UsageError
+from model.inference.assistant import Assistant
+from model.inference.generation import Sampling
 from model.vision import normalize, preprocess
 
 from .build import Run, build_loader, open_cache
-from .config import UsageError
 from .guards import BadSampleGuard
-from .inference import Assistant, Sampling
 from .objective import Objective
 from .progress import TrainState
 from .sampler import ResumableSampler

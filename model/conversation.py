@@ -1,0 +1,233 @@
+"""A conversation as tokens: checked, rendered to ids, labels and places of pictures. Training, evaluation, the demo and
+the processor share it.
+
+Legend: T tokens, P placeholders of a picture (196). The layout is ChatML:
+
+    <|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n
+    <|im_start|>user\\nWhat is this? @@@...@<|im_end|>\\n
+    <|im_start|>assistant\\nA cat.<|im_end|>\\n          <- "A cat.<|im_end|>\\n" carries the loss, nothing else
+"""
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .errors import SampleError, UsageError, check_fetched, first_line
+from .model_minimind import IGNORE_INDEX
+
+IMAGE_MARK = "<image>"
+TYPED_MARK = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
+DEFAULT_SYSTEM = "You are a helpful assistant"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+DEFAULT_TURN = Turn("system", DEFAULT_SYSTEM)
+
+
+class Conversation(Protocol):
+    """What is rendered: turns, and "file:line" for errors."""
+
+    turns: tuple[Turn, ...]
+    where: str
+
+
+def parse_turns(conversations: Any, where: str = "") -> tuple[Turn, ...]:
+    """`[{"role": ..., "content": ...}, ...]` as turns; raises SampleError naming the turn at fault."""
+    if not isinstance(conversations, list) or not conversations:
+        raise SampleError("'conversations' is missing, empty, or no list", where)
+    turns = []
+    for number, message in enumerate(conversations, start=1):
+        if not isinstance(message, dict):
+            raise SampleError(f"turn {number} is no object with 'role' and 'content'", where)
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise SampleError(f"turn {number} has role {role!r}; known are {', '.join(ROLES)}", where)
+        if not isinstance(content, str):
+            raise SampleError(f"turn {number} has content of type {type(content).__name__}, not text", where)
+        if not is_text(content):
+            raise SampleError(f"turn {number} holds half of a surrogate pair: no text", where)
+        if role == "system" and number > 1:
+            raise SampleError(f"turn {number} is a system turn; only the first may be", where)
+        if role != "user" and IMAGE_MARK in content:
+            raise SampleError(f"turn {number} has an {IMAGE_MARK} mark; only a user's turn shows pictures", where)
+        turns.append(Turn(role, content))
+    return tuple(turns)
+
+
+def is_text(content: str) -> bool:
+    """Whether a string is Unicode text; json can spell strings that are not."""
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """ids int64 [T]; labels int64 [T], equal to the ids where there is loss and -100 elsewhere; for each picture the
+    index of its first placeholder."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    image_starts: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Renderer:
+    """Turns conversations into ids, with the tokenizer's special tokens placed by this code alone.
+
+    Text is text: "<|im_end|>" or "@" in somebody's message become ordinary tokens, never a boundary or a picture.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_tokens: int = 196
+    image_token: str = "@"
+    _backend: Tokenizer = field(init=False, repr=False)
+    _run: int = field(init=False, repr=False)  # placeholders that stand for a picture while text is tokenized
+
+    def __post_init__(self):
+        # A copy of our own, in which special tokens inside text are split like any other text.
+        self._backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        ids = [self.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", self.image_token)]
+        if None in ids or self.tokenizer.unk_token_id in ids:
+            raise ValueError(f"the tokenizer lacks one of <|im_start|>, <|im_end|>, {self.image_token!r}")
+        self.im_start, self.im_end, self.image_token_id = ids
+        # No longer token contains a placeholder: then its neighbours are cut the same whether one stands there or 196,
+        # and tokenizing one is several times faster.
+        alone = [token for token in self._backend.get_vocab() if self.image_token in token] == [self.image_token]
+        self._run = 1 if alone else self.image_tokens
+        self._newline, self._header, self._system = (
+            self._backend.encode(text, add_special_tokens=False).ids
+            for text in ("\n", "assistant\n", f"system\n{DEFAULT_SYSTEM}")
+        )
+
+    def render(self, sample: Conversation, max_length: int | None = None) -> Rendered:
+        """The whole conversation, cut to `max_length` tokens at the end.
+
+        Raises SampleError when the cut would touch a picture or leave nothing to learn.
+        """
+        rendered = self.render_turns(sample.turns, sample.where)
+        if max_length is not None and len(rendered) > max_length:
+            starts = rendered.image_starts
+            if starts and starts[-1] + self.image_tokens > max_length:
+                raise SampleError(
+                    f"{len(starts)} pictures of {self.image_tokens} tokens do not fit in {max_length} tokens (the last"
+                    f" ends at {starts[-1] + self.image_tokens}); raise --max_seq_len",
+                    sample.where,
+                )
+            rendered = Rendered(rendered.ids[:max_length], rendered.labels[:max_length], starts)
+        # The first token is never predicted, so a label there would teach nothing.
+        if not (rendered.labels[1:] != IGNORE_INDEX).any():
+            raise SampleError(
+                f"no token of an answer is left within {max_length} tokens; raise --max_seq_len", sample.where
+            )
+        return rendered
+
+    def render_prompt(self, turns: tuple[Turn, ...], continue_last: bool = False) -> Rendered:
+        """The conversation so far and the opening of the assistant's answer, or with `continue_last` the last turn as that
+        opening; no labels."""
+        rendered = self.render_turns(turns)
+        if continue_last:
+            ids = rendered.ids[: -1 - len(self._newline)]
+        else:
+            ids = np.concatenate([rendered.ids, [self.im_start, *self._header]])
+        return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
+
+    def render_text(self, text: str) -> Rendered:
+        """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> mark is a
+        picture, and the ids of written-out turns are those of the turns."""
+        special, ids, starts, before = self.tokenizer.get_added_vocab(), [], [], None
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if piece in special:
+                ids.append(special[piece])
+            else:
+                header = "assistant\n" if before == "<|im_start|>" and piece.startswith("assistant\n") else ""
+                for part in (header, piece[len(header) :]):
+                    part_ids, part_starts = self._encode(part, show_images=True)
+                    starts += [len(ids) + start for start in part_starts]
+                    ids += part_ids
+            before = piece
+        ids = np.array(ids, dtype=np.int64)
+        return Rendered(ids, np.full_like(ids, IGNORE_INDEX), tuple(starts))
+
+    def render_turns(self, turns: tuple[Turn, ...], where: str = "") -> Rendered:
+        """The whole conversation, whatever its length and its last turn."""
+        if turns[0].role != "system":
+            turns = (DEFAULT_TURN, *turns)
+        ids: list[int] = []
+        labels: list[int] = []
+        starts: list[int] = []
+        for turn in turns:
+            header_and_content, answer_from = f"{turn.role}\n{turn.content}", None
+            if turn.role == "assistant":
+                # Header and answer are tokenized apart, as at inference, where the header ends the prompt.
+                turn_ids, answer_from = self._header + self._encode(turn.content)[0], len(self._header)
+            elif turn == DEFAULT_TURN:
+                turn_ids = self._system
+            else:
+                turn_ids, turn_starts = self._encode(header_and_content, turn.role == "user", where)
+                starts += [len(ids) + 1 + start for start in turn_starts]
+            turn_ids = [self.im_start, *turn_ids, self.im_end, *self._newline]
+            ids += turn_ids
+            if answer_from is None:
+                labels += [IGNORE_INDEX] * len(turn_ids)
+            else:
+                labels += [IGNORE_INDEX] * (answer_from + 1) + turn_ids[answer_from + 1 :]
+        return Rendered(np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64), tuple(starts))
+
+    def _encode(self, text: str, show_images: bool = False, where: str = "") -> tuple[list[int], list[int]]:
+        """ids of `text` with every <image> mark as P placeholders, and the index of each run's first token.
+
+        The text is tokenized with the placeholders in place, as the published code does, and the runs are found by
+        their character offsets: a literal "@" beside a mark moves nothing.
+        """
+        if not show_images or IMAGE_MARK not in text:
+            return self._backend.encode(text, add_special_tokens=False).ids, []
+        parts = text.split(IMAGE_MARK)
+        encoding = self._backend.encode((self.image_token * self._run).join(parts), add_special_tokens=False)
+        begins = [begin for begin, _ in encoding.offsets]
+        ids, starts, at, done = [], [], 0, 0
+        for part in parts[:-1]:
+            at += len(part)
+            first = bisect_left(begins, at)
+            span = encoding.ids[first : first + self._run]
+            if span != [self.image_token_id] * self._run or begins[first] != at:
+                raise SampleError(f"the tokenizer does not keep {self.image_tokens} {self.image_token!r} apart", where)
+            ids += encoding.ids[done:first]
+            starts.append(len(ids))
+            ids += [self.image_token_id] * self.image_tokens
+            at, done = at + self._run, first + self._run
+        return ids + encoding.ids[done:], starts
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; raises UsageError when there is none that can be read."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of damaged files, all kinds
+        check_fetched(folder)
+        raise UsageError(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {first_line(error)}. Fetch its files"
+                         " again; the project's own lies in model/ (--tokenizer_path)") from error  # fmt: skip

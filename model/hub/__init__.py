@@ -1,0 +1,25 @@
+"""transformers' side: importing this package teaches its Auto classes the `minimind` and `minimind-v` families."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from model.hub.processing import MiniMindVImageProcessor, MiniMindVProcessor
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_vlm import MiniMindVLM, VLMConfig
+
+AutoConfig.register(MiniMindConfig.model_type, MiniMindConfig, exist_ok=True)
+AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(VLMConfig, MiniMindVLM, exist_ok=True)
+AutoModelForImageTextToText.register(VLMConfig, MiniMindVLM, exist_ok=True)
+AutoImageProcessor.register(VLMConfig, slow_image_processor_class=MiniMindVImageProcessor, exist_ok=True)
+# By these names transformers' Trainer knows that label smoothing has to shift the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update({"minimind": "MiniMindForCausalLM", "minimind-v": "MiniMindVLM"})
+AutoProcessor.register(VLMConfig, MiniMindVProcessor, exist_ok=True)
+

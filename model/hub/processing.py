@@ -1,0 +1,212 @@
+"""Pictures and text to model inputs, as transformers' processors do it, by the renderer and the pixels of training.
+
+Legend: B rows of a batch, T tokens, N pictures of the whole batch in reading order, P placeholders of a picture.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+
+from model.conversation import DEFAULT_SYSTEM, IMAGE_MARK, TYPED_MARK, Rendered, Renderer, Turn, parse_turns
+from model.model_minimind import IGNORE_INDEX
+from model.vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
+
+SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's picture, as transformers and OpenAI have them
+
+
+def open_picture(source: Any) -> Image.Image:
+    """A PIL picture, uint8 array [H, W, 3], path, URL or base64 text as a PIL picture. Raises ValueError for others."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3:
+        return Image.fromarray(source)
+    if isinstance(source, Path) or (isinstance(source, str) and len(source) < 4096 and Path(source).is_file()):
+        return Image.open(source)
+    if isinstance(source, str):
+        return load_image(source)
+    raise ValueError(f"a picture is a PIL picture, an uint8 array [H, W, 3], a path or a URL, not {type(source).__name__}")
+
+
+class MiniMindVImageProcessor(BaseImageProcessor):
+    """Pictures as CLIP was trained on them; see `preprocess` and `normalize` of vision.py.
+
+    Its settings are fixed and written out for other programs. Raises ValueError for others.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, **kwargs):
+        fixed = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+        for name, value in fixed.items():
+            if kwargs.setdefault(name, value) != value:
+                raise ValueError(f"{name} {kwargs[name]}: pictures are prepared with {value}, as the tower was trained")
+        super().__init__(**kwargs)
+
+    def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
+        """One picture or a list of them, as `open_picture` takes them -> float `pixel_values` [N, 3, 224, 224]."""
+        images = images if isinstance(images, list | tuple) else [images]
+        pixels = torch.stack([preprocess(open_picture(image)) for image in images])
+        return BatchFeature({"pixel_values": normalize(pixels)}, tensor_type=return_tensors)
+
+
+def pad_batch(rows: list[Rendered], image_tokens: int, pad_id: int, side: str, T: int) -> dict[str, torch.Tensor]:
+    """Rows as `input_ids`, `attention_mask` and `labels` [B, T], padded on a side with `pad_id`, 0 and -100, and
+    `image_positions` int64 [N * P], indices into B * T."""
+    batch = {"input_ids": torch.full((len(rows), T), pad_id), "attention_mask": torch.zeros(len(rows), T, dtype=torch.int64),
+             "labels": torch.full((len(rows), T), IGNORE_INDEX)}  # fmt: skip
+    positions = []
+    for number, row in enumerate(rows):
+        start = T - len(row) if side == "left" else 0
+        place = (number, slice(start, start + len(row)))
+        batch["input_ids"][place], batch["attention_mask"][place] = torch.from_numpy(row.ids), 1
+        batch["labels"][place] = torch.from_numpy(row.labels)
+        positions += [torch.arange(image_tokens) + number * T + start + at for at in row.image_starts]
+    return batch | {"image_positions": torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)}
+
+
+def flatten_message(message: Any) -> tuple[Any, list]:
+    """A message with its content as one text, and its pictures in reading order; None for one that is given apart.
+
+    In a text an <image> is a mark. In a list of parts pictures are parts, so an <image> in a text part is text; a newline
+    stands between a picture and what is beside it, as in the training data. Raises ValueError for parts of other kinds.
+    """
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list | tuple):
+        shows = isinstance(content, str) and message.get("role") == "user"
+        return message, [None] * content.count(IMAGE_MARK) if shows else []
+    text, images, before = "", [], None
+    for part in content:
+        kind = part.get("type")
+        if kind not in ("text", "image", "image_url"):
+            raise ValueError(f"a message part of type {kind!r}; known are 'text' and 'image'")
+        addition = part["text"].replace(IMAGE_MARK, TYPED_MARK) if kind == "text" else IMAGE_MARK
+        if kind != "text":
+            source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
+            images.append(source["url"] if isinstance(source, dict) else source)
+        text += "\n" * (before is not None and IMAGE_MARK in (before, addition)) + addition
+        before = addition
+    return {**message, "content": text}, images
+
+
+def flatten_images(images: Any) -> list:
+    """Nothing, a picture, a list of them, or lists in a list, as one list."""
+    if images is None:
+        return []
+    return [one for some in images for one in flatten_images(some)] if isinstance(images, list | tuple) else [images]
+
+
+class MiniMindVProcessor(ProcessorMixin):
+    """Tokenizer and image processor in one: `processor(images, text)` for texts with <image> marks,
+    `processor.apply_chat_template(messages, tokenize=True, return_dict=True)` for conversations.
+
+    Both give `input_ids`, `attention_mask` and, with pictures, `pixel_values` and `image_positions`, as PyTorch tensors,
+    which `generate` and `forward` take as they are. Conversations become the very ids of training, by the renderer, for
+    which text is text: "<|im_end|>" or "@" in somebody's message is no boundary and no picture.
+
+    Options of both: `padding` True, or "max_length" to fill up to `max_length`; `padding_side` "left", where prompts want
+    it, or "right". Nothing is ever cut.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, chat_template: str | None = None):
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        # Made here rather than read: folders of the original project bring no settings, and there is nothing to set.
+        self.image_processor, self.image_tokens = MiniMindVImageProcessor(), image_tokens
+        self.renderer = Renderer(tokenizer, image_tokens)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> list[str]:
+        """As transformers' own, and the image processor's settings where other programs look for them."""
+        self.image_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **options) -> BatchFeature:
+        """B texts and their pictures, in one flat list or a list for each text. Special tokens that stand in a text are
+        special, as everywhere in transformers.
+
+        Raises ValueError when marks and pictures do not match, with both counts.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ValueError("text is missing: a text, or a list of them, with an <image> mark for each picture")
+        if isinstance(images, list | tuple) and any(isinstance(some, list | tuple) for some in images):
+            marks, given = [one.count(IMAGE_MARK) for one in texts], [len(flatten_images(some)) for some in images]
+            if marks != given:
+                raise ValueError(f"the texts have {marks} {IMAGE_MARK} marks, but {given} pictures")
+        batch = self._batch([self.renderer.render_text(one) for one in texts], flatten_images(images), **options)
+        del batch["labels"]
+        return batch
+
+    def apply_chat_template(
+        self, conversation: list, *, images: Any = None, add_generation_prompt: bool = False,
+        continue_final_message: bool = False, tokenize: bool = False, return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False, processor_kwargs: dict | None = None, **options,
+    ) -> str | list[str] | torch.Tensor | BatchFeature:  # fmt: skip
+        """One conversation or a list of them as text, or with `tokenize` as ids, with `return_dict` as model inputs.
+
+        A message's content is a text with <image> marks, or a list of parts; pictures come with the parts, and those of
+        marks and of parts without one from `images`, in reading order. `return_assistant_tokens_mask` adds
+        `assistant_masks` [B, T], 1 where training has loss.
+        Raises ValueError for messages the model does not know, and when pictures and marks do not match.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt begins an answer, continue_final_message goes on with one: not both")
+        if unknown := [name for name in ("chat_template", "tools", "documents") if options.pop(name, None) is not None]:
+            raise ValueError(f"{', '.join(unknown)}: conversations with this model have the one layout it was trained with")
+        many = isinstance(conversation[0], list | tuple)
+        flat = [[flatten_message(message) for message in one] for one in (conversation if many else [conversation])]
+        turns = [parse_turns([message for message, _ in one]) for one in flat]
+        if not tokenize:
+            texts = [write_out(one, add_generation_prompt, continue_final_message) for one in turns]
+            return texts if many else texts[0]
+        shown, given = [picture for one in flat for _, pictures in one for picture in pictures], flatten_images(images)
+        waiting = sum(picture is None for picture in shown)
+        if waiting != len(given):
+            raise ValueError(f"{waiting} {IMAGE_MARK} marks and parts wait for a picture from images=, which has {len(given)}")
+        given = iter(given)
+        shown = [next(given) if picture is None else picture for picture in shown]
+        if add_generation_prompt or continue_final_message:
+            rows = [self.renderer.render_prompt(one, continue_final_message) for one in turns]
+        else:
+            rows = [self.renderer.render_turns(one) for one in turns]
+        batch = self._batch(rows, shown, **options, **(processor_kwargs or {}))
+        labels = batch.pop("labels")
+        if return_assistant_tokens_mask:
+            batch["assistant_masks"] = (labels != IGNORE_INDEX).long()
+        return batch if return_dict else batch["input_ids"]
+
+    def _batch(
+        self, rows: list[Rendered], images: list, padding: bool | str = True, padding_side: str = "left",
+        max_length: int | None = None, return_tensors: str | None = "pt",
+    ) -> BatchFeature:  # fmt: skip
+        """Model inputs, labels included."""
+        marks, longest = sum(len(row.image_starts) for row in rows), max(map(len, rows))
+        if marks != len(images):
+            raise ValueError(f"{marks} {IMAGE_MARK} marks, but {len(images)} pictures")
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors {return_tensors!r}: only PyTorch tensors ('pt') are made")
+        if padding == "max_length" and (max_length is None or max_length < longest):
+            raise ValueError(f"padding to max_length {max_length}, but there are {longest} tokens, and none is cut")
+        if not padding and any(len(row) != longest for row in rows):
+            raise ValueError("rows of different lengths need padding")
+        length = max_length if padding == "max_length" else longest
+        batch = pad_batch(rows, self.image_tokens, self.tokenizer.pad_token_id, padding_side, length)
+        if images:
+            batch |= self.image_processor(images)
+        else:
+            del batch["image_positions"]
+        return BatchFeature(batch)
+
+
+def write_out(turns: tuple[Turn, ...], add_generation_prompt: bool, continue_final_message: bool) -> str:
+    """The conversation as the tokenizer's chat template has it."""
+    if turns[0].role != "system":
+        turns = (Turn("system", DEFAULT_SYSTEM), *turns)
+    text = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in turns)
+    if continue_final_message:
+        return text.removesuffix("<|im_end|>\n")
+    return text + "<|im_start|>assistant\n" * add_generation_prompt

@@ -1,0 +1,267 @@
+"""Decoding: prompts with pictures in, tokens out.
+
+A prompt is read in chunks into a key/value cache; then each token is chosen from the last logits and fed back. What two
+prompts have in common at their beginning is computed once: across the turns of a chat, and across a batch.
+
+Legend of shapes: B rows, T tokens, K tokens in the cache, N pictures, P placeholders of a picture, W width of the tower,
+V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import Cache
+
+from model.model_vlm import MiniMindVLM
+
+from .compiled import CompiledDecoder
+from .packed import PackedDecoder
+
+CHUNK = 2048  # tokens of a prompt read at once
+SHRINK = 0.75  # a batch is copied without its finished rows when no more than this share goes on
+LIKELY = 64  # tokens among which top-p looks first
+
+
+Features = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]  # patch vectors [P, W] by number of the picture
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: `temperature` 0 is greedy, `top_k` 0 keeps all, `seed` makes it repeatable.
+
+    Raises ValueError for a value out of its range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.65
+    top_p: float = 0.85
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        for name, holds, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "is at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "is at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "lies in (0, 1]"),
+            ("top_k", self.top_k >= 0, "is at least 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "is above 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "lies in [0, 2^63)"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} {rule}, not {getattr(self, name)}")
+
+
+class Chooser:
+    """Chooses tokens for B rows; random numbers come from a generator of its own."""
+
+    def __init__(self, sampling: Sampling, device: torch.device):
+        self.sampling = sampling
+        self.generator = torch.Generator(device)
+        self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
+
+    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """logits [B, V] after penalty, temperature, top-k and top-p, in fp32; `seen` bool [B, V] are the tokens that
+        stand in a row already. -inf where a token cannot be chosen."""
+        scores, s = logits.float(), self.sampling
+        if s.repetition_penalty != 1.0 and seen is not None:
+            # Divided or multiplied by sign: dividing a negative logit would make its token likelier.
+            penalized = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
+            scores = torch.where(seen, penalized, scores)
+        if s.temperature == 0:
+            return scores
+        scores = scores / s.temperature
+        if 0 < s.top_k < scores.shape[-1]:
+            least = scores.topk(s.top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        return self._keep_likeliest(scores) if s.top_p < 1 else scores
+
+    def _keep_likeliest(self, scores: torch.Tensor) -> torch.Tensor:
+        """Top-p: the fewest tokens that together have the probability `top_p`, the others at -inf."""
+        total = scores.logsumexp(-1, keepdim=True)
+        for count in (LIKELY, scores.shape[-1]):  # a few nearly always suffice, and sorting all takes long
+            ordered, order = scores.topk(min(count, scores.shape[-1]))
+            shares = (ordered - total).exp()
+            before = shares.cumsum(-1) - shares
+            if (before[:, -1] >= self.sampling.top_p).all():
+                break
+        ordered = ordered.masked_fill(before >= self.sampling.top_p, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(-1, order, ordered)
+
+    def __call__(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """The next tokens, int64 [B]."""
+        scores = self.scores(logits, seen)
+        if self.sampling.temperature == 0:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids int64 [T], the first placeholder of each picture, and the pictures' numbers (one picture, one number)."""
+
+    ids: np.ndarray
+    image_starts: tuple[int, ...]
+    pictures: tuple[int, ...]
+    image_tokens: int
+
+    def key(self) -> np.ndarray:
+        """int64 [T] that says what each position reads: its token, or -1 - number of its picture."""
+        key = self.ids.copy()
+        for start, number in zip(self.image_starts, self.pictures, strict=True):
+            key[start : start + self.image_tokens] = -1 - number
+        return key
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many positions two keys share at their beginning."""
+    shorter = min(len(a), len(b))
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+@dataclass
+class Memory:
+    """What a decoder has read: a cache of one row, and the key of what it was computed from."""
+
+    cache: Cache
+    key: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def keep(self, count: int) -> None:
+        """Forgets all but the first `count` positions, and what an interrupted step left in some layers."""
+        for layer in self.cache.layers:
+            if not layer.is_croppable:  # a static layer: what lies beyond its length is neither seen nor kept
+                layer.cumulative_length.fill_(count)
+            else:
+                layer.crop(min(0, count - layer.get_seq_length()))
+        self.key = self.key[:count]
+
+
+def embed(
+    model: MiniMindVLM, prompts: Sequence[Prompt], spans: Sequence[tuple[int, int]], features: Features
+) -> torch.Tensor:
+    """Embeddings [B, T, D] of a span (start, end) of each prompt, padded on the right; features[number] are the patch
+    vectors [P, W] of a picture, which a span may cut."""
+    T = max(end - start for start, end in spans)
+    ids = torch.full((len(prompts), T), model.config.pad_token_id)
+    places, patches = [], []
+    for row, (prompt, (start, end)) in enumerate(zip(prompts, spans, strict=True)):
+        ids[row, : end - start] = torch.from_numpy(prompt.ids[start:end])
+        for at, number in zip(prompt.image_starts, prompt.pictures, strict=True):
+            first, last = max(at, start), min(at + prompt.image_tokens, end)
+            if first < last:
+                places.append(torch.arange(first, last) + row * T - start)
+                patches.append(features[number][first - at : last - at])
+    ids = ids.to(model.device)
+    if not places:
+        return model.embed(ids)
+    return model.embed(ids, None, torch.cat(places).to(model.device), torch.cat(patches).unsqueeze(0))
+
+
+def tokens_seen(prompts: Sequence[Prompt], sampling: Sampling, model: MiniMindVLM) -> torch.Tensor | None:
+    """bool [B, V]: the tokens of each prompt; None where no penalty asks."""
+    if sampling.repetition_penalty == 1.0:
+        return None
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.from_numpy(prompt.ids)] = True
+    return seen.to(model.device)
+
+
+@torch.inference_mode()
+def generate_stream(
+    decoder: PackedDecoder | CompiledDecoder, memory: Memory, prompt: Prompt, features: Features, sampling: Sampling, stop: int,
+    chunk: int = CHUNK,
+) -> Iterator[int]:  # fmt: skip
+    """The tokens that follow `prompt`, one by one, until `stop` (which is not given) or `max_new_tokens`.
+
+    What `memory` holds of the prompt is not read again; afterwards it holds the prompt and the tokens given so far, also
+    when the iterator is closed or an exception ends it.
+    """
+    model, key = decoder.model, prompt.key()
+    memory.keep(min(common_prefix(memory.key, key), len(key) - 1))  # the last one is read anew, for its logits
+    logits = None
+    for part in embed(model, [prompt], [(len(memory.key), len(key))], features).split(chunk, dim=1):
+        logits = decoder(part, memory.cache)
+        memory.key = key[: len(memory.key) + part.shape[1]]
+    chooser, seen = Chooser(sampling, model.device), tokens_seen([prompt], sampling, model)
+    for number in range(1, sampling.max_new_tokens + 1):
+        token = chooser(logits, seen)
+        chosen = int(token)
+        if chosen == stop:
+            return
+        yield chosen
+        if number == sampling.max_new_tokens:
+            return
+        logits = decoder(model.embed(token[:, None]), memory.cache)
+        memory.key = np.append(memory.key, chosen)
+        if seen is not None:
+            seen[0, chosen] = True
+
+
+def read_prompts(
+    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features
+) -> tuple[torch.Tensor, Cache, torch.Tensor, torch.Tensor]:
+    """Reads B prompts: logits [B, V], the cache, which of its K places hold a token of a row (bool [B, K]), and the
+    rows' lengths int64 [B].
+
+    What stands before and in the pictures is read once for all prompts that share it, and their rows are copies. Both
+    that and the rest are padded on the right, where causal attention needs no mask to ignore it.
+    """
+    model, device = decoder.model, decoder.model.device
+    shared = [min(p.image_starts[-1] + p.image_tokens, len(p.ids) - 1) if p.image_starts else 0 for p in prompts]
+    groups: dict[bytes, int] = {}  # key of a shared beginning -> its row
+    rows = [groups.setdefault(p.key()[:end].tobytes(), len(groups)) for p, end in zip(prompts, shared, strict=True)]
+    cache, width = decoder.new_cache(), max(shared)
+    if width:
+        first = [rows.index(number) for number in range(len(groups))]
+        decoder(embed(model, [prompts[i] for i in first], [(0, shared[i]) for i in first], features), cache)
+        if rows != list(range(len(prompts))):
+            cache.batch_select_indices(torch.tensor(rows, device=device))
+    begins, lengths = torch.tensor(shared, device=device), torch.tensor([len(p.ids) for p in prompts], device=device)
+    rest = lengths - begins
+    x = embed(model, prompts, [(end, len(p.ids)) for p, end in zip(prompts, shared, strict=True)], features)
+    steps = torch.arange(x.shape[1], device=device)
+    held = torch.cat((torch.arange(width, device=device) < begins[:, None], steps < rest[:, None]), dim=1)
+    mask = held[:, None, None] & torch.ones(len(steps), width + len(steps), dtype=torch.bool, device=device).tril(width)
+    logits = decoder(x, cache, mask, begins[:, None] + steps, rest - 1)
+    return logits, cache, held, lengths
+
+
+@torch.inference_mode()
+def generate_batch(
+    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features, sampling: Sampling, stop: int
+) -> list[list[int]]:
+    """The tokens that follow each of B prompts, up to `stop` or `max_new_tokens`: the same as one by one.
+
+    A prompt that stands there several times gets as many samples. Rows that have ended leave the batch.
+    """
+    logits, cache, held, lengths = read_prompts(decoder, prompts, features)
+    chooser, seen = Chooser(sampling, logits.device), tokens_seen(prompts, sampling, decoder.model)
+    held = F.pad(held, (0, sampling.max_new_tokens), value=True)
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows, going = list(range(len(prompts))), [True] * len(prompts)  # whose row it is, and whether it goes on
+    for number in range(1, sampling.max_new_tokens + 1):
+        tokens = chooser(logits, seen)
+        for place, token in enumerate(tokens.tolist()):
+            going[place] = going[place] and token != stop
+            if going[place]:
+                answers[rows[place]].append(token)
+        if not any(going) or number == sampling.max_new_tokens:
+            break
+        if sum(going) < SHRINK * len(going):
+            kept = torch.tensor([place for place, on in enumerate(going) if on], device=logits.device)
+            cache.batch_select_indices(kept)
+            tokens, held, lengths = tokens[kept], held[kept], lengths[kept]
+            seen = None if seen is None else seen[kept]
+            rows, going = [rows[place] for place in kept.tolist()], [True] * len(kept)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        K = cache.get_seq_length() + 1
+        logits = decoder(decoder.model.embed(tokens[:, None]), cache, held[:, None, None, :K], lengths[:, None])
+        lengths = lengths + 1
+    return answers

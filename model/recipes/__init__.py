@@ -1,0 +1,1 @@
+"""What was made once: the tokenizer and the demo's vision encoder."""

@@ -1,1 +1,0 @@
-"""The pictures of the README, each by its command: `python -m trainer.figures --help`."""

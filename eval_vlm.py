@@ -58,7 +58,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="default: cuda:0, mps or cpu, the best there is")
     parser.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
-    parser.add_argument("--use_compile", type=int, default=0, choices=(0, 1), help="1: compile a chat's step; for GPUs")
     parser.add_argument("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
     parser.add_argument("--prompt", type=lambda text: os.fsencode(text).decode(errors="replace"),  # whatever the locale took it for
                         help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
@@ -95,7 +94,7 @@ def describe_folder(assistant: Assistant, folder: Path, question: str, sampling:
             screen.write(f"skipped: {error}\n")
             continue
         chat = Chat(assistant, sampling)
-        chat.add_picture(picture)
+        chat.add_image(picture)
         with closing(chat.stream(question)) as pieces:
             for piece in pieces:
                 screen.write(piece)
@@ -136,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             weight_file = Path(args.save_dir) / f"{weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))}.pth"
         assistant = load_assistant(
             args.load_from, weight_file, args.device or default_device(), args.vision_model_path,
-            args.tokenizer_path, bool(args.use_compile),
+            args.tokenizer_path,
         )  # fmt: skip
         if args.score:
             predictions = Path(args.predictions or weight_file.with_name(f"{weight_file.stem}_predictions.jsonl"))

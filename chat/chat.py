@@ -36,10 +36,10 @@ class Chat:
 
     def __post_init__(self):
         self._next = 0
-        self._memory = Memory(self.assistant.chat_decoder.new_cache(self.max_length))
+        self._memory = Memory(self.assistant.decoder.new_cache())
         self._forget()
 
-    def add_picture(self, picture: Image.Image, label: str = "") -> None:
+    def add_image(self, picture: Image.Image, label: str = "") -> None:
         """The next question is about this picture, too; `label` (a time, say) stands as text before it."""
         self.waiting.append(pixels := preprocess(picture))
         if label:
@@ -76,7 +76,7 @@ class Chat:
     def stream(self, question: str) -> Iterator[str]:
         """The answer in pieces of whole characters, as it grows; question and answer become part of the history.
 
-        Pictures come from `add_picture`. They stand before the question, or where it says <image> if it does so once for
+        Pictures come from `add_image`. They stand before the question, or where it says <image> if it does so once for
         each; otherwise an <image> in it is text. When the history grows too long for the model, its oldest exchanges
         are dropped whole, with their pictures (`dropped`); the answer gets at least an eighth of `max_length`.
         Closing the iterator (contextlib.closing) ends the work at once; what was said until then, or until an exception,
@@ -90,7 +90,7 @@ class Chat:
             sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
             prompt = self._read(prompt, pixels)
             features = {number: features for number, (_, features) in self._shown.items()}
-            tokens = generate_stream(self.assistant.chat_decoder, self._memory, prompt, features, sampling,
+            tokens = generate_stream(self.assistant.decoder, self._memory, prompt, features, sampling,
                                      self.assistant.renderer.im_end)  # fmt: skip
             for piece in self.assistant.pieces(tokens):
                 said.append(piece)
@@ -105,7 +105,7 @@ class Chat:
         """Encodes pictures, one a step, before a question shows them. Those that neither they nor the history show are
         forgotten."""
         self._keep([*self.pixels, *pixels])
-        for picture in pixels if self.assistant.tower is not None else ():
+        for picture in pixels if self.assistant.vision_encoder is not None else ():
             self._encode([picture])
             yield
 

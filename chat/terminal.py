@@ -144,7 +144,7 @@ class TerminalChat:
         """Queues one or several pictures."""
         for path in typed_paths(required("/image", argument)):
             notes: list[SampleError] = []
-            self.chat.add_picture(load_picture(Path(path).expanduser(), path, "", notes))
+            self.chat.add_image(load_picture(Path(path).expanduser(), path, "", notes))
             self.queue.append(Shown(path))
             self.screen.preview(self.chat.waiting[-1:])
             self.screen.say(f"picture {len(self.chat.waiting)} for the next question: {path}{' (truncated)' if notes else ''}")
@@ -165,7 +165,7 @@ class TerminalChat:
         frames = read_frames(Path(path).expanduser(), min(self.video_frames, room))
         times = labels(frames)
         for frame, time in zip(frames, times, strict=True):
-            self.chat.add_picture(frame.picture, time)
+            self.chat.add_image(frame.picture, time)
         self.queue.append(Shown(path, tuple(times)))
         self.screen.preview(self.chat.waiting[-len(frames) :])
         self.screen.say(f"{len(frames)} frames for the next question, at {', '.join(times)}: {path}")

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from chat.attention_view import look, overlay, picture_of, split_text
 from chat.chat import Chat
 from model.conversation import IMAGE_MARK, Turn
 from model.errors import UsageError
 from model.inference.assistant import Assistant
-from model.inference.attention_map import attention_to_pictures
+from model.inference.attention_map import attention_to_images, look, overlay, pixels_to_image, split_text
 from model.inference.generation import Sampling
 from model.layers import apply_rope
 from model.model_vlm import MiniMindVLM
@@ -73,7 +72,7 @@ def test_each_token_looks_at_the_patch_it_asks_for(pictures, a, b):
     answer = torch.tensor([ASKS_FOR_B, NEUTRAL, ASKS_FOR_A])  # chosen where A, then B, then nothing was asked for
 
     def maps(**choice) -> torch.Tensor:
-        found = attention_to_pictures(model, prompt, starts, answer, marks(pictures, a, b), **choice)
+        found = attention_to_images(model, prompt, starts, answer, marks(pictures, a, b), **choice)
         assert found.shape == (3, pictures, SIDE, SIDE)
         return found
 
@@ -123,9 +122,9 @@ def test_weights_are_those_of_the_attention_that_answers(use_moe, heads):
     with torch.no_grad():
         plain = plain_attention(model, torch.cat((prompt, answer)), positions, features)
     expected = torch.stack(plain)[:, :, len(prompt) - 1 : -1, positions].unflatten(-1, (2, SIDE, SIDE))
-    maps = attention_to_pictures(model, prompt, starts, answer, features)
+    maps = attention_to_images(model, prompt, starts, answer, features)
     assert torch.allclose(maps, expected.mean((0, 1)), atol=1e-6)
-    assert torch.allclose(attention_to_pictures(model, prompt, starts, answer, features, layer=1, head=2), expected[1, 2], atol=1e-6)
+    assert torch.allclose(attention_to_images(model, prompt, starts, answer, features, layer=1, head=2), expected[1, 2], atol=1e-6)
     shares = maps.sum((1, 2, 3))
     assert (maps > 0).all() and (shares < 1).all()
     assert expected.std((0, 1)).max() > 1e-4  # layers and heads differ, so the mean is one
@@ -134,9 +133,9 @@ def test_weights_are_those_of_the_attention_that_answers(use_moe, heads):
 def test_later_tokens_change_nothing_of_earlier_ones():
     model, (prompt, starts) = make_model().eval(), prompt_with(1)
     features = torch.randn(1, P, 24)
-    long, other = (attention_to_pictures(model, prompt, starts, torch.tensor(answer), features)
+    long, other = (attention_to_images(model, prompt, starts, torch.tensor(answer), features)
                    for answer in ([7, 8, 9, 10], [7, 8, 900, 1000]))  # fmt: skip
-    short = attention_to_pictures(model, prompt, starts, torch.tensor([7]), features)
+    short = attention_to_images(model, prompt, starts, torch.tensor([7]), features)
     assert torch.allclose(long[:3], other[:3], atol=1e-7) and torch.allclose(long[:1], short, atol=1e-7)
     assert not torch.allclose(long[3], other[3], atol=1e-7)
 
@@ -152,7 +151,7 @@ def test_a_map_leaves_the_model_as_it_was(training):
 
     before = step()
     lengths = before.past_key_values.get_seq_length()
-    maps = attention_to_pictures(model, prompt, starts, torch.tensor([5, 6]), features)
+    maps = attention_to_images(model, prompt, starts, torch.tensor([5, 6]), features)
     after = step()
     assert not maps.requires_grad and model.training is training and torch.is_grad_enabled()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
@@ -167,13 +166,13 @@ def test_what_cannot_be_mapped_is_named():
     for choice, message in (({"layer": 2}, "layer 2 is not there: the model has 2"), ({"layer": -1}, "layer -1"),
                             ({"head": 4}, "head 4 is not there: the model has 4")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            attention_to_pictures(model, prompt, starts, answer, features, **choice)
+            attention_to_images(model, prompt, starts, answer, features, **choice)
     with pytest.raises(ValueError, match="no token"):
-        attention_to_pictures(model, prompt, starts, answer[:0], features)
-    with pytest.raises(ValueError, match=r"places for 1 pictures .* 2 pictures"):
-        attention_to_pictures(model, prompt, starts, answer, torch.randn(2, P, 24))
+        attention_to_images(model, prompt, starts, answer[:0], features)
+    with pytest.raises(ValueError, match=r"positions for 1 images .* 2 images"):
+        attention_to_images(model, prompt, starts, answer, torch.randn(2, P, 24))
     with pytest.raises(ValueError, match="12 patches"):
-        attention_to_pictures(make_model(image_tokens=12), prompt, starts, answer, torch.randn(1, 12, 24))
+        attention_to_images(make_model(image_tokens=12), prompt, starts, answer, torch.randn(1, 12, 24))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +184,7 @@ def test_an_answer_of_a_chat_is_looked_into(assistant):
     chat = Chat(assistant, Sampling(max_new_tokens=5, temperature=0.0))
     for colours in (("red", "blue"), ("green",)):
         for colour in colours:
-            chat.add_picture(Image.new("RGB", (50, 40), colour))
+            chat.add_image(Image.new("RGB", (50, 40), colour))
         chat.ask("What is it?")
     chat.turns[1] = Turn("assistant", "a red 藍色 <|im_end|> @")
     chat.turns[3] = Turn("assistant", "green")
@@ -205,7 +204,7 @@ def test_only_an_answer_about_pictures_can_be_looked_into(assistant):
     for turns, given, message in (
         ((), pixels, "only an answer"), ((question,), pixels, "only an answer"),
         ((question, Turn("assistant", "")), pixels, "only an answer"),
-        ((Turn("user", "What?"), answer), pixels, "shows 0 pictures"), ((question, answer), [], "shows 1 pictures"),
+        ((Turn("user", "What?"), answer), pixels, "shows 0 images"), ((question, answer), [], "shows 1 images"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message):
             look(assistant, turns, given)
@@ -225,7 +224,7 @@ def test_the_overlay_lights_the_patch_and_nothing_else():
     pixels = preprocess(Image.new("RGB", (300, 200), (120, 120, 120)))
     heat = torch.zeros(SIDE, SIDE)
     heat[3, 10], heat[8, 0] = 0.02, 0.01  # row 3, column 10: x from 160, y from 48
-    picture = picture_of(pixels)
+    picture = pixels_to_image(pixels)
     drawn = np.asarray(overlay(picture, heat)).astype(int).sum(-1)
     assert picture.size == (224, 224) and np.array_equal(np.asarray(picture), pixels.permute(1, 2, 0))
     lit = drawn == drawn.max()

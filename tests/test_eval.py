@@ -53,12 +53,12 @@ def test_sampling_is_repeatable_by_seed(assistant):
 
 def test_a_chat_remembers_and_forgets_whole_exchanges(assistant):
     chat = Chat(assistant, GREEDY, max_length=700)
-    chat.add_picture(picture("red"))
+    chat.add_image(picture("red"))
     chat.ask("What is it?")
     chat.ask("And its colour?")
     assert [turn.role for turn in chat.turns] == ["user", "assistant"] * 2 and len(chat.pixels) == 1
     for _ in range(3):
-        chat.add_picture(picture("blue"))
+        chat.add_image(picture("blue"))
         chat.ask("And this?")
     marks = sum(turn.content.count(IMAGE_MARK) for turn in chat.turns)
     assert marks == len(chat.pixels) == 3 and chat.turns[0].role == "user", "the oldest picture went with its turn"
@@ -78,7 +78,7 @@ def test_a_typed_mark_is_text(assistant):
 def test_pictures_stand_where_the_question_says(assistant):
     chat = Chat(assistant, GREEDY)
     for label in ("", "0:03"):
-        chat.add_picture(picture("red"), label)
+        chat.add_image(picture("red"), label)
     chat.ask("first <image> second <image>?")
     assert chat.turns[0].content == f"first {IMAGE_MARK} second 0:03 {IMAGE_MARK}?" and len(chat.pixels) == 2
     assert chat.undo() == "first <image> second <image>?" and len(chat.waiting) == 2
@@ -87,7 +87,7 @@ def test_pictures_stand_where_the_question_says(assistant):
     assert chat.turns[0].content.count(IMAGE_MARK) == 2, "the typed mark is text"
     assert chat.undo() == "one <image> for two"
     chat.waiting.pop()
-    chat.add_picture(picture("blue"), "a <image> in a label")
+    chat.add_image(picture("blue"), "a <image> in a label")
     chat.ask("What?")
     assert chat.turns[0].content.count(IMAGE_MARK) == 2
 
@@ -95,7 +95,7 @@ def test_pictures_stand_where_the_question_says(assistant):
 def test_labels_stay_with_their_pictures(assistant):
     chat = Chat(assistant, GREEDY, max_length=1000)
     for number in range(6):
-        chat.add_picture(picture("red"), f"0:0{number}")
+        chat.add_image(picture("red"), f"0:0{number}")
         chat.ask(f"number {number}")
     assert 0 < len(chat.pixels) < 6 and chat.dropped
     for number in range(5, 5 - len(chat.pixels), -1):
@@ -111,7 +111,7 @@ def test_as_many_pictures_as_fit(assistant):
     assert Chat(assistant, Sampling()).room() == 8
     chat = Chat(assistant, Sampling(max_new_tokens=512, temperature=0.0), max_length=1024)
     for _ in range(chat.room() + 3):
-        chat.add_picture(picture("red"), "0:03")
+        chat.add_image(picture("red"), "0:03")
     with pytest.raises(UsageError, match=r"too long.* more than 896; 6 pictures in it: 4 would fit"):
         chat.ask("What?")
     assert not chat.turns and len(chat.waiting) == 6, "they wait on"

@@ -27,9 +27,8 @@ from chat.chat import Chat
 from chat.scoring import Question, answer_in_batches
 from model.conversation import IMAGE_MARK, Turn
 from model.inference.assistant import Assistant
-from model.inference.compiled import CompiledDecoder
 from model.inference.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
-from model.inference.packed import PackedDecoder, pack_tower
+from model.inference.packed import PackedDecoder, pack_vision_encoder
 from tests.conftest import REPOSITORY, make_model, make_tower
 
 P = 196
@@ -65,8 +64,8 @@ def model(request):
 def by_full_forwards(model, prompt: Prompt, sampling: Sampling = GREEDY) -> list[int]:
     """The definition: all tokens through the whole model for every new one."""
     ids = torch.from_numpy(prompt.ids)[None]
-    features = FEATURES[list(prompt.pictures)]
-    positions = torch.cat([torch.arange(P) + at for at in prompt.image_starts]) if prompt.pictures else None
+    features = FEATURES[list(prompt.images)]
+    positions = torch.cat([torch.arange(P) + at for at in prompt.image_starts]) if prompt.images else None
     with torch.no_grad():
         for _ in range(sampling.max_new_tokens):
             logits = model(ids, image_features=features, image_positions=positions).logits[:, -1]
@@ -75,7 +74,7 @@ def by_full_forwards(model, prompt: Prompt, sampling: Sampling = GREEDY) -> list
 
 
 def stream(decoder, prompt, memory=None, sampling=GREEDY, stop=NEVER, **options) -> list[int]:
-    memory = memory or Memory(decoder.new_cache(450))
+    memory = memory or Memory(decoder.new_cache())
     return list(generate_stream(decoder, memory, prompt, FEATURES, sampling, stop, **options))
 
 
@@ -101,10 +100,8 @@ def test_every_path_gives_the_tokens_of_full_forwards(model):
         assert [stream(decoder, prompt, chunk=chunk) for prompt in PROMPTS] == expected
     assert generate_batch(decoder, PROMPTS, FEATURES, GREEDY, NEVER) == expected
     assert generate_batch(decoder, PROMPTS[2:3], FEATURES, GREEDY, NEVER) == expected[2:3], "text alone"
-    with torch.compiler.set_stance("force_eager"):  # compiled: test_a_compiled_step
-        assert [stream(CompiledDecoder(model), prompt) for prompt in PROMPTS[2:4]] == expected[2:4]
     prompt, options = PROMPTS[3], {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    inputs = {"input_ids": torch.from_numpy(prompt.ids)[None], "image_features": FEATURES[list(prompt.pictures)]}
+    inputs = {"input_ids": torch.from_numpy(prompt.ids)[None], "image_features": FEATURES[list(prompt.images)]}
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=420), decoder.new_cache()):
         out = model.generate(**inputs, **options, past_key_values=cache)
         assert out[0, len(prompt.ids) :].tolist() == expected[3]
@@ -115,15 +112,6 @@ def test_every_path_gives_the_tokens_of_full_forwards(model):
 @pytest.fixture(scope="module")
 def small():
     return make_model(hidden_size=64, initializer_range=0.3).eval()
-
-
-@pytest.mark.slow
-def test_a_compiled_step_gives_the_same_tokens(small):
-    """Needs a C++ compiler."""
-    decoder = CompiledDecoder(small)
-    memory = Memory(decoder.new_cache(450))
-    for prompt in PROMPTS:
-        assert stream(decoder, prompt, memory) == by_full_forwards(small, prompt)
 
 
 def test_rows_that_have_ended_leave_the_batch(small):
@@ -172,21 +160,16 @@ def test_an_interrupted_step_leaves_a_memory_that_can_be_used(small):
     assert stream(decoder, PROMPTS[0], memory) == expected
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_prompt_interrupted_anywhere_in_its_pictures_is_read_to_its_end(small, compiled):
-    decoder = CompiledDecoder(small) if compiled else PackedDecoder(small)
-    prompt = make_prompt(3, "a", "b", 2)
+def test_a_prompt_interrupted_anywhere_in_its_images_is_read_to_its_end(small):
+    decoder, prompt = PackedDecoder(small), make_prompt(3, "a", "b", 2)
     expected = by_full_forwards(small, prompt)
-    with torch.compiler.set_stance("force_eager"):
-        for call in range(1, math.ceil(len(prompt.ids) / 90) + 1):
-            recorder = Recorder(decoder, fail_at=call)
-            memory = Memory(decoder.new_cache(420))
-            with pytest.raises(KeyboardInterrupt):
-                stream(recorder, prompt, memory, chunk=90)
-            assert len(memory.key) == 90 * (call - 1)
-            assert stream(decoder, prompt, memory) == expected
-        other = make_prompt(3, "a", "a", 2)
-        assert stream(decoder, other, memory) == by_full_forwards(small, other)
+    for call in range(1, math.ceil(len(prompt.ids) / 90) + 1):
+        recorder = Recorder(decoder, fail_at=call)
+        memory = Memory(decoder.new_cache())
+        with pytest.raises(KeyboardInterrupt):
+            stream(recorder, prompt, memory, chunk=90)
+        assert len(memory.key) == 90 * (call - 1)
+        assert stream(decoder, prompt, memory) == expected
 
 
 def test_layers_that_are_more_than_their_weight_answer_as_they_are(small):
@@ -215,7 +198,7 @@ def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
     tower, pictures = make_tower(), torch.randn(2, 3, 224, 224)
     attention = tower.config._attn_implementation
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
-    packed = pack_tower(tower)
+    packed = pack_vision_encoder(tower)
     with torch.inference_mode():
         own, original = packed(pictures).last_hidden_state, tower(pictures).last_hidden_state
     assert torch.allclose(own, original, atol=1e-4) and type(packed.encoder.layers[0].mlp.fc1) is not torch.nn.Linear
@@ -231,8 +214,8 @@ def test_weights_that_answer_are_meant_for_huge_pages():
     """
     program = """if True:
         import re
-        from trainer import inference
-        inference.keep_freed_memory(huge_pages=True)
+        from model.inference import assistant
+        assistant.keep_freed_memory(huge_pages=True)
         import torch
         weights = torch.zeros(2**26)
         regions = re.findall(r"(?s)\\nSize: +(\\d+) kB.*?\\nVmFlags:([^\\n]*)", open("/proc/self/smaps").read())
@@ -305,10 +288,10 @@ def assistant(tokenizer):
 
 def watch(assistant) -> tuple[Recorder, list[int]]:
     """Records what a chat's decoder reads, and how many pictures the tower sees."""
-    assistant.chat_decoder = Recorder(assistant.decoder)
+    assistant.decoder = Recorder(assistant.decoder)
     encoded = []
-    assistant.tower.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
-    return assistant.chat_decoder, encoded
+    assistant.vision_encoder.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    return assistant.decoder, encoded
 
 
 def afresh(chat: Chat) -> Chat:
@@ -320,7 +303,7 @@ def afresh(chat: Chat) -> Chat:
 def test_a_chat_reads_and_encodes_nothing_twice(assistant):
     recorder, encoded = watch(assistant)
     chat = Chat(assistant, GREEDY)
-    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    chat.add_image(Image.new("RGB", (40, 40), "red"))
     chat.ask("What is it?")
     assert encoded == [1] and recorder.calls[0][1] > P
     for ask in ("And its colour?", "Why?"):
@@ -337,19 +320,19 @@ def test_a_chats_answers_are_those_of_one_without_memory(assistant):
         other = afresh(chat)
         assert chat.ask(question) == other.ask(question) and (chat.turns, chat.dropped) == (other.turns, other.dropped)
 
-    chat.add_picture(Image.new("RGB", (40, 40), "red"))
-    chat.add_picture(Image.new("RGB", (40, 40), "blue"))
+    chat.add_image(Image.new("RGB", (40, 40), "red"))
+    chat.add_image(Image.new("RGB", (40, 40), "blue"))
     ask("What are these?")
     ask("And what does <image> mean?")
     assert chat.undo() == "And what does <image> mean?"
     ask("And the second?")
-    chat.add_picture(Image.new("RGB", (40, 40), "green"))
+    chat.add_image(Image.new("RGB", (40, 40), "green"))
     ask("This?")
     assert chat.dropped == 0 and len(chat.pixels) == 3
     chat.undo()
     assert len(chat.waiting) == 1 and len(chat.pixels) == 2
     ask("And this one?")
-    chat.add_picture(Image.new("RGB", (40, 40), "white"))
+    chat.add_image(Image.new("RGB", (40, 40), "white"))
     ask("And this?")
     assert chat.dropped == 1 and len(chat.pixels) == 2, "the first exchange went with its two pictures"
     while chat.turns:
@@ -363,7 +346,7 @@ def test_a_chats_answers_are_those_of_one_without_memory(assistant):
 def test_a_closed_stream_stops_at_once_and_keeps_what_was_said(assistant):
     recorder, _ = watch(assistant)
     chat = Chat(assistant, replace(GREEDY, max_new_tokens=40))
-    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    chat.add_image(Image.new("RGB", (40, 40), "red"))
     with closing(chat.stream("What is it?")) as pieces:
         said = next(pieces)
         asked = len(recorder.calls)
@@ -377,7 +360,7 @@ def test_an_exception_keeps_what_was_said_or_else_the_history(assistant):
     chat = Chat(assistant, replace(GREEDY, max_new_tokens=40))
     chat.ask("Hello?")
     before = list(chat.turns)
-    chat.add_picture(Image.new("RGB", (40, 40), "red"))
+    chat.add_image(Image.new("RGB", (40, 40), "red"))
     recorder.fail_at = len(recorder.calls) + 1  # while the prompt is read
     with pytest.raises(KeyboardInterrupt):
         chat.ask("What is it?")

@@ -73,7 +73,7 @@ def test_questions_and_pictures_are_those_of_a_chat(talk, assistant, folder):
     first, second = talk("What are these?"), talk("And?")
     chat = Chat(assistant, GREEDY)
     for name in ("red.png", "my blue.png"):
-        chat.add_picture(Image.open(folder / name))
+        chat.add_image(Image.open(folder / name))
     assert (first, second) == (chat.ask("What are these?") + "\n", chat.ask("And?") + "\n")
     assert talk.chat.chat.turns == chat.turns
 
@@ -146,7 +146,7 @@ def test_ctrl_c_keeps_what_was_said(assistant, folder, after, monkeypatch):
     assert [turn.content for turn in chat.chat.turns] == [f"{IMAGE_MARK}\nWhat?", said]
     assert chat.obey("And?") and len(chat.exchanges) == 2
     fresh = Chat(assistant, GREEDY)
-    fresh.add_picture(Image.open(folder / "red.png"))
+    fresh.add_image(Image.open(folder / "red.png"))
     whole = fresh.ask("What?")
     assert whole.startswith(said) and len(said) < len(whole)
     fresh.turns[-1] = chat.chat.turns[1]

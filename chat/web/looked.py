@@ -42,9 +42,9 @@ def show_looked(visitor: Visitor, exchange: Exchange, number: int, labels: Label
 
 def drawn(pixels, patches, top: float) -> Image.Image:
     """The picture under its map; the same colours for the same weights in all pictures of a token."""
-    from chat.attention_view import overlay, picture_of
+    from model.inference.attention_map import overlay, pixels_to_image
 
-    return overlay(picture_of(pixels), patches, top)
+    return overlay(pixels_to_image(pixels), patches, top)
 
 
 def to_png(picture: Image.Image) -> bytes:

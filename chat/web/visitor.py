@@ -30,7 +30,7 @@ class Exchange:
     dropped: int = 0  # exchanges that this question pushed out of the history
     history: tuple[tuple, list] | None = None  # turns and pictures up to the answer, when there are pictures
     answered_by: Callable[[], object | None] = lambda: None  # the assistant, as long as it is in memory
-    seen: object | None = None  # chat.attention_view.AnswerAttention, once somebody wanted to know
+    seen: object | None = None  # model.inference.attention_map.AnswerAttention, once somebody wanted to know
     first_seconds: float | None = None
     seconds: float = 0.0
 
@@ -194,7 +194,7 @@ class Visitor:
         assistant = exchange.answered_by()
 
         def steps() -> Iterator:
-            from chat.attention_view import look
+            from model.inference.attention_map import look
 
             yield look(assistant, *exchange.history)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from chat.attention_view import look, overlay, picture_of
 from dataset.images import load_picture
 from model.conversation import IMAGE_MARK, Turn
 from model.inference.assistant import Assistant
+from model.inference.attention_map import look, overlay, pixels_to_image
 from model.inference.generation import Sampling
 from model.vision import preprocess
 
@@ -32,7 +32,7 @@ def draw_attention(
         asked = (Turn("user", f"{IMAGE_MARK}\n{question}"),)
         answer = assistant.generate([asked], [pixels], Sampling(max_new_tokens=64, temperature=0.0))[0]
         seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels], layer, head)
-        rows.append((picture_of(pixels), answer, seen))
+        rows.append((pixels_to_image(pixels), answer, seen))
     columns = 1 + min(TOKENS, max(len(seen.tokens) for _, _, seen in rows))
     side = min(170, (980 - WORDS) / columns - 10)
     canvas = Canvas(WORDS + columns * (side + 10) + 10, len(rows) * (side + HEAD) + 10)

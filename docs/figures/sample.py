@@ -12,10 +12,10 @@ import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from chat.attention_view import picture_of
 from dataset.images import load_picture
 from dataset.sample import parse_sample
 from model.conversation import Rendered, Renderer, load_tokenizer
+from model.inference.attention_map import pixels_to_image
 from model.model_minimind import IGNORE_INDEX, find_loss_positions
 from model.paths import REPOSITORY
 from model.vision import normalize, preprocess
@@ -112,7 +112,7 @@ def _draw_tokens(canvas: Canvas, journey: Journey, top: float) -> None:
 def _draw_picture(canvas: Canvas, journey: Journey, picture: Image.Image) -> None:
     """Pixels to patch vectors of the decoder's width."""
     _title(canvas, 498, "The picture: a middle square, patch vectors, the decoder's width", "model/vision.py")
-    shapes, seen = journey.shapes, picture_of(preprocess(picture))
+    shapes, seen = journey.shapes, pixels_to_image(preprocess(picture))
     canvas.picture(picture, 20, 398, 80)
     canvas.picture(seen, 200, 398, 80, grid=math.isqrt(shapes["features"][1]))
     canvas.arrow((26 + 80 * picture.width / picture.height, 438), (194, 438))

@@ -3,7 +3,6 @@
 Legend: B prompts of a batch, T tokens, P placeholders of an image.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from model.conversation import Rendered, Renderer, Turn
 from model.convert import read_folder, read_native
-from model.device import bf16_is_fast, keep_freed_memory, usable_device, why_not_compile
+from model.device import bf16_is_fast, keep_freed_memory, usable_device
 from model.errors import UsageError
-from model.inference.compiled import CompiledDecoder
 from model.inference.generation import Prompt, Sampling, generate_batch
-from model.inference.packed import PackedDecoder, pack_tower
+from model.inference.packed import PackedDecoder, pack_vision_encoder
 from model.model_vlm import MiniMindVLM
 from model.vision import encode_images, normalize
 
@@ -29,45 +27,43 @@ class Assistant:
 
     model: MiniMindVLM
     tokenizer: PreTrainedTokenizerBase
-    use_compile: bool = False  # the step of a chat
     renderer: Renderer = field(init=False)
     decoder: PackedDecoder = field(init=False, repr=False)
-    chat_decoder: PackedDecoder | CompiledDecoder = field(init=False, repr=False)
-    tower: CLIPVisionModel | None = field(init=False, repr=False)
+    vision_encoder: CLIPVisionModel | None = field(init=False, repr=False)
 
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.model.config.image_tokens)
         self.model.eval()
         self.decoder = PackedDecoder(self.model)
-        self.chat_decoder = CompiledDecoder(self.model) if self.use_compile else self.decoder
-        self.tower = pack_tower(self.model.vision_encoder) if self.model.vision_encoder is not None else None
+        encoder = self.model.vision_encoder
+        self.vision_encoder = None if encoder is None else pack_vision_encoder(encoder)
 
     @torch.inference_mode()
     def encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
-        """Patch vectors [N, P, W] of pictures uint8 [3, 224, 224]; raises UsageError when there is no tower."""
-        if self.tower is None:
-            raise UsageError("the model was loaded without a vision tower and cannot see; give one by --vision_model_path")
-        return encode_images(self.tower, normalize(torch.stack(pixels).to(self.model.device)))
+        """Patch vectors [N, P, W] of images uint8 [3, 224, 224]; raises UsageError when there is no vision encoder."""
+        if self.vision_encoder is None:
+            raise UsageError("the model was loaded without a vision encoder and cannot see; give one by --vision_model_path")
+        return encode_images(self.vision_encoder, normalize(torch.stack(pixels).to(self.model.device)))
 
     def generate(self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling) -> list[str]:
-        """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all pictures in reading order; one
-        that stands there several times is encoded once, and what conversations share up to their last picture is read
+        """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all images in reading order; one
+        that stands there several times is encoded once, and what conversations share up to their last image is read
         once."""
-        unique = list({id(picture): picture for picture in pixels}.values())
-        number = {id(picture): place for place, picture in enumerate(unique)}
-        numbers = iter([number[id(picture)] for picture in pixels])
+        unique = list({id(image): image for image in pixels}.values())
+        number = {id(image): place for place, image in enumerate(unique)}
+        numbers = iter([number[id(image)] for image in pixels])
         prompts = []
         for turns in conversations:
             rendered = self.renderer.render_prompt(turns)
             prompts.append(self.prompt(rendered, [next(numbers) for _ in rendered.image_starts]))
         return self.answer(prompts, self.encode(unique) if unique else [], sampling)
 
-    def prompt(self, rendered: Rendered, pictures: Sequence[int]) -> Prompt:
-        """A rendered conversation whose pictures have these numbers."""
-        return Prompt(rendered.ids, rendered.image_starts, tuple(pictures), self.model.config.image_tokens)
+    def prompt(self, rendered: Rendered, images: Sequence[int]) -> Prompt:
+        """A rendered conversation whose images have these numbers."""
+        return Prompt(rendered.ids, rendered.image_starts, tuple(images), self.model.config.image_tokens)
 
     def answer(self, prompts: list[Prompt], features: Mapping[int, torch.Tensor] | Sequence[torch.Tensor], sampling: Sampling) -> list[str]:
-        """Answers to B prompts; `features` gives the patch vectors [P, W] of a picture by its number."""
+        """Answers to B prompts; `features` gives the patch vectors [P, W] of an image by its number."""
         return [self.text(ids) for ids in generate_batch(self.decoder, prompts, features, sampling, self.renderer.im_end)]
 
     def text(self, ids: list[int]) -> str:
@@ -88,8 +84,7 @@ class Assistant:
 
 
 def load_assistant(
-    load_from: str, weight_file: Path, device: str, vision_model_path: str | None = None, tokenizer_path: str | None = None,
-    use_compile: bool = False,
+    load_from: str, weight_file: Path, device: str, vision_model_path: str | None = None, tokenizer_path: str | None = None
 ) -> Assistant:
     """A model for answering: native weights when `load_from` is "model", otherwise a transformers folder. With the vision
     encoder and tokenizer of its training, as its sidecar tells, where none are given.
@@ -100,9 +95,6 @@ def load_assistant(
     usable_device(device)
     if device == "cpu":
         keep_freed_memory(huge_pages=True)
-    if use_compile and (problem := why_not_compile(torch.device(device))):
-        print(f"notice: --use_compile 1 is passed over: {problem}", file=sys.stderr)
-        use_compile = False
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32
@@ -110,4 +102,4 @@ def load_assistant(
         loaded = read_native(weight_file, tokenizer_path, vision_model_path)
     else:
         loaded = read_folder(Path(load_from), tokenizer_path, vision_model_path)
-    return Assistant(loaded.model.to(device, dtype), loaded.tokenizer, use_compile)
+    return Assistant(loaded.model.to(device, dtype), loaded.tokenizer)

@@ -1,36 +1,93 @@
-"""Where did it look? Attention from the tokens of an answer to the patches of the pictures, computed on demand.
+"""Where did it look? Attention from the tokens of an answer to the patches of the images, computed on demand, and drawn.
 
-Legend of shapes: L tokens of the prompt, A of the answer, T = L + A - 1 (nothing follows the last one), N pictures, P
-patches of a picture in s rows of s, D hidden size, H query heads, G key/value heads, d size of a head.
+Legend of shapes: L tokens of the prompt, A of the answer, T = L + A - 1 (nothing follows the last one), N images, P
+patches of an image in s rows of s, D hidden size, H query heads, G key/value heads, d size of a head.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
 
+from model.conversation import IMAGE_MARK, Turn
+from model.errors import UsageError
+from model.inference.assistant import Assistant
 from model.layers import apply_rope, rope_tables
 from model.model_minimind import Attention
 from model.model_vlm import MiniMindVLM
 
+# From no attention to the most: black, violet, red, orange, pale yellow; brighter all the way, so it reads without colour.
+HEAT = np.array([(0, 0, 0), (70, 15, 110), (185, 40, 90), (245, 125, 25), (255, 245, 170)], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class AnswerAttention:
+    """Where the tokens of an answer looked.
+
+    `tokens` are the texts of its A tokens, which join to the answer: a character spread over several tokens stands with
+    the last of them, the others have "". `maps` fp32 [A, N, s, s] are the weights, see `attention_to_images`.
+    """
+
+    tokens: list[str]
+    maps: torch.Tensor
+
+
+def look(
+    assistant: Assistant, turns: Sequence[Turn], pixels: Sequence[torch.Tensor], layer: int | None = None, head: int | None = None
+) -> AnswerAttention:
+    """Where the answer that ends `turns` looked. `pixels` uint8 [3, 224, 224] are the conversation's images in reading
+    order; those that only later turns show may follow.
+
+    The answer's text is tokenized again, as every later question about it sees it.
+    Raises UsageError when the last turn is no answer, is empty, or no image stands before it, and for a layer or head
+    that does not exist.
+    """
+    if not turns or turns[-1].role != "assistant" or not turns[-1].content:
+        raise UsageError("only an answer that says something can be looked into")
+    shown = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    if not 0 < shown <= len(pixels):
+        raise UsageError(f"the conversation shows {shown} images up to this answer, and {len(pixels)} were given")
+    renderer = assistant.renderer
+    prompt = renderer.render_prompt(tuple(turns[:-1]))
+    answer = renderer.render_turns(tuple(turns)).ids[len(prompt) :].tolist()
+    answer = answer[: answer.index(renderer.im_end)]
+    try:
+        maps = attention_to_images(assistant.model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
+                                   assistant.encode(list(pixels[:shown])), layer, head)  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return AnswerAttention(split_text(assistant.tokenizer, answer), maps.cpu())
+
+
+def split_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token; bytes of an unfinished character wait for the token that finishes it."""
+    decoder = DecodeStream()
+    texts = [decoder.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+    texts[-1] += tokenizer.decode(ids)[sum(map(len, texts)) :]  # a character that was never completed
+    return texts
+
 
 @torch.no_grad()
-def attention_to_pictures(
+def attention_to_images(
     model: MiniMindVLM, prompt_ids: torch.Tensor, image_starts: Sequence[int], answer_ids: torch.Tensor,
     image_features: torch.Tensor, layer: int | None = None, head: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention weights fp32 [A, N, s, s], on the model's device.
 
-    Entry [a, n, row, column] is the weight of that patch of picture n for the position that chose token a of the answer:
+    Entry [a, n, row, column] is the weight of that patch of image n for the position that chose token a of the answer:
     the one before it. The softmax runs over all that this position sees, text included, so a token's patches add up to
     at most 1. Mean over layers and query heads, unless `layer` or `head` (counted from 0) names one.
 
-    `prompt_ids` int64 [L] end where the answer begins; `image_starts` are the indices of each picture's first
-    placeholder in them; `answer_ids` int64 [A]; `image_features` [N, P, W] are the tower's output.
-    A forward pass of its own through the model's blocks: it leaves weights, mode and caches alone, and the attention
-    that answers and trains never has to hand out weights.
-    Raises ValueError for an empty answer, for pictures and places that do not match, for patches that make no square,
-    and for a layer or head that is not there.
+    `prompt_ids` int64 [L] end where the answer begins; `image_starts` are the indices of each image's first
+    placeholder in them; `answer_ids` int64 [A]; `image_features` [N, P, W] are the vision encoder's output.
+    A forward pass of its own through the model's blocks: the attention that answers and trains never computes weights.
+    Raises ValueError for an empty answer, for images that do not match their positions, for patches that make no
+    square, and for a layer or head that does not exist.
     """
     config, P = model.config, model.config.image_tokens
     side, count = math.isqrt(P), len(answer_ids)
@@ -40,20 +97,20 @@ def attention_to_pictures(
     if count == 0:
         raise ValueError("the answer has no token")
     if side**2 != P:
-        raise ValueError(f"{P} patches of a picture make no square")
+        raise ValueError(f"{P} patches of an image make no square")
     if len(image_starts) != len(image_features):
-        raise ValueError(f"places for {len(image_starts)} pictures in the prompt, but {len(image_features)} pictures")
+        raise ValueError(f"positions for {len(image_starts)} images in the prompt, but {len(image_features)} images")
 
     ids = torch.cat((prompt_ids, answer_ids[:-1])).to(model.device)
-    places = torch.tensor(image_starts, dtype=torch.int64, device=model.device)[:, None]
-    places = (places + torch.arange(P, device=model.device)).flatten()  # [N * P]
-    hidden_states = model.embed(ids[None], image_positions=places, image_features=image_features.to(model.device))
+    positions = torch.tensor(image_starts, dtype=torch.int64, device=model.device)[:, None]
+    positions = (positions + torch.arange(P, device=model.device)).flatten()  # [N * P]
+    hidden_states = model.embed(ids[None], image_positions=positions, image_features=image_features.to(model.device))
     rope = rope_tables(config, torch.arange(len(ids), device=model.device))
-    total = torch.zeros(count, len(places), device=model.device)
+    total = torch.zeros(count, len(positions), device=model.device)
     for number, block in enumerate(model.model.layers):
         if layer in (None, number):
             normed = block.input_layernorm(hidden_states)
-            weights = attention_weights(block.self_attn, normed, rope, len(ids) - count)[:, :, places]  # [H, A, N * P]
+            weights = attention_weights(block.self_attn, normed, rope, len(ids) - count)[:, :, positions]  # [H, A, N * P]
             total += weights.mean(0) if head is None else weights[head]
         hidden_states, _ = block(hidden_states, rope, None, None, None)
     if layer is None:
@@ -73,8 +130,27 @@ def attention_weights(
     q = attention.q_proj(hidden_states[0, first:]).view(T - first, -1, d).transpose(0, 1)  # [H, T - first, d]
     k = attention.k_proj(hidden_states[0]).view(T, -1, d).transpose(0, 1)  # [G, T, d]
     q, k = apply_rope(q, cos[first:], sin[first:]).float(), apply_rope(k, cos, sin).float()
-    H, G = len(q), len(k)
-    # The H / G query heads that share a key head stand side by side, as in `causal_attention`.
-    scores = (q.reshape(G, H // G * (T - first), d) @ k.transpose(1, 2) * d**-0.5).view(H, T - first, T)
+    k = k.repeat_interleave(len(q) // len(k), dim=0)  # [H, T, d]: neighbouring query heads share a key head
+    scores = q @ k.transpose(1, 2) * d**-0.5
     ahead = torch.ones(T - first, T, dtype=torch.bool, device=scores.device).triu(first + 1)
     return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+def pixels_to_image(pixels: torch.Tensor) -> Image.Image:
+    """What the model saw, uint8 [3, H, W], as an image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def overlay(image: Image.Image, heat: torch.Tensor, top: float | None = None) -> Image.Image:
+    """The image in grey under the colours of `heat` [s, s], RGB of the same size.
+
+    `top` is the weight with the brightest colour, by default the largest of `heat`: give the same one to all images
+    that are compared. Each patch is one flat square, because that is all the model knows.
+    """
+    top = float(heat.max()) if top is None else top
+    strength = heat.float().cpu().numpy() / max(top, 1e-12)
+    strength = np.asarray(Image.fromarray(strength.clip(0, 1)).resize(image.size, Image.Resampling.NEAREST))
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(strength, stops, channel) for channel in HEAT.T], axis=-1)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((0.3 * grey + 0.7 * colours).round().clip(0, 255).astype(np.uint8))

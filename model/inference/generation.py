@@ -1,9 +1,9 @@
-"""Decoding: prompts with pictures in, tokens out.
+"""Decoding: prompts with images in, tokens out.
 
 A prompt is read in chunks into a key/value cache; then each token is chosen from the last logits and fed back. What two
 prompts have in common at their beginning is computed once: across the turns of a chat, and across a batch.
 
-Legend of shapes: B rows, T tokens, K tokens in the cache, N pictures, P placeholders of a picture, W width of the tower,
+Legend of shapes: B rows, T tokens, K tokens in the cache, N images, P placeholders of an image, W width of the vision encoder,
 V vocabulary.
 """
 
@@ -18,7 +18,6 @@ from transformers import Cache
 
 from model.model_vlm import MiniMindVLM
 
-from .compiled import CompiledDecoder
 from .packed import PackedDecoder
 
 CHUNK = 2048  # tokens of a prompt read at once
@@ -26,7 +25,7 @@ SHRINK = 0.75  # a batch is copied without its finished rows when no more than t
 LIKELY = 64  # tokens among which top-p looks first
 
 
-Features = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]  # patch vectors [P, W] by number of the picture
+Features = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]  # patch vectors [P, W] by number of the image
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,17 @@ class Chooser:
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids int64 [T], the first placeholder of each picture, and the pictures' numbers (one picture, one number)."""
+    """ids int64 [T], the first placeholder of each image, and the images' numbers (one image, one number)."""
 
     ids: np.ndarray
     image_starts: tuple[int, ...]
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     image_tokens: int
 
     def key(self) -> np.ndarray:
-        """int64 [T] that says what each position reads: its token, or -1 - number of its picture."""
+        """int64 [T] that says what each position reads: its token, or -1 - number of its image."""
         key = self.ids.copy()
-        for start, number in zip(self.image_starts, self.pictures, strict=True):
+        for start, number in zip(self.image_starts, self.images, strict=True):
             key[start : start + self.image_tokens] = -1 - number
         return key
 
@@ -134,10 +133,7 @@ class Memory:
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` positions, and what an interrupted step left in some layers."""
         for layer in self.cache.layers:
-            if not layer.is_croppable:  # a static layer: what lies beyond its length is neither seen nor kept
-                layer.cumulative_length.fill_(count)
-            else:
-                layer.crop(min(0, count - layer.get_seq_length()))
+            layer.crop(min(0, count - layer.get_seq_length()))
         self.key = self.key[:count]
 
 
@@ -145,13 +141,13 @@ def embed(
     model: MiniMindVLM, prompts: Sequence[Prompt], spans: Sequence[tuple[int, int]], features: Features
 ) -> torch.Tensor:
     """Embeddings [B, T, D] of a span (start, end) of each prompt, padded on the right; features[number] are the patch
-    vectors [P, W] of a picture, which a span may cut."""
+    vectors [P, W] of an image, which a span may cut."""
     T = max(end - start for start, end in spans)
     ids = torch.full((len(prompts), T), model.config.pad_token_id)
     places, patches = [], []
     for row, (prompt, (start, end)) in enumerate(zip(prompts, spans, strict=True)):
         ids[row, : end - start] = torch.from_numpy(prompt.ids[start:end])
-        for at, number in zip(prompt.image_starts, prompt.pictures, strict=True):
+        for at, number in zip(prompt.image_starts, prompt.images, strict=True):
             first, last = max(at, start), min(at + prompt.image_tokens, end)
             if first < last:
                 places.append(torch.arange(first, last) + row * T - start)
@@ -174,7 +170,7 @@ def tokens_seen(prompts: Sequence[Prompt], sampling: Sampling, model: MiniMindVL
 
 @torch.inference_mode()
 def generate_stream(
-    decoder: PackedDecoder | CompiledDecoder, memory: Memory, prompt: Prompt, features: Features, sampling: Sampling, stop: int,
+    decoder: PackedDecoder, memory: Memory, prompt: Prompt, features: Features, sampling: Sampling, stop: int,
     chunk: int = CHUNK,
 ) -> Iterator[int]:  # fmt: skip
     """The tokens that follow `prompt`, one by one, until `stop` (which is not given) or `max_new_tokens`.
@@ -209,7 +205,7 @@ def read_prompts(
     """Reads B prompts: logits [B, V], the cache, which of its K places hold a token of a row (bool [B, K]), and the
     rows' lengths int64 [B].
 
-    What stands before and in the pictures is read once for all prompts that share it, and their rows are copies. Both
+    What stands before and in the images is read once for all prompts that share it, and their rows are copies. Both
     that and the rest are padded on the right, where causal attention needs no mask to ignore it.
     """
     model, device = decoder.model, decoder.model.device

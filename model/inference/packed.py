@@ -5,7 +5,7 @@ memory: projections that read the same input are one product, and on a CPU their
 which `F.linear` would make anew at every call. The model that is packed keeps its own weights and stays as it was.
 
 Legend of shapes: B rows, T tokens of this call, K tokens in the cache with these, D hidden size, H query heads,
-G key/value heads, d size of a head, N pictures, P placeholders of a picture, W width of the tower.
+G key/value heads, d size of a head, N images, P placeholders of an image, W width of the vision encoder.
 """
 
 import copy
@@ -50,9 +50,9 @@ class PackedLinear(nn.Module):
         self.forward = pack_linear(linear)
 
 
-def pack_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
-    """A tower of the same weights whose linear layers are packed; gives the same patch vectors, faster on a CPU."""
-    packed = copy.deepcopy(tower, {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())})
+def pack_vision_encoder(encoder: CLIPVisionModel) -> CLIPVisionModel:
+    """A vision encoder of the same weights whose linear layers are packed; gives the same patch vectors, faster on a CPU."""
+    packed = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
     attend_by_products(packed)
     for module in list(packed.modules()):
         for name, child in list(module.named_children()):
@@ -183,8 +183,8 @@ class PackedDecoder:
         self.rope = (torch.empty(0, device=model.device),) * 2
         self.reserve(1)
 
-    def new_cache(self, length: int = 0) -> Cache:
-        """An empty cache, which grows; `length` is for decoders whose does not."""
+    def new_cache(self) -> Cache:
+        """An empty cache."""
         return Cache(layers=[GrowingLayer() for _ in self.blocks])
 
     def rope_at(self, positions: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:

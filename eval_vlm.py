@@ -29,8 +29,7 @@ from model.device import default_device
 from model.errors import SampleError, UsageError, first_line, print_anything
 from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
-from model.paths import REPOSITORY, home_for_tilde
-from model.storage import StorageError
+from model.storage import REPOSITORY, StorageError, home_for_tilde
 from model.weights import find_weights, weight_name
 
 FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."

@@ -10,7 +10,7 @@ Ctrl-C saves and ends; the same command with --from_resume 1 goes on. All flags:
 
 import sys
 
-from model.paths import REPOSITORY
+from model.storage import REPOSITORY
 from trainer.main import main
 
 DEFAULTS = {

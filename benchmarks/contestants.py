@@ -24,7 +24,7 @@ from model import model_minimind
 from model.conversation import Renderer, load_tokenizer
 from model.model_minimind import IGNORE_INDEX
 from model.model_vlm import MiniMindVLM
-from model.paths import REPOSITORY
+from model.storage import REPOSITORY
 from trainer import build, distributed
 from trainer.build import build_model, freeze, open_cache
 from trainer.config import TrainConfig

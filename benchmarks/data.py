@@ -21,7 +21,7 @@ from dataset.images import open_images
 from dataset.jsonl import JsonlSamples
 from dataset.sources import open_samples
 from model.conversation import load_tokenizer
-from model.paths import REPOSITORY
+from model.storage import REPOSITORY
 from model.vision import preprocess
 from trainer.sampler import ResumableSampler
 

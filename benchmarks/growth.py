@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from model.conversation import load_tokenizer
-from model.paths import REPOSITORY
+from model.storage import REPOSITORY
 
 from .synthetic import words_of, write_data
 from .train import Contestant, make_folder

@@ -18,13 +18,13 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.conversation import IMAGE_MARK, Renderer, Turn, load_tokenizer
+from model.conversation import IMAGE_PLACEHOLDER, Renderer, Turn, load_tokenizer
 from model.device import bf16_is_fast, keep_freed_memory
 from model.inference.assistant import Assistant
 from model.inference.generation import Memory, Sampling, generate_batch, generate_stream
 from model.layers import rope_tables
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.paths import REPOSITORY
+from model.storage import REPOSITORY
 from model.vision import preprocess
 from trainer.plain import norm, rotate
 
@@ -170,7 +170,7 @@ def measured(first: list[float], second: list[float]) -> dict[str, float]:
 def plain_turns() -> Iterator[dict]:
     """Each turn is a chat of two questions ("chat"), or some of the 32 questions one by one ("batch")."""
     plain, pictures = make_plain(), make_pictures(BATCH)
-    first, answer, number = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),), None, 0
+    first, answer, number = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{QUESTION}"),), None, 0
     while True:
         what = yield answer
         if what == "chat":
@@ -188,7 +188,7 @@ def plain_turns() -> Iterator[dict]:
 def real_turns() -> Iterator[dict]:
     """Each turn is the same, but all 32 questions at once."""
     real, pictures = make_real(), make_pictures(BATCH)
-    first, answer = (Turn("user", f"{IMAGE_MARK}\n{QUESTION}"),), None
+    first, answer = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{QUESTION}"),), None
     while True:
         what = yield answer
         if what == "chat":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from PIL import Image
 
-from model.conversation import IMAGE_MARK, TYPED_MARK, Rendered, Turn
+from model.conversation import IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER, Rendered, Turn
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Memory, Prompt, Sampling, generate_stream
@@ -43,7 +43,7 @@ class Chat:
         """The next question is about this picture, too; `label` (a time, say) stands as text before it."""
         self.waiting.append(pixels := preprocess(picture))
         if label:
-            self._labels[id(pixels)] = pixels, label.replace(IMAGE_MARK, TYPED_MARK)
+            self._labels[id(pixels)] = pixels, label.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
 
     def room(self) -> int:
         """How many pictures with short labels a question of a hundred tokens can show."""
@@ -60,13 +60,13 @@ class Chat:
         if not self.turns:
             return None
         *self.turns, question, _ = self.turns
-        kept = len(self.pixels) - question.content.count(IMAGE_MARK)
+        kept = len(self.pixels) - question.content.count(IMAGE_PLACEHOLDER)
         marks, text = self._marks(self.pixels[kept:]), question.content
         self.pixels, self.waiting = self.pixels[:kept], self.pixels[kept:] + self.waiting
         if text.startswith(before := "".join(f"{mark}\n" for mark in marks)):
-            return text.removeprefix(before).replace(TYPED_MARK, IMAGE_MARK)
+            return text.removeprefix(before).replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER)
         for mark in marks:
-            text = text.replace(mark, IMAGE_MARK, 1)
+            text = text.replace(mark, IMAGE_PLACEHOLDER, 1)
         return text
 
     def ask(self, question: str) -> str:
@@ -112,14 +112,14 @@ class Chat:
     def _turn(self, question: str) -> Turn:
         """The question with a mark for each waiting picture."""
         marks = self._marks(self.waiting)
-        first, *others = question.split(IMAGE_MARK)
+        first, *others = question.split(IMAGE_PLACEHOLDER)
         if len(others) == len(marks):
             return Turn("user", first + "".join(mark + text for mark, text in zip(marks, others, strict=True)))
-        return Turn("user", "".join(f"{mark}\n" for mark in marks) + question.replace(IMAGE_MARK, TYPED_MARK))
+        return Turn("user", "".join(f"{mark}\n" for mark in marks) + question.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER))
 
     def _marks(self, pixels: list[torch.Tensor]) -> list[str]:
         """What stands in a turn for each picture: a mark, after its label if it has one."""
-        return [f"{self._labels[id(p)][1]} {IMAGE_MARK}" if id(p) in self._labels else IMAGE_MARK for p in pixels]
+        return [f"{self._labels[id(p)][1]} {IMAGE_PLACEHOLDER}" if id(p) in self._labels else IMAGE_PLACEHOLDER for p in pixels]
 
     def _limit(self, turns: int) -> int:
         """The longest prompt. As part of a history it leaves a whole answer room; a single question may leave less."""
@@ -133,7 +133,7 @@ class Chat:
                 fit = len(pixels) - math.ceil((length - limit) / self.assistant.model.config.image_tokens)
                 shown = f"{len(pixels)} pictures in it: {fit} would fit" if fit > 0 else "shorten it"
                 raise UsageError(f"the question is too long: {length} tokens, more than {limit}; {shown}, or raise --max_seq_len")
-            pixels = pixels[turns[0].content.count(IMAGE_MARK) :]
+            pixels = pixels[turns[0].content.count(IMAGE_PLACEHOLDER) :]
             turns, dropped = turns[2:], dropped + 1  # a question and its answer
         return turns, pixels, prompt, dropped
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dataset.files import check_output
 from dataset.images import open_images
 from dataset.sources import Mixture, open_samples
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
@@ -197,7 +197,7 @@ def read_questions(samples: Mixture) -> tuple[list[Question], dict[str | bytes, 
         for at, turn in enumerate(sample.turns):
             if turn.role == "assistant" and at and sample.turns[at - 1].role == "user":
                 history = sample.turns[:at]
-                shown = sum(t.content.count(IMAGE_MARK) for t in history if t.role == "user")
+                shown = sum(t.content.count(IMAGE_PLACEHOLDER) for t in history if t.role == "user")
                 kind = sample.kind or kind_of(turn.content)
                 questions.append(Question(history, images[:shown], turn.content, kind, sample.where))
                 for place, image in enumerate(images[:shown]):
@@ -288,7 +288,7 @@ def prediction_row(question: Question, prediction: str) -> dict:
     """One line of the file of predictions."""
     return {
         "images": [ref if isinstance(ref, str) else f"of {question.where}" for ref in question.images],
-        "question": question.turns[-1].content.replace(f"{IMAGE_MARK}\n", ""), "answer": question.answer,
+        "question": question.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""), "answer": question.answer,
         "prediction": prediction, "kind": question.kind, "correct": bool(exact_match(prediction, question.answer)),
     }  # fmt: skip
 

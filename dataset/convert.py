@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model.conversation import is_text
 from model.errors import SampleError, UsageError, print_anything
-from model.paths import REPOSITORY, home_for_tilde
+from model.storage import REPOSITORY, home_for_tilde
 from model.vision import to_rgb
 
 from .errors import DataError, NoSamples, reason

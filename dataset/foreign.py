@@ -7,7 +7,7 @@
     cauldron          {"images": [...], "texts": [{"user": "What?", "assistant": ...}, ...]}, FineVision's as well
 
 Images that no <image> mark places stand before the first question. What a tool returns is read like a user's turn: without
-loss. A mark in an answer, or beside images that are parts of a message, is text (TYPED_MARK).
+loss. A mark in an answer, or beside images that are parts of a message, is text (TYPED_PLACEHOLDER).
 """
 
 import base64
@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from model.conversation import IMAGE_MARK, ROLES, TYPED_MARK
+from model.conversation import IMAGE_PLACEHOLDER, ROLES, TYPED_PLACEHOLDER
 from model.errors import SampleError
 
 from .errors import shown
@@ -65,7 +65,7 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
             if isinstance(content, list):
                 content = "\n".join(part_of(part, placed, where) for part in content)
             if role != "user" and isinstance(content, str):
-                content = content.replace(IMAGE_MARK, TYPED_MARK)
+                content = content.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
             turns.append({"role": role, "content": content})
         images = as_list(row.get("images") or row.get("image"))
     except SampleError as error:
@@ -74,8 +74,8 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
         raise SampleError(f"no row of the format {form} ({type(error).__name__}: {error})", where) from error
     found = placed_images(placed, images, where) if placed else images
     question = next((turn for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)), None)
-    if question and not any(IMAGE_MARK in str(turn["content"]) for turn in turns):
-        question["content"] = f"{IMAGE_MARK}\n" * len(found) + question["content"]
+    if question and not any(IMAGE_PLACEHOLDER in str(turn["content"]) for turn in turns):
+        question["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(found) + question["content"]
     rest = {key: value for key, value in row.items() if key not in USED}
     return with_pictures(rest | {"conversations": turns}, [picture_of(value, where) for value in found])
 
@@ -106,13 +106,13 @@ def part_of(part: Any, placed: list, where: str) -> str:
     the row's images, None for the next of them."""
     kind = "text" if isinstance(part, str) else part.get("type")
     if kind in ("text", "input_text", "output_text"):
-        return (part if isinstance(part, str) else part["text"]).replace(IMAGE_MARK, TYPED_MARK)
+        return (part if isinstance(part, str) else part["text"]).replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
     if kind not in ("image", "image_url", "input_image"):
         raise SampleError(f"a message has a part of type {shown(kind)}; known are text, image and image_url", where)
     held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes"))
     value = next((value for value in held if value is not None), None)
     placed.append((value["url"] if isinstance(value, dict) and "url" in value else value, part.get("index")))
-    return IMAGE_MARK
+    return IMAGE_PLACEHOLDER
 
 
 def placed_images(placed: list, images: list, where: str) -> list:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as arrow
 from tqdm import tqdm
 
-from model.conversation import IMAGE_MARK
+from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import SampleError
 
 from .errors import DataError, NoSamples, shown
@@ -56,7 +56,7 @@ class JsonlSamples(DataFile):
     def _read_lines(self) -> tuple[np.ndarray, dict]:
         """Offset, size and <image> marks of each line; before which samples the empty lines stand; a hash of it all."""
         offsets, sizes, marks, blanks, at = array("q"), array("i"), array("i"), [], 0
-        digest, mark = hashlib.blake2b(digest_size=16), IMAGE_MARK.encode()
+        digest, mark = hashlib.blake2b(digest_size=16), IMAGE_PLACEHOLDER.encode()
         bar = tqdm(total=self._lines.stat().st_size, unit="B", unit_scale=True, desc=f"index of {self.path.name}", delay=3, disable=None)
         with open(self._lines, "rb") as file, bar:
             for line in iter(lambda: file.readline(MOST_BYTES + 1), b""):

@@ -17,7 +17,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from tqdm import tqdm
 
-from model.conversation import IMAGE_MARK
+from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import SampleError
 
 from .errors import DataError, NoSamples
@@ -117,7 +117,7 @@ class ParquetSamples(DataFile):
             for text in cell_bytes(batch.column(0)):
                 digest.update(text)
                 sizes.append(len(text))
-                marks.append(text.count(IMAGE_MARK.encode()))
+                marks.append(text.count(IMAGE_PLACEHOLDER.encode()))
         records = np.empty(len(sizes), self.RECORD)
         records["size"], records["marks"] = sizes, marks
         return records, {"fingerprint": digest.hexdigest()}
@@ -272,7 +272,7 @@ def fields_of(more: Any) -> dict:
 def shows_pictures(conversations: Any) -> bool:
     """Whether a turn has an <image> mark."""
     turns = conversations if isinstance(conversations, list) else []
-    return any(isinstance(turn, dict) and IMAGE_MARK in str(turn.get("content")) for turn in turns)
+    return any(isinstance(turn, dict) and IMAGE_PLACEHOLDER in str(turn.get("content")) for turn in turns)
 
 
 def cell_bytes(column: Any) -> Iterator[bytes]:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from model.conversation import DEFAULT_SYSTEM, IMAGE_MARK, Rendered, Renderer, Turn, is_text, parse_turns
+from model.conversation import DEFAULT_SYSTEM, IMAGE_PLACEHOLDER, Rendered, Renderer, Turn, is_text, parse_turns
 from model.errors import SampleError
 from model.model_minimind import IGNORE_INDEX
 
 from .errors import shown
 from .foreign import remedy
 
-__all__ = ["DEFAULT_SYSTEM", "IGNORE_INDEX", "IMAGE_MARK", "Rendered", "Renderer", "Sample", "Turn", "is_text",
+__all__ = ["DEFAULT_SYSTEM", "IGNORE_INDEX", "IMAGE_PLACEHOLDER", "Rendered", "Renderer", "Sample", "Turn", "is_text",
            "parse_images", "parse_sample", "parse_turns"]  # fmt: skip
 
 
@@ -42,9 +42,9 @@ def _parse(row: Any, where: str, pictures: tuple[str | bytes, ...] | None) -> Sa
         raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
     turns = parse_turns(row.get("conversations"), where)
     images = parse_images(row.get("image"), where) if pictures is None else pictures
-    marks = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    marks = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if marks != len(images):
-        raise SampleError(f"{marks} {IMAGE_MARK} marks in the user's turns, but {len(images)} pictures", where)
+        raise SampleError(f"{marks} {IMAGE_PLACEHOLDER} marks in the user's turns, but {len(images)} pictures", where)
     if not any(turn.role == "assistant" for turn in turns):
         raise SampleError("no assistant turn: nothing to learn from", where)
     return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))

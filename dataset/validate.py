@@ -30,7 +30,7 @@ from tqdm import tqdm
 from machine import cores
 from model.conversation import Renderer, Turn, load_tokenizer
 from model.errors import SampleError, UsageError, print_anything
-from model.paths import REPOSITORY, home_for_tilde
+from model.storage import REPOSITORY, home_for_tilde
 
 from .errors import DataError
 from .files import check_plot

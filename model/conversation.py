@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .errors import SampleError, UsageError, check_fetched, first_line
 from .model_minimind import IGNORE_INDEX
 
-IMAGE_MARK = "<image>"
-TYPED_MARK = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
+IMAGE_PLACEHOLDER = "<image>"
+TYPED_PLACEHOLDER = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
 DEFAULT_SYSTEM = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
 
@@ -62,8 +62,8 @@ def parse_turns(conversations: Any, where: str = "") -> tuple[Turn, ...]:
             raise SampleError(f"turn {number} holds half of a surrogate pair: no text", where)
         if role == "system" and number > 1:
             raise SampleError(f"turn {number} is a system turn; only the first may be", where)
-        if role != "user" and IMAGE_MARK in content:
-            raise SampleError(f"turn {number} has an {IMAGE_MARK} mark; only a user's turn shows pictures", where)
+        if role != "user" and IMAGE_PLACEHOLDER in content:
+            raise SampleError(f"turn {number} has an {IMAGE_PLACEHOLDER} mark; only a user's turn shows pictures", where)
         turns.append(Turn(role, content))
     return tuple(turns)
 
@@ -202,9 +202,9 @@ class Renderer:
         The text is tokenized with the placeholders in place, as the published code does, and the runs are found by
         their character offsets: a literal "@" beside a mark moves nothing.
         """
-        if not show_images or IMAGE_MARK not in text:
+        if not show_images or IMAGE_PLACEHOLDER not in text:
             return self._backend.encode(text, add_special_tokens=False).ids, []
-        parts = text.split(IMAGE_MARK)
+        parts = text.split(IMAGE_PLACEHOLDER)
         encoding = self._backend.encode((self.image_token * self._run).join(parts), add_special_tokens=False)
         begins = [begin for begin, _ in encoding.offsets]
         ids, starts, at, done = [], [], 0, 0

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.hub import cached_file
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
-from .vision import VisionProj, encode_images, load_vision_tower, save_vision_tower, tower_patches
+from .vision import VisionProj, encode_images, load_vision_encoder, patches_per_image, save_vision_encoder
 
 VISION_FOLDER = "vision_model"  # of a transformers folder: the tower that it brings along
 # What configuration files of the original project hold and nobody here needs to know.
@@ -89,23 +89,23 @@ class MiniMindVLM(MiniMindForCausalLM):
     config_class = VLMConfig
     _keys_to_ignore_on_load_unexpected = [r"^vision_encoder\."]  # published full checkpoints carry the tower
 
-    def __init__(self, config: VLMConfig, vision_tower: CLIPVisionModel | None = None):
+    def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
         super().__init__(config)
         self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
-        self.attach_vision_tower(vision_tower)
+        self.attach_vision_encoder(vision_encoder)
         self.post_init()
 
-    def attach_vision_tower(self, vision_tower: CLIPVisionModel | None) -> None:
+    def attach_vision_encoder(self, vision_encoder: CLIPVisionModel | None) -> None:
         """Raises ValueError when the tower's width or number of patches is not the configuration's."""
-        if vision_tower is not None:
-            width, patches = vision_tower.config.hidden_size, tower_patches(vision_tower)
+        if vision_encoder is not None:
+            width, patches = vision_encoder.config.hidden_size, patches_per_image(vision_encoder)
             if (width, patches) != (self.config.vision_hidden_size, self.config.image_tokens):
                 raise ValueError(
                     f"the vision tower gives {patches} patch vectors of width {width}; the model was made for"
                     f" {self.config.image_tokens} of width {self.config.vision_hidden_size}"
                 )
-            vision_tower.eval().requires_grad_(False)
-        self.__dict__["vision_encoder"] = vision_tower  # past nn.Module's registration, on purpose
+            vision_encoder.eval().requires_grad_(False)
+        self.__dict__["vision_encoder"] = vision_encoder  # past nn.Module's registration, on purpose
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
@@ -119,15 +119,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         files = [cached_file(name, f"{VISION_FOLDER}/{file}", _raise_exceptions_for_missing_entries=False, **place)
                  for file in ("config.json", "model.safetensors")]  # fmt: skip
         if all(files):
-            tower = load_vision_tower(Path(files[0]).parent).to(model.device)
-            model.attach_vision_tower(tower.to(model.dtype) if dtype not in (None, "auto") else tower)
+            tower = load_vision_encoder(Path(files[0]).parent).to(model.device)
+            model.attach_vision_encoder(tower.to(model.dtype) if dtype not in (None, "auto") else tower)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """As transformers' own, and the vision tower in a folder within."""
         super().save_pretrained(save_directory, **kwargs)
         if self.vision_encoder is not None and kwargs.get("is_main_process", True):
-            save_vision_tower(self.vision_encoder, Path(save_directory) / VISION_FOLDER)
+            save_vision_encoder(self.vision_encoder, Path(save_directory) / VISION_FOLDER)
 
     def _apply(self, fn, recurse=True):
         """Moves the tower along when the model moves."""

@@ -1,4 +1,4 @@
-"""Files that cannot be half written, and one writer at a time.
+"""Paths as people type them, files that cannot be half written, and one writer at a time.
 
 A file is written beside its place under a temporary name, forced to disk and renamed: at whatever instant the machine stops,
 the old file or the whole new one is there. Locks are those of the filelock library, which has them on every system.
@@ -7,6 +7,7 @@ the old file or the whole new one is there. Locks are those of the filelock libr
 import errno
 import functools
 import os
+import re
 import shutil
 import socket
 import sys
@@ -17,6 +18,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPORARY = ".tmp"  # suffix of files that are being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # answers of NFS, Lustre and others; 524 is Linux's ENOTSUPP
 
@@ -25,6 +27,15 @@ Write = Callable[[BinaryIO], None]
 
 class StorageError(Exception):
     """The disk does not do what is needed; the message names the file, the reason and the remedy."""
+
+
+def home_for_tilde(argv: list[str] | None = None) -> list[str]:
+    """Command-line arguments (those of the process for None) with every "~" that begins a path replaced by a home folder.
+
+    A shell does so at the beginning of a word only, not in --save_dir=~/x or a.jsonl,~/b.jsonl.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return [re.sub(r"(?:^|(?<=[=,]))~[^/,]*", lambda match: os.path.expanduser(match[0]), word) for word in words]
 
 
 def write_temporary(path: Path, write: Write) -> Path:

@@ -44,7 +44,7 @@ class VisionProj(nn.Module):
         return self.vision_proj(features.to(self.vision_proj[0].weight.dtype))
 
 
-def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
+def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
     """The frozen vision half of a CLIP folder in transformers format, in eval mode and fp32.
 
     A folder of a whole CLIPModel serves as well: its text half is never read into memory.
@@ -79,12 +79,12 @@ def load_vision_tower(folder: str | Path) -> CLIPVisionModel:
     return tower.eval().requires_grad_(False)
 
 
-def tower_patches(tower: CLIPVisionModel) -> int:
+def patches_per_image(tower: CLIPVisionModel) -> int:
     """Patch vectors of one picture."""
     return (tower.config.image_size // tower.config.patch_size) ** 2
 
 
-def save_vision_tower(tower: CLIPVisionModel, folder: str | Path) -> None:
+def save_vision_encoder(tower: CLIPVisionModel, folder: str | Path) -> None:
     """Writes the tower as a transformers folder, by the names that every release reads."""
     state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in tower.state_dict().items()}
     tower.save_pretrained(folder, state_dict=state)

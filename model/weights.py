@@ -60,7 +60,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What weights depend on without containing it; no vision encoder where the model has none."""
     tower = model.vision_encoder
-    return {"tokenizer": tokenizer_fingerprint(tokenizer)} | ({} if tower is None else {"vision_encoder": tower_fingerprint(tower)})
+    return {"tokenizer": tokenizer_fingerprint(tokenizer)} | ({} if tower is None else {"vision_encoder": vision_encoder_fingerprint(tower)})
 
 
 def half_weights(model: MiniMindVLM) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def tensors_fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def tower_fingerprint(tower: CLIPVisionModel) -> str:
+def vision_encoder_fingerprint(tower: CLIPVisionModel) -> str:
     """The fingerprint of a vision encoder, whatever release of transformers loaded it."""
     return tensors_fingerprint({name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in tower.state_dict().items()})
 

@@ -52,7 +52,7 @@ def renderer(tokenizer) -> Renderer:
     return Renderer(tokenizer)
 
 
-def make_tower(seed: int = 0, width: int = 24) -> CLIPVisionModel:
+def make_vision_encoder(seed: int = 0, width: int = 24) -> CLIPVisionModel:
     """A random tower of the real geometry: 196 patches of 224 pixels."""
     torch.manual_seed(seed)
     return CLIPVisionModel(CLIPVisionConfig(
@@ -70,10 +70,10 @@ def make_model(seed: int = 0, tower: CLIPVisionModel | None = None, **config) ->
 
 
 @pytest.fixture(scope="session")
-def tower_folder(tmp_path_factory) -> Path:
+def encoder_folder(tmp_path_factory) -> Path:
     """A tower saved as a user would have it."""
     folder = tmp_path_factory.mktemp("tower")
-    make_tower().save_pretrained(folder)
+    make_vision_encoder().save_pretrained(folder)
     return folder
 
 
@@ -142,19 +142,19 @@ def kill_tree(process: subprocess.Popen) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def training_flags(data, tower_folder, out: Path, **flags) -> list[str]:
+def training_flags(data, encoder_folder, out: Path, **flags) -> list[str]:
     """Flags of a small, quick run that writes into `out`."""
     settings = {
-        "data_path": data[0], "images_path": data[1], "vision_model_path": tower_folder, "save_dir": out / "out",
+        "data_path": data[0], "images_path": data[1], "vision_model_path": encoder_folder, "save_dir": out / "out",
         "checkpoint_dir": out / "checkpoints", "from_weight": "none", "batch_size": 2, "num_workers": 1,
         "dtype": "float32", "log_interval": 1, "epochs": 1, "learning_rate": 1e-3, "freeze_llm": 0, "device": "cpu",
     } | flags  # fmt: skip
     return [*DECODER, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
 
 
-def start_on_disk(data, tower_folder, out, environment: dict | None = None, **flags) -> subprocess.Popen:
+def start_on_disk(data, encoder_folder, out, environment: dict | None = None, **flags) -> subprocess.Popen:
     """A run in a process of its own, on the disk of tests/slow_disk.py."""
-    command = [sys.executable, str(REPOSITORY / "tests" / "slow_disk.py"), *training_flags(data, tower_folder, out, **flags)]
+    command = [sys.executable, str(REPOSITORY / "tests" / "slow_disk.py"), *training_flags(data, encoder_folder, out, **flags)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})  # fmt: skip
 

@@ -21,7 +21,7 @@ import torch
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import load_weights, read_sidecar, tensors_fingerprint
-from tests.conftest import kill_tree, make_data, make_tower, training_flags
+from tests.conftest import kill_tree, make_data, make_vision_encoder, training_flags
 from trainer.checkpoint import load_training_state
 
 SAMPLES, EPOCHS, NAME = 22, 12, "sft_vlm_32"
@@ -35,7 +35,7 @@ class Storm:
         self.counts = Counter(kills=0, unreadable=0, differing=0, repeated=0, skipped=0)
         self.launches = 0
         self.data = make_data(folder / "data", SAMPLES)
-        make_tower().save_pretrained(folder / "tower")
+        make_vision_encoder().save_pretrained(folder / "tower")
 
     def start(self, out: Path, resume: bool, processes: int) -> subprocess.Popen:
         """The training run in processes of its own."""

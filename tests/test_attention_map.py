@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from chat.chat import Chat
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.inference.attention_map import attention_to_images, look, overlay, pixels_to_image, split_text
@@ -16,7 +16,7 @@ from model.inference.generation import Sampling
 from model.layers import apply_rope
 from model.model_vlm import MiniMindVLM
 from model.vision import preprocess
-from tests.conftest import make_model, make_tower
+from tests.conftest import make_model, make_vision_encoder
 
 P, SIDE = 196, 14
 ASKS_FOR_A, ASKS_FOR_B, NEUTRAL = 500, 501, 502  # tokens of the model built by hand
@@ -177,7 +177,7 @@ def test_what_cannot_be_mapped_is_named():
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer) -> Assistant:
-    return Assistant(make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8), tokenizer)
+    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
 
 
 def test_an_answer_of_a_chat_is_looked_into(assistant):
@@ -200,7 +200,7 @@ def test_an_answer_of_a_chat_is_looked_into(assistant):
 
 def test_only_an_answer_about_pictures_can_be_looked_into(assistant):
     pixels = [preprocess(Image.new("RGB", (30, 30), "red"))]
-    question, answer = Turn("user", f"{IMAGE_MARK}\nWhat?"), Turn("assistant", "red")
+    question, answer = Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"), Turn("assistant", "red")
     for turns, given, message in (
         ((), pixels, "only an answer"), ((question,), pixels, "only an answer"),
         ((question, Turn("assistant", "")), pixels, "only an answer"),

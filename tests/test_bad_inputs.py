@@ -25,7 +25,7 @@ from model.device import usable_device
 from model.errors import SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
-from tests.conftest import make_model, make_tower, write_jsonl
+from tests.conftest import make_model, make_vision_encoder, write_jsonl
 
 
 def turns(question="<image>\nWhat?", answer="This."):
@@ -206,7 +206,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer):
-    return Assistant(make_model(tower=make_tower()), tokenizer)
+    return Assistant(make_model(tower=make_vision_encoder()), tokenizer)
 
 
 def test_there_are_many_cases():

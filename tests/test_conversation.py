@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dataset.sample import Sample, parse_sample
-from model.conversation import IMAGE_MARK, Renderer, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Renderer, Turn
 from model.errors import SampleError
 from tests.conftest import FIXTURES, REPOSITORY
 
@@ -47,7 +47,7 @@ def test_chat_template_says_the_same(renderer, tokenizer):
 
 
 def test_prompt_and_training_rows_share_their_beginning(renderer):
-    turns = (Turn("user", f"{IMAGE_MARK}\nWhat is it?"), Turn("assistant", "A cat."))
+    turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat is it?"), Turn("assistant", "A cat."))
     row, prompt = renderer.render(Sample(turns, ("a",))), renderer.render_prompt(turns[:1])
     assert row.ids[: len(prompt)].tolist() == prompt.ids.tolist()
     assert (row.labels[: len(prompt)] == -100).all() and row.labels[len(prompt)] != -100
@@ -59,8 +59,8 @@ def test_prompt_and_training_rows_share_their_beginning(renderer):
 def test_pictures_are_where_the_renderer_put_them(texts):
     """Whatever stands around the marks, a literal "@" included, each picture has its own 196 placeholders."""
     renderer = _shared_renderer()
-    content = IMAGE_MARK.join(texts)
-    if content.count(IMAGE_MARK) != len(texts) - 1:
+    content = IMAGE_PLACEHOLDER.join(texts)
+    if content.count(IMAGE_PLACEHOLDER) != len(texts) - 1:
         return  # the texts spelled a mark of their own
     rendered = renderer.render(sample(content, "yes @", images=len(texts) - 1))
     assert len(rendered.image_starts) == len(texts) - 1
@@ -91,7 +91,7 @@ def test_the_loss_is_on_answers_and_their_ends_and_nowhere_else(answers, system,
     renderer = _shared_renderer()
     turns = tuple(turn for question, answer in answers for turn in (Turn("user", question), Turn("assistant", answer)))
     turns = ((Turn("system", system),) if system is not None else ()) + turns
-    if any(IMAGE_MARK in turn.content for turn in turns):
+    if any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
         return
     whole = renderer.render(Sample(turns))
     assert supervised_text(renderer, whole) == "".join(f"{answer}<|im_end|>\n" for _, answer in answers)
@@ -121,7 +121,7 @@ def test_several_turns_and_system(renderer):
 
 
 def test_truncation_cuts_answers_but_no_picture(renderer):
-    whole = sample(f"{IMAGE_MARK}What?", "one two three four five six seven eight", images=1)
+    whole = sample(f"{IMAGE_PLACEHOLDER}What?", "one two three four five six seven eight", images=1)
     full = renderer.render(whole)
     for length in range(1, len(full) + 3):
         try:

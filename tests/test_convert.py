@@ -20,15 +20,15 @@ from transformers import (
 
 import eval_vlm
 from model import convert
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
 from model.hub.processing import MiniMindVProcessor
 from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
 from model.model_vlm import MiniMindVLM
-from model.vision import load_vision_tower, normalize, preprocess
+from model.vision import load_vision_encoder, normalize, preprocess
 from model.weights import fingerprints, read_sidecar, save_weights
-from tests.conftest import REPOSITORY, make_model, make_tower
+from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 P = 196
 SIZES = {"hidden_size": 32, "num_attention_heads": 8, "vision_hidden_size": 24}
@@ -49,14 +49,14 @@ def save_native(path, model, tokenizer) -> dict:
 @pytest.fixture(scope="module")
 def native(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("native") / "sft_vlm_32.pth"
-    save_native(path, make_model(tower=make_tower(), **SIZES), tokenizer)
+    save_native(path, make_model(tower=make_vision_encoder(), **SIZES), tokenizer)
     return path
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, native, tower_folder):
+def folder(tmp_path_factory, native, encoder_folder):
     target = tmp_path_factory.mktemp("folder") / "minimind-v"
-    assert convert.main([str(native), str(target), "--vision_model_path", str(tower_folder)]) == 0
+    assert convert.main([str(native), str(target), "--vision_model_path", str(encoder_folder)]) == 0
     return target
 
 
@@ -66,10 +66,10 @@ def processor(folder) -> MiniMindVProcessor:
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_native_to_folder_and_back_is_bit_for_bit(tmp_path, tokenizer, tower_folder, use_moe):
+def test_native_to_folder_and_back_is_bit_for_bit(tmp_path, tokenizer, encoder_folder, use_moe):
     path = tmp_path / "out" / f"sft_vlm_32{'_moe' * use_moe}.pth"
-    before = save_native(path, make_model(tower=make_tower(), use_moe=use_moe, **SIZES), tokenizer)
-    flags = ["--vision_model_path", str(tower_folder)]
+    before = save_native(path, make_model(tower=make_vision_encoder(), use_moe=use_moe, **SIZES), tokenizer)
+    flags = ["--vision_model_path", str(encoder_folder)]
     assert convert.main([str(path), str(tmp_path / "hf"), *flags]) == 0
     back = tmp_path / "back" / path.name
     assert convert.main([str(tmp_path / "hf"), str(back)]) == 0
@@ -87,32 +87,32 @@ def test_a_folder_has_all_that_transformers_looks_for(folder, tokenizer):
     assert not any(name.endswith((".py", ".bin")) for name in names)
     assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
     assert AutoImageProcessor.from_pretrained(folder).size["height"] == 224
-    given, frozen = CLIPVisionModel.from_pretrained(folder / "vision_model").state_dict(), make_tower().state_dict()
+    given, frozen = CLIPVisionModel.from_pretrained(folder / "vision_model").state_dict(), make_vision_encoder().state_dict()
     assert all(torch.equal(given[name], frozen[name]) for name in frozen)
 
 
-def test_published_weights_without_sidecar_tell_their_sizes(tmp_path, tokenizer, tower_folder):
-    model = make_model(tower=make_tower(), use_moe=True, n_routed_experts=3, num_hidden_layers=3, **SIZES)
+def test_published_weights_without_sidecar_tell_their_sizes(tmp_path, tokenizer, encoder_folder):
+    model = make_model(tower=make_vision_encoder(), use_moe=True, n_routed_experts=3, num_hidden_layers=3, **SIZES)
     path = tmp_path / "sft_vlm_32_moe.pth"
     before = save_native(path, model, tokenizer)
     path.with_suffix(".json").unlink()
-    loaded = convert.read_native(path, REPOSITORY / "model", tower_folder)
+    loaded = convert.read_native(path, REPOSITORY / "model", encoder_folder)
     config = loaded.model.config
     assert (config.num_hidden_layers, config.n_routed_experts, config.use_moe) == (3, 3, True)
     assert all(torch.equal(value.half(), before[name]) for name, value in loaded.model.state_dict().items())
 
 
-def test_without_a_tower_the_folder_needs_one_given(tmp_path, native, tower_folder):
+def test_without_a_tower_the_folder_needs_one_given(tmp_path, native, encoder_folder):
     assert convert.main([str(native), str(tmp_path / "hf"), "--vision_model_path", "none"]) == 0
     assert not (tmp_path / "hf" / "vision_model").exists()
     assert convert.read_folder(tmp_path / "hf", "", "none").model.vision_encoder is None
-    load_assistant(str(tmp_path / "hf"), native, "cpu", str(tower_folder), "")
+    load_assistant(str(tmp_path / "hf"), native, "cpu", str(encoder_folder), "")
     blind = load_assistant(str(tmp_path / "hf"), native, "cpu", "none", "")
     assert blind.generate([(Turn("user", "hello"),)], [], ANSWER)
     with pytest.raises(UsageError, match="without a vision tower"):
-        blind.generate([(Turn("user", IMAGE_MARK),)], [preprocess(picture("red"))], ANSWER)
+        blind.generate([(Turn("user", IMAGE_PLACEHOLDER),)], [preprocess(picture("red"))], ANSWER)
     other = tmp_path / "tower"
-    make_tower(seed=5).save_pretrained(other)
+    make_vision_encoder(seed=5).save_pretrained(other)
     with pytest.raises(UsageError, match="another vision encoder"):
         convert.read_folder(tmp_path / "hf", "", other)
 
@@ -129,17 +129,17 @@ def test_a_repository_in_the_hubs_cache_brings_its_tower(tmp_path, folder, monke
     assert AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path).vision_encoder is None
 
 
-def test_native_weights_and_their_folder_answer_alike(native, folder, tower_folder):
-    turns, pixels = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), [preprocess(picture("red"))]
+def test_native_weights_and_their_folder_answer_alike(native, folder, encoder_folder):
+    turns, pixels = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [preprocess(picture("red"))]
     answers = [load_assistant(source, native, "cpu", str(tower), str(REPOSITORY / "model")).generate([turns], pixels, ANSWER)
-               for source, tower in (("model", tower_folder), (str(folder), "/nowhere"))]  # fmt: skip
+               for source, tower in (("model", encoder_folder), (str(folder), "/nowhere"))]  # fmt: skip
     assert answers[0] == answers[1] and answers[0][0]
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
 def test_save_and_from_pretrained_keep_model_and_tower(tmp_path, auto, use_moe):
-    model = make_model(tower=make_tower(), use_moe=use_moe, **SIZES).eval()
+    model = make_model(tower=make_vision_encoder(), use_moe=use_moe, **SIZES).eval()
     model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path).eval()
     ids = torch.cat([torch.full((1, P), 34), torch.arange(100, 110)[None]], 1)
@@ -191,7 +191,7 @@ def publish(folder, model: MiniMindVLM, weights: str, **changes) -> None:
 
 @pytest.mark.parametrize(("weights", "use_moe"), [("pytorch_model.bin", False), ("model.safetensors", True)])
 def test_folders_of_the_original_project_load_and_run_no_code(tmp_path, tokenizer, weights, use_moe, capsys):
-    tower = make_tower(width=768)
+    tower = make_vision_encoder(width=768)
     tower.save_pretrained(tmp_path / "clip")
     model = make_model(tower=tower, use_moe=use_moe, rope_theta=50000.0, hidden_size=32, num_attention_heads=8, vision_hidden_size=768)
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
@@ -202,7 +202,7 @@ def test_folders_of_the_original_project_load_and_run_no_code(tmp_path, tokenize
     assert eval_vlm.main([*flags, "--image_dir", str(tmp_path / "pictures"), "--mode", "folder", "--max_new_tokens", "3"]) == 0
     assert "[a.png]" in capsys.readouterr().out
 
-    turns, pixels = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), [preprocess(picture("red"))]
+    turns, pixels = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [preprocess(picture("red"))]
     expected = Assistant(model, tokenizer).generate([turns], pixels, ANSWER)
     loaded = convert.read_folder(tmp_path / "original", "", tmp_path / "clip")
     assert Assistant(loaded.model, loaded.tokenizer).generate([turns], pixels, ANSWER) == expected
@@ -229,10 +229,10 @@ class Attack:
         return open, (str(self.path), "w")
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, tower_folder, capsys):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, encoder_folder, capsys):
     publish(tmp_path / "hf", make_model(**SIZES), "pytorch_model.bin")
     torch.save({"model.embed_tokens.weight": Attack(tmp_path / "executed")}, tmp_path / "hf" / "pytorch_model.bin")
-    assert eval_vlm.main(["--load_from", str(tmp_path / "hf"), "--vision_model_path", str(tower_folder), "--mode", "folder"]) == 2
+    assert eval_vlm.main(["--load_from", str(tmp_path / "hf"), "--vision_model_path", str(encoder_folder), "--mode", "folder"]) == 2
     error = capsys.readouterr().err
     assert "is refused" in error and "open" in error and error.count("\n") == 1
     with pytest.raises(Exception, match="weights_only"):
@@ -333,13 +333,13 @@ def test_a_spoilt_folder_ends_with_one_line_and_code_2(tmp_path, folder, message
      (lambda path: path.unlink(), "no weights at")],
 )  # fmt: skip
 @pytest.mark.parametrize("sidecar", [True, False])
-def test_spoilt_native_weights_end_with_code_2_and_leave_nothing(tmp_path, native, tower_folder, spoil, message, sidecar, capsys):
+def test_spoilt_native_weights_end_with_code_2_and_leave_nothing(tmp_path, native, encoder_folder, spoil, message, sidecar, capsys):
     path = tmp_path / native.name
     shutil.copy(native, path)
     if sidecar:
         shutil.copy(native.with_suffix(".json"), path.with_suffix(".json"))
     spoil(path)
-    assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(tower_folder)]) == 2
+    assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(encoder_folder)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error, error
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))
@@ -369,13 +369,13 @@ def prefixed(prefix: str):
      (lambda state: {name: tensor for name, tensor in state.items() if name != HEAD}, ""),
      (lambda state: {name: tensor for name, tensor in state.items() if name != "model.embed_tokens.weight"}, "")],
 )  # fmt: skip
-def test_weights_of_other_hands_are_taken(tmp_path, native, tower_folder, change, notice, capsys):
+def test_weights_of_other_hands_are_taken(tmp_path, native, encoder_folder, change, notice, capsys):
     state, path = torch.load(native), tmp_path / "theirs_32.pth"
     changed = change(state)
     for write in (torch.save, lambda state, path: save_file({name: tensor.clone() for name, tensor in state.items()}, path)):
         if write is torch.save or all(isinstance(value, torch.Tensor) for value in changed.values()):
             write(changed, path)
-            loaded = convert.read_native(path, vision_model_path=tower_folder).model.state_dict()
+            loaded = convert.read_native(path, vision_model_path=encoder_folder).model.state_dict()
             assert all(torch.equal(loaded[name].half(), tensor) for name, tensor in state.items())
             said = capsys.readouterr().err
             assert notice in said and said.count("notice:") == bool(notice)
@@ -392,13 +392,13 @@ def test_weights_of_other_hands_are_taken(tmp_path, native, tower_folder, change
      (lambda tensor: tensor.double() * 1e300, "not finite"), (lambda tensor: tensor.tolist(), f"not {WEIGHT} (list)")],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on what these kinds are
-def test_weights_of_other_kinds_are_named_for_what_they_are(tmp_path, native, tower_folder, change, message, sidecar, capsys):
+def test_weights_of_other_kinds_are_named_for_what_they_are(tmp_path, native, encoder_folder, change, message, sidecar, capsys):
     path = tmp_path / native.name
     if sidecar:
         shutil.copy(native.with_suffix(".json"), path.with_suffix(".json"))
     state = torch.load(native)
     torch.save(state | {WEIGHT: change(state[WEIGHT])}, path)
-    assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(tower_folder)]) == 2
+    assert convert.main([str(path), str(tmp_path / "hf"), "--vision_model_path", str(encoder_folder)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
 
@@ -415,23 +415,23 @@ def test_a_folder_of_quantized_or_untied_weights_is_refused(tmp_path, folder, dt
         convert.read_folder(tmp_path / "hf")
 
 
-def test_a_training_state_serves_as_weights_and_untied_ones_do_not(tmp_path, native, tower_folder):
+def test_a_training_state_serves_as_weights_and_untied_ones_do_not(tmp_path, native, encoder_folder):
     state, path = torch.load(native), tmp_path / "sft_vlm_32_resume.pth"
     torch.save({"version": 4, "model": state, "optimizer": {"state": {}}, "rng": [1]}, path)
-    loaded = convert.read_native(path, vision_model_path=tower_folder).model.state_dict()
+    loaded = convert.read_native(path, vision_model_path=encoder_folder).model.state_dict()
     assert all(torch.equal(loaded[name].half(), tensor) for name, tensor in state.items())
     torch.save(state | {HEAD: state[HEAD] + 1}, path)
     with pytest.raises(UsageError, match=r"lm_head\.weight differ"):
-        convert.read_native(path, vision_model_path=tower_folder)
+        convert.read_native(path, vision_model_path=encoder_folder)
 
 
 @pytest.mark.parametrize("kind", PLACEHOLDERS)
 @pytest.mark.parametrize("name", ["sft_vlm_32.pth", "sft_vlm_32.json", "hf/config.json", "hf/model.safetensors", "hf/pytorch_model.bin", "hf/tokenizer.json",
                                   "hf/sidecar.json", "hf/vision_model/model.safetensors", "tower/model.safetensors", "tower/config.json",
                                   "tower/pytorch_model.bin"])
-def test_what_stands_for_a_file_that_was_not_fetched_is_named(tmp_path, native, folder, tower_folder, name, kind):
+def test_what_stands_for_a_file_that_was_not_fetched_is_named(tmp_path, native, folder, encoder_folder, name, kind):
     shutil.copytree(folder, tmp_path / "hf")
-    shutil.copytree(tower_folder, tmp_path / "tower")
+    shutil.copytree(encoder_folder, tmp_path / "tower")
     for file in (native, native.with_suffix(".json")):
         shutil.copy(file, tmp_path)
     if name.endswith(".bin"):
@@ -443,28 +443,28 @@ def test_what_stands_for_a_file_that_was_not_fetched_is_named(tmp_path, native, 
     assert "weights_only" not in str(caught.value)
 
 
-def test_placeholders_of_other_libraries_weights_do_no_harm(tmp_path, tower_folder):
-    shutil.copytree(tower_folder, tmp_path / "tower")
+def test_placeholders_of_other_libraries_weights_do_no_harm(tmp_path, encoder_folder):
+    shutil.copytree(encoder_folder, tmp_path / "tower")
     for name in ("tf_model.h5", "flax_model.msgpack", "pytorch_model.bin"):
         (tmp_path / "tower" / name).write_bytes(PLACEHOLDERS["a git-lfs pointer"])
-    assert load_vision_tower(tmp_path / "tower").config.hidden_size == 24
+    assert load_vision_encoder(tmp_path / "tower").config.hidden_size == 24
 
 
 @pytest.mark.filterwarnings("ignore:.*[jJ]it")
-def test_no_advice_to_load_unsafely_is_passed_on(tmp_path, native, tower_folder, capsys):
+def test_no_advice_to_load_unsafely_is_passed_on(tmp_path, native, encoder_folder, capsys):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "a_32.pth"))
     (tmp_path / "b_32.pth").write_bytes(b"GGUF" + bytes(60))
-    shutil.copytree(tower_folder, tmp_path / "tower")
+    shutil.copytree(encoder_folder, tmp_path / "tower")
     (tmp_path / "tower" / "model.safetensors").unlink()
     torch.save({"x": Attack(tmp_path / "executed")}, tmp_path / "tower" / "pytorch_model.bin")
-    for source, tower in ((tmp_path / "a_32.pth", tower_folder), (tmp_path / "b_32.pth", tower_folder), (native, tmp_path / "tower")):
+    for source, tower in ((tmp_path / "a_32.pth", encoder_folder), (tmp_path / "b_32.pth", encoder_folder), (native, tmp_path / "tower")):
         assert convert.main([str(source), str(tmp_path / "hf"), "--vision_model_path", str(tower)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "weights_only" not in error and "trust" not in error, error
     assert not (tmp_path / "executed").exists()
 
 
-def test_nothing_is_overwritten_and_names_must_be_found_again(tmp_path, native, folder, tower_folder, capsys):
+def test_nothing_is_overwritten_and_names_must_be_found_again(tmp_path, native, folder, encoder_folder, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for source, target, message in [
@@ -472,7 +472,7 @@ def test_nothing_is_overwritten_and_names_must_be_found_again(tmp_path, native, 
         (folder, tmp_path / "sft_vlm_64.pth", "NAME_32.pth"), (folder, tmp_path / "other", "one of them is a weight file"),
         (tmp_path / "none_32.pth", tmp_path / "hf", "no weights at"),
     ]:  # fmt: skip
-        assert convert.main([str(source), str(target), "--vision_model_path", str(tower_folder)]) == 2
+        assert convert.main([str(source), str(target), "--vision_model_path", str(encoder_folder)]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
 
@@ -490,7 +490,7 @@ def test_weights_beyond_fp16_are_refused_and_rounding_is_said(tmp_path, tokenize
     assert "beyond fp16's range" in capsys.readouterr().err and not (tmp_path / "b_32.pth").exists()
 
 
-def test_the_command(native, tmp_path, tower_folder):
-    done = subprocess.run([sys.executable, "-m", "model.convert", native, tmp_path / "hf", "--vision_model_path", tower_folder],
+def test_the_command(native, tmp_path, encoder_folder):
+    done = subprocess.run([sys.executable, "-m", "model.convert", native, tmp_path / "hf", "--vision_model_path", encoder_folder],
                           cwd=REPOSITORY, text=True, capture_output=True, check=False)  # fmt: skip
     assert done.returncode == 0 and (tmp_path / "hf" / "config.json").is_file() and done.stderr == "", done.stderr

@@ -16,7 +16,7 @@ from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
 from model.errors import SampleError
 from model.vision import normalize, preprocess
-from tests.conftest import make_data, make_model, make_tower, write_jsonl
+from tests.conftest import make_data, make_model, make_vision_encoder, write_jsonl
 
 GOOD = {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 
@@ -142,7 +142,7 @@ def dataset(data, renderer) -> VLMDataset:
 
 def test_a_batch_gives_what_its_samples_give_alone(dataset):
     """Padding and neighbours change nothing: losses, however many pictures each row has."""
-    model = make_model(tower=make_tower()).eval()
+    model = make_model(tower=make_vision_encoder()).eval()
     items = [dataset[number] for number in range(22)]
     assert {len(item.pictures) for item in items} == {0, 1, 2}
     collated = [collate([item], 0, 196) for item in items]
@@ -163,7 +163,7 @@ def test_bad_samples_take_no_row(dataset):
     batch = collate([bad, good, bad], 0, 196)
     assert batch.ids.shape[0] == 1 and batch.bad == (bad, bad) and batch.indices == (0,)
     empty = collate([bad], 0, 196)
-    model = make_model(tower=make_tower())
+    model = make_model(tower=make_vision_encoder())
     loss = model(empty.ids, labels=empty.labels, pixel_values=normalize(empty.pixels), image_positions=empty.image_positions).loss
     assert empty.supervised == 0 and loss.item() == 0
 

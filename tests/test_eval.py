@@ -11,14 +11,14 @@ from PIL import Image
 from chat.chat import Chat
 from eval_vlm import main
 from model import convert
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
 from model.storage import hold
 from model.vision import preprocess
 from model.weights import find_weights, fingerprints, load_weights, lock_of, save_weights
-from tests.conftest import DECODER, make_model, make_tower, run_script, write_jsonl
+from tests.conftest import DECODER, make_model, make_vision_encoder, run_script, write_jsonl
 from tests.test_video import make_video
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -26,7 +26,7 @@ GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer) -> Assistant:
-    return Assistant(make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8), tokenizer)
+    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
 
 
 def picture(colour: str) -> Image.Image:
@@ -36,9 +36,9 @@ def picture(colour: str) -> Image.Image:
 def test_batches_give_the_answers_of_one_by_one(assistant):
     red, blue = preprocess(picture("red")), preprocess(picture("blue"))
     questions = [
-        ((Turn("user", f"{IMAGE_MARK}\nWhat?"),), [red]),
+        ((Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [red]),
         ((Turn("user", "Just text, and a little longer than the others are"),), []),
-        ((Turn("user", f"{IMAGE_MARK}{IMAGE_MARK} and?"), Turn("assistant", "so"), Turn("user", f"{IMAGE_MARK}?")), [red, blue, red]),
+        ((Turn("user", f"{IMAGE_PLACEHOLDER}{IMAGE_PLACEHOLDER} and?"), Turn("assistant", "so"), Turn("user", f"{IMAGE_PLACEHOLDER}?")), [red, blue, red]),
     ]
     alone = [assistant.generate([turns], pixels, GREEDY)[0] for turns, pixels in questions]
     together = assistant.generate([turns for turns, _ in questions], [p for _, pixels in questions for p in pixels], GREEDY)
@@ -60,7 +60,7 @@ def test_a_chat_remembers_and_forgets_whole_exchanges(assistant):
     for _ in range(3):
         chat.add_image(picture("blue"))
         chat.ask("And this?")
-    marks = sum(turn.content.count(IMAGE_MARK) for turn in chat.turns)
+    marks = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in chat.turns)
     assert marks == len(chat.pixels) == 3 and chat.turns[0].role == "user", "the oldest picture went with its turn"
     chat.reset()
     assert not chat.turns and not chat.pixels
@@ -72,7 +72,7 @@ def test_a_chat_remembers_and_forgets_whole_exchanges(assistant):
 def test_a_typed_mark_is_text(assistant):
     chat = Chat(assistant, GREEDY)
     chat.ask("what does <image> mean?")
-    assert not chat.pixels and chat.turns[0].content.count(IMAGE_MARK) == 0
+    assert not chat.pixels and chat.turns[0].content.count(IMAGE_PLACEHOLDER) == 0
 
 
 def test_pictures_stand_where_the_question_says(assistant):
@@ -80,16 +80,16 @@ def test_pictures_stand_where_the_question_says(assistant):
     for label in ("", "0:03"):
         chat.add_image(picture("red"), label)
     chat.ask("first <image> second <image>?")
-    assert chat.turns[0].content == f"first {IMAGE_MARK} second 0:03 {IMAGE_MARK}?" and len(chat.pixels) == 2
+    assert chat.turns[0].content == f"first {IMAGE_PLACEHOLDER} second 0:03 {IMAGE_PLACEHOLDER}?" and len(chat.pixels) == 2
     assert chat.undo() == "first <image> second <image>?" and len(chat.waiting) == 2
     chat.ask("one <image> for two")
-    assert chat.turns[0].content.startswith(f"{IMAGE_MARK}\n0:03 {IMAGE_MARK}\none <") and len(chat.pixels) == 2
-    assert chat.turns[0].content.count(IMAGE_MARK) == 2, "the typed mark is text"
+    assert chat.turns[0].content.startswith(f"{IMAGE_PLACEHOLDER}\n0:03 {IMAGE_PLACEHOLDER}\none <") and len(chat.pixels) == 2
+    assert chat.turns[0].content.count(IMAGE_PLACEHOLDER) == 2, "the typed mark is text"
     assert chat.undo() == "one <image> for two"
     chat.waiting.pop()
     chat.add_image(picture("blue"), "a <image> in a label")
     chat.ask("What?")
-    assert chat.turns[0].content.count(IMAGE_MARK) == 2
+    assert chat.turns[0].content.count(IMAGE_PLACEHOLDER) == 2
 
 
 def test_labels_stay_with_their_pictures(assistant):
@@ -99,12 +99,12 @@ def test_labels_stay_with_their_pictures(assistant):
         chat.ask(f"number {number}")
     assert 0 < len(chat.pixels) < 6 and chat.dropped
     for number in range(5, 5 - len(chat.pixels), -1):
-        assert chat.turns[-2].content == f"0:0{number} {IMAGE_MARK}\nnumber {number}"
+        assert chat.turns[-2].content == f"0:0{number} {IMAGE_PLACEHOLDER}\nnumber {number}"
         assert chat.undo() == f"number {number}"
     assert not chat.turns and not chat.pixels
     del chat.waiting[2:]
     chat.ask("again")
-    assert re.fullmatch(rf"0:0\d {IMAGE_MARK}\n0:0\d {IMAGE_MARK}\nagain", chat.turns[0].content)
+    assert re.fullmatch(rf"0:0\d {IMAGE_PLACEHOLDER}\n0:0\d {IMAGE_PLACEHOLDER}\nagain", chat.turns[0].content)
 
 
 def test_as_many_pictures_as_fit(assistant):
@@ -133,10 +133,10 @@ def test_streaming_never_shows_half_a_character(assistant):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, tower_folder, tokenizer):
+def files(tmp_path_factory, encoder_folder, tokenizer):
     """Weights and a tower on disk, pictures, and the flags that name them."""
     folder = tmp_path_factory.mktemp("eval")
-    tower = make_tower()
+    tower = make_vision_encoder()
     model = make_model(tower=tower, hidden_size=32, num_attention_heads=8)
     save_weights(folder / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     model.save_pretrained(folder / "hf")
@@ -144,7 +144,7 @@ def files(tmp_path_factory, tower_folder, tokenizer):
     for colour in ("red", "blue"):
         picture(colour).save(folder / "pictures" / f"{colour}.png")
     (folder / "pictures" / "broken.png").write_bytes(b"no picture")
-    flags = [*DECODER, "--save_dir", folder, "--vision_model_path", tower_folder, "--device", "cpu", "--max_new_tokens", "5",
+    flags = [*DECODER, "--save_dir", folder, "--vision_model_path", encoder_folder, "--device", "cpu", "--max_new_tokens", "5",
              "--image_dir", folder / "pictures"]  # fmt: skip
     return folder, [str(flag) for flag in flags]
 
@@ -160,7 +160,7 @@ def test_without_a_terminal_the_folder_is_described(files):
 def test_the_question_of_folder_mode_can_be_chosen(files, assistant, capsys):
     assert main([*files[1], "--temperature", "0", "--prompt", "What colour?"]) == 0
     shown = capsys.readouterr().out
-    answer = assistant.generate([(Turn("user", f"{IMAGE_MARK}\nWhat colour?"),)], [preprocess(picture("blue"))], Sampling(5, 0.0))[0]
+    answer = assistant.generate([(Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat colour?"),)], [preprocess(picture("blue"))], Sampling(5, 0.0))[0]
     assert shown.startswith("What colour?\n") and f"[blue.png] {answer}\n" in shown
     assert main([*files[1], "--prompt", "這是?".encode().decode("ascii", "surrogateescape")]) == 0, "as a C locale has it"
     assert capsys.readouterr().out.startswith("這是?\n")
@@ -170,14 +170,14 @@ def test_the_question_of_folder_mode_can_be_chosen(files, assistant, capsys):
 def trained(tmp_path, tokenizer, monkeypatch):
     """Folders of weights, a repository with the vision encoder they were trained with, and what is said of it in sidecars."""
     repository = tmp_path / "repository"
-    make_tower().save_pretrained(repository / "model" / "vision_model" / "mine")
+    make_vision_encoder().save_pretrained(repository / "model" / "vision_model" / "mine")
     tokenizer.save_pretrained(repository / "model")
-    monkeypatch.setattr("model.convert.MODEL_FOLDER", repository / "model")
-    monkeypatch.setattr("model.convert.CLIP_FOLDER", repository / "model" / "vision_model" / "clip")
+    monkeypatch.setattr("model.load.MODEL_FOLDER", repository / "model")
+    monkeypatch.setattr("model.load.CLIP_FOLDER", repository / "model" / "vision_model" / "clip")
     picture("red").save(tmp_path / "a.png")
 
     def save(name: str, **training) -> None:
-        model = make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8, use_moe=name.endswith("moe"))
+        model = make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8, use_moe=name.endswith("moe"))
         save_weights(tmp_path / "out" / f"{name}.pth", model, {"fingerprints": fingerprints(model, tokenizer), "training": training})
 
     return tmp_path, save
@@ -209,7 +209,7 @@ def test_what_a_sidecar_names_but_cannot_be_found_is_asked_for(trained, training
     flags = ["--save_dir", str(folder / "out"), "--weight", "mine", "--image_dir", str(folder), "--device", "cpu", "--max_new_tokens", "2"]
     assert main(flags) == 2
     assert "no vision encoder at" in (shown := capsys.readouterr().err) and "tiny-clip" in shown
-    make_tower().save_pretrained(folder / "repository" / "model" / "vision_model" / "clip")
+    make_vision_encoder().save_pretrained(folder / "repository" / "model" / "vision_model" / "clip")
     assert main(flags) == 0, "of CLIP's usual place"
 
 
@@ -245,7 +245,7 @@ def test_a_transformers_folder_is_read_as_well(files, capsys):
 
 def test_scoring_from_the_command_line(files, assistant, capsys):
     folder, flags = files
-    right = assistant.generate([(Turn("user", f"{IMAGE_MARK}\nWhat?"),)], [preprocess(picture("red"))], Sampling(5, 0.0))[0]
+    right = assistant.generate([(Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),)], [preprocess(picture("red"))], Sampling(5, 0.0))[0]
     rows = [
         {"conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": right}], "image": "red.png", "kind": "a"},
         {"conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "surely not"}], "image": "blue.png", "kind": "a"},
@@ -344,5 +344,5 @@ def closing_lock(file):
 
 
 def test_another_encoder_is_refused(files, tmp_path, capsys):
-    make_tower(seed=9).save_pretrained(tmp_path)
+    make_vision_encoder(seed=9).save_pretrained(tmp_path)
     assert main([*files[1], "--vision_model_path", str(tmp_path)]) == 2 and "another vision encoder" in capsys.readouterr().err

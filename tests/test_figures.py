@@ -16,7 +16,7 @@ from docs.figures.__main__ import main
 from docs.figures.structure import at_work, build, count
 from model.conversation import Renderer
 from model.inference.assistant import Assistant
-from tests.conftest import REPOSITORY, make_model, make_tower
+from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 CAT = REPOSITORY / "dataset" / "eval_images" / "chelsea.jpg"
 
@@ -78,7 +78,7 @@ def test_experts_at_work_are_those_the_router_takes():
 
 
 def test_the_way_of_a_sample_is_the_one_it_takes(figures, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "build", lambda width, layers: make_model(tower=make_tower(), hidden_size=width, num_hidden_layers=layers))
+    monkeypatch.setattr(sample, "build", lambda width, layers: make_model(tower=make_vision_encoder(), hidden_size=width, num_hidden_layers=layers))
     assert main(["sample", "--hidden_size", "32", "--num_hidden_layers", "2", "--out", str(tmp_path / "s.png")]) == 0
     ((figure, renderer, boxes),) = figures
     assert_legible(figure, renderer, boxes)
@@ -110,7 +110,7 @@ def test_loss_curves_are_those_of_the_files(tmp_path, capsys):
 
 
 def test_attention_is_drawn_for_each_token(figures, tokenizer, tmp_path, monkeypatch):
-    assistant = Assistant(make_model(tower=make_tower()), tokenizer)
+    assistant = Assistant(make_model(tower=make_vision_encoder()), tokenizer)
     monkeypatch.setattr(Assistant, "generate", lambda *_: ["a red one, or so it seems"])
     attention.draw_attention(tmp_path / "a.png", assistant, [CAT, CAT], "What is this?")
     ((figure, *_),) = figures
@@ -124,7 +124,7 @@ def test_attention_is_drawn_for_each_token(figures, tokenizer, tmp_path, monkeyp
 
 
 def test_long_words_of_questions_and_answers_stay_in_their_places(figures, tokenizer, tmp_path, monkeypatch):
-    assistant = Assistant(make_model(tower=make_tower()), tokenizer)
+    assistant = Assistant(make_model(tower=make_vision_encoder()), tokenizer)
     answer = "the automatically corresponding administrators documentation\nand more"
     monkeypatch.setattr(Assistant, "generate", lambda *_: [answer])
     attention.draw_attention(tmp_path / "a.png", assistant, [CAT, CAT], "What is to be seen here, and where, and for how much: $5 or $6?")
@@ -143,7 +143,7 @@ def test_no_word_becomes_boxes(figures, tokenizer, tmp_path, monkeypatch, instal
         usual = [font for font in canvas.font_manager.fontManager.ttflist if font.name.startswith(canvas.FONT)]
         monkeypatch.setattr(canvas.font_manager.fontManager, "ttflist", usual)
     canvas.font_of.cache_clear()
-    assistant = Assistant(make_model(tower=make_tower()), tokenizer)
+    assistant = Assistant(make_model(tower=make_vision_encoder()), tokenizer)
     monkeypatch.setattr(Assistant, "generate", lambda *_: ["一隻貓 \U0001F408"])
     run = tmp_path / "訓練_$1$_32.metrics.jsonl"
     run.write_text('{"update": 1, "loss": 8.5}\n{"update": 2, "loss": 8.0}\n')

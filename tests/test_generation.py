@@ -25,11 +25,11 @@ from transformers.generation.logits_process import (
 from benchmarks.inference import Plain, PlainVLM, Real
 from chat.chat import Chat
 from chat.scoring import Question, answer_in_batches
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
 from model.inference.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.inference.packed import PackedDecoder, pack_vision_encoder
-from tests.conftest import REPOSITORY, make_model, make_tower
+from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 P = 196
 NEVER = -1  # no token: answers go on to max_new_tokens
@@ -140,11 +140,11 @@ def test_what_prompts_share_is_read_once(small):
 
 
 def test_the_benchmarks_plain_way_gives_the_same_tokens(renderer):
-    tower = make_tower()
+    tower = make_vision_encoder()
     assistant = Assistant(make_model(tower=tower, hidden_size=64, initializer_range=0.3), renderer.tokenizer)
     plain = PlainVLM(assistant.model.config, tower).eval()
     plain.load_state_dict(assistant.model.state_dict())
-    turns, picture = (Turn("user", f"{IMAGE_MARK}\nWhat?"),), Image.new("RGB", (224, 224), "red")
+    turns, picture = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), Image.new("RGB", (224, 224), "red")
     real = Real(assistant).ask(turns, Memory(assistant.decoder.new_cache()), picture, [])
     assert Plain(plain, assistant.renderer).ask(turns, picture, 6)[0] == list(islice(real, 6))
 
@@ -195,7 +195,7 @@ def test_bf16_differs_by_rounding_alone(small):
 
 
 def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
-    tower, pictures = make_tower(), torch.randn(2, 3, 224, 224)
+    tower, pictures = make_vision_encoder(), torch.randn(2, 3, 224, 224)
     attention = tower.config._attn_implementation
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
     packed = pack_vision_encoder(tower)
@@ -283,7 +283,7 @@ def test_a_penalty_counts_prompt_and_answer(small):
 
 @pytest.fixture
 def assistant(tokenizer):
-    return Assistant(make_model(tower=make_tower(), hidden_size=64, initializer_range=0.3), tokenizer)
+    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=64, initializer_range=0.3), tokenizer)
 
 
 def watch(assistant) -> tuple[Recorder, list[int]]:
@@ -379,7 +379,7 @@ def test_scoring_encodes_a_picture_once_and_answers_in_order(assistant):
     _, encoded = watch(assistant)
     pictures = {name: torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8) for name in "abc"}
     asked = [("a", "What?"), ("b", "What?"), ("", "Hm?"), ("a", "Why?"), ("c", "Where is it now?"), ("ab", "Which?"), ("b", "So?")]
-    questions = [Question((Turn("user", f"{IMAGE_MARK}\n" * len(names) + text),), tuple(names), "", "") for names, text in asked]
+    questions = [Question((Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(names) + text),), tuple(names), "", "") for names, text in asked]
     answers = list(answer_in_batches(assistant, questions, pictures.__getitem__, batch_size=2, max_new_tokens=6))
     assert [question for question, _ in answers] == questions and sum(encoded) == 3
     alone = [assistant.generate([q.turns], [pictures[n] for n in q.images], replace(GREEDY, max_new_tokens=6))[0] for q in questions]

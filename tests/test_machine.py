@@ -173,17 +173,17 @@ def test_a_whole_set_is_a_group(monkeypatch):
     {"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "1.5"}, {"LOCAL_RANK": "x"}, {"LOCAL_RANK": "2"},
     {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "8"}, {"RANK": "0"}, {"MASTER_PORT": "99999"}, {"MASTER_PORT": "0"}, {"MASTER_PORT": "x"},
 ])  # fmt: skip
-def test_a_whole_set_that_cannot_be_is_an_error(wrong, monkeypatch, capsys, data, tower_folder, tmp_path):
+def test_a_whole_set_that_cannot_be_is_an_error(wrong, monkeypatch, capsys, data, encoder_folder, tmp_path):
     for name, value in (WHOLE | wrong).items():
         monkeypatch.setenv(name, value)
-    assert main("", {}, training_flags(data, tower_folder, tmp_path)) == 2
+    assert main("", {}, training_flags(data, encoder_folder, tmp_path)) == 2
     told = capsys.readouterr().err
     assert "describe no group of processes" in told and all(f"{name}={value!r}" in told for name, value in wrong.items())
 
 
 @pytest.mark.parametrize(("rank", "address", "busy"), [("1", "localhost", False), ("1", "no.such.host.invalid", False), ("0", "localhost", False),
                                                        ("0", "localhost", True)])  # fmt: skip
-def test_a_group_that_does_not_meet_ends_in_time(rank, address, busy, monkeypatch, capsys, data, tower_folder, tmp_path):
+def test_a_group_that_does_not_meet_ends_in_time(rank, address, busy, monkeypatch, capsys, data, encoder_folder, tmp_path):
     """Nobody listens, nobody knows the name, nobody comes, or the port is another program's."""
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -195,17 +195,17 @@ def test_a_group_that_does_not_meet_ends_in_time(rank, address, busy, monkeypatc
         for name, value in {**WHOLE, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
-        assert main("", {}, training_flags(data, tower_folder, tmp_path)) == 1
+        assert main("", {}, training_flags(data, encoder_folder, tmp_path)) == 1
     told = capsys.readouterr().err
     assert f"MASTER_ADDR {address}, MASTER_PORT {port}, within 1 s" in told and "--standalone" in told and "Traceback" not in told
 
 
-def test_more_processes_than_gpus(monkeypatch, capsys, data, tower_folder, tmp_path):
+def test_more_processes_than_gpus(monkeypatch, capsys, data, encoder_folder, tmp_path):
     for name, value in WHOLE.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "usable_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert main("", {}, training_flags(data, tower_folder, tmp_path, device="cuda")) == 2
+    assert main("", {}, training_flags(data, encoder_folder, tmp_path, device="cuda")) == 2
     assert "--nproc_per_node 2: this machine has 1 GPUs" in capsys.readouterr().err
 
 
@@ -219,9 +219,9 @@ SHORT = {
 
 
 @pytest.mark.parametrize("kind", SHORT)
-def test_memory_that_runs_out_is_told_with_what_needs_less(kind, monkeypatch, capsys, data, tower_folder, tmp_path):
+def test_memory_that_runs_out_is_told_with_what_needs_less(kind, monkeypatch, capsys, data, encoder_folder, tmp_path):
     """At the first update, then after a save."""
-    flags = training_flags(data, tower_folder, tmp_path, num_workers=0, save_interval=1)
+    flags = training_flags(data, encoder_folder, tmp_path, num_workers=0, save_interval=1)
     plain, calls = Objective.__call__, []
 
     def short(self, *arguments):
@@ -237,10 +237,10 @@ def test_memory_that_runs_out_is_told_with_what_needs_less(kind, monkeypatch, ca
         assert ("_resume.pth with --from_resume 1" in told) == saved and ("Nothing was saved yet" in told) != saved
 
 
-def test_a_fault_of_the_program_is_no_shortage(monkeypatch, data, tower_folder, tmp_path):
+def test_a_fault_of_the_program_is_no_shortage(monkeypatch, data, encoder_folder, tmp_path):
     monkeypatch.setattr(Objective, "__call__", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
-        main("", {}, training_flags(data, tower_folder, tmp_path, num_workers=0))
+        main("", {}, training_flags(data, encoder_folder, tmp_path, num_workers=0))
 
 
 @pytest.mark.parametrize("kind", SHORT)
@@ -256,21 +256,21 @@ def test_memory_that_runs_out_while_answering(kind, monkeypatch, capsys):
 # --- loader processes ---------------------------------------------------------------------------------------------------
 
 
-def test_a_small_shared_memory_ends_the_run_with_the_remedies(data, tower_folder, tmp_path):
+def test_a_small_shared_memory_ends_the_run_with_the_remedies(data, encoder_folder, tmp_path):
     small = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*small, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no namespace of one's own")
-    flags = training_flags(data, tower_folder, tmp_path, batch_size=8, num_workers=2)
+    flags = training_flags(data, encoder_folder, tmp_path, batch_size=8, num_workers=2)
     done = subprocess.run([*small, sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *flags], capture_output=True, text=True,
                           timeout=300, check=False)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert all(word in done.stderr for word in ("/dev/shm", "--shm-size", "--ipc=host", "--num_workers 0"))
 
 
-def test_too_few_open_files_end_the_run_with_the_remedy(data, tower_folder, tmp_path):
+def test_too_few_open_files_end_the_run_with_the_remedy(data, encoder_folder, tmp_path):
     import resource
 
-    done = subprocess.run([sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path, num_workers=2)],
+    done = subprocess.run([sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, tmp_path, num_workers=2)],
                           capture_output=True, text=True, timeout=300, check=False,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -281,8 +281,8 @@ def test_too_few_open_files_end_the_run_with_the_remedy(data, tower_folder, tmp_
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/g++", "g++ -O2", "false"])
-def test_a_compiler_that_does_not_work_is_told_in_one_line(compiler, data, tower_folder, tmp_path):
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, use_compile=1), CXX=compiler)
+def test_a_compiler_that_does_not_work_is_told_in_one_line(compiler, data, encoder_folder, tmp_path):
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, use_compile=1), CXX=compiler)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     [told] = [line for line in done.stderr.splitlines() if "--use_compile 1 is passed over" in line]
     assert compiler in told

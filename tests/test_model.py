@@ -15,7 +15,7 @@ from model.layers import rope_tables
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, find_loss_positions
 from model.model_vlm import MiniMindVLM, VLMConfig, find_image_positions, splice_image_features
 from model.moe import MOEFeedForward
-from tests.conftest import make_model, make_tower
+from tests.conftest import make_model, make_vision_encoder
 
 P = 196
 
@@ -312,7 +312,7 @@ def test_splice_gradient_reaches_features_and_text_alone():
 
 
 def test_the_tower_is_held_but_not_owned():
-    tower = make_tower()
+    tower = make_vision_encoder()
     model = make_model(tower=tower).train()
     model.to(torch.float64)
     assert not tower.training and not any(p.requires_grad for p in tower.parameters())
@@ -339,7 +339,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(scope="module")
 def seeing():
-    return make_model(tower=make_tower(), initializer_range=0.3).eval()
+    return make_model(tower=make_vision_encoder(), initializer_range=0.3).eval()
 
 
 def batch_with_images(model, pattern: list[list[int]]) -> dict:

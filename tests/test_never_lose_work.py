@@ -169,37 +169,37 @@ def test_a_sidecar_of_other_weights_is_refused(tmp_path):
         load_weights(paths[0], make_model())
 
 
-def test_names_that_are_no_utf_8_are_saved_and_read(data, tower_folder, tmp_path):
+def test_names_that_are_no_utf_8_are_saved_and_read(data, encoder_folder, tmp_path):
     """A folder's name may be any bytes; it stands in the sidecar and in the state."""
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe9"))
     odd.mkdir()
     (odd / "data.jsonl").write_bytes(data[0].read_bytes())
-    train((odd / "data.jsonl", data[1]), tower_folder, odd)
+    train((odd / "data.jsonl", data[1]), encoder_folder, odd)
     sidecar = read_sidecar(odd / "out" / f"{NAME}.pth")
     assert sidecar["training"]["data_path"] == str(odd / "data.jsonl")
-    done = train((odd / "data.jsonl", data[1]), tower_folder, odd, from_resume=1, epochs=2)
+    done = train((odd / "data.jsonl", data[1]), encoder_folder, odd, from_resume=1, epochs=2)
     assert "11 updates done" in done.stderr and "does not hold" not in done.stderr
 
 
 @pytest.mark.parametrize("place", ["weights", "sidecar", "metrics", "state", "previous"])
-def test_a_folder_in_the_place_of_a_file_is_named_before_the_first_update(data, tower_folder, tmp_path, place):
+def test_a_folder_in_the_place_of_a_file_is_named_before_the_first_update(data, encoder_folder, tmp_path, place):
     names = {"weights": f"out/{NAME}.pth", "sidecar": f"out/{NAME}.json", "metrics": f"out/{NAME}.metrics.jsonl",
              "state": f"checkpoints/{STATE}", "previous": f"checkpoints/{NAME}_resume_previous.pth"}  # fmt: skip
-    config = parse_config("", {"save_weight": "sft_vlm"}, training_flags(data, tower_folder, tmp_path))
+    config = parse_config("", {"save_weight": "sft_vlm"}, training_flags(data, encoder_folder, tmp_path))
     (tmp_path / names[place]).mkdir(parents=True)
     with pytest.raises(UsageError, match=f"{names[place]}: a folder"):
         claim_outputs(config, distributed.start("cpu"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
-def test_a_file_system_without_locks_is_warned_of(data, tower_folder, tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks_is_warned_of(data, encoder_folder, tmp_path, monkeypatch, capsys, number):
     """NFS, Lustre: training, the feature cache and indices go on."""
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    trainer = make_trainer(data, tower_folder, tmp_path, cache_features=1)
+    trainer = make_trainer(data, encoder_folder, tmp_path, cache_features=1)
     locks = claim_outputs(trainer.config, trainer.ranks)
     assert trainer.train() == 0
     for lock in locks:
@@ -217,53 +217,53 @@ def test_a_checkpoint_folder_that_refuses_is_named_and_costs_no_weights(tmp_path
     load_weights(tmp_path / "out" / f"{NAME}.pth", make_model())
 
 
-def test_outputs_that_were_moved_are_resumed_in_their_new_place(data, tower_folder, tmp_path):
+def test_outputs_that_were_moved_are_resumed_in_their_new_place(data, encoder_folder, tmp_path):
     """Killed between state and weights; then both folders go elsewhere, and nothing is looked for in the old place."""
     old, new = tmp_path / "old", tmp_path / "new"
-    train(data, tower_folder, tmp_path / "whole", epochs=2)
-    train(data, tower_folder, old)
+    train(data, encoder_folder, tmp_path / "whole", epochs=2)
+    train(data, encoder_folder, old)
     for name in (f"{NAME}.pth", f"{NAME}.json"):
         (old / "out" / name).unlink()
     old.rename(new)
-    train(data, tower_folder, new, from_resume=1)
-    load_weights(new / "out" / f"{NAME}.pth", make_trainer(data, tower_folder, tmp_path / "other").run.model)
+    train(data, encoder_folder, new, from_resume=1)
+    load_weights(new / "out" / f"{NAME}.pth", make_trainer(data, encoder_folder, tmp_path / "other").run.model)
     assert not old.exists()
-    train(data, tower_folder, new, from_resume=1, epochs=2)
+    train(data, encoder_folder, new, from_resume=1, epochs=2)
     assert weights(new).keys() == weights(tmp_path / "whole").keys()
 
 
-def test_a_resume_with_nothing_to_do_writes_weights_that_are_older_than_the_state(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path)
+def test_a_resume_with_nothing_to_do_writes_weights_that_are_older_than_the_state(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path)
     expected, update = weights(tmp_path), read_sidecar(tmp_path / "out" / f"{NAME}.pth")["progress"]["update"]
-    save_weights(tmp_path / "out" / f"{NAME}.pth", make_trainer(data, tower_folder, tmp_path / "other").run.model, {"progress": {"update": 1}})
-    train(data, tower_folder, tmp_path, from_resume=1)
+    save_weights(tmp_path / "out" / f"{NAME}.pth", make_trainer(data, encoder_folder, tmp_path / "other").run.model, {"progress": {"update": 1}})
+    train(data, encoder_folder, tmp_path, from_resume=1)
     assert_same(expected, weights(tmp_path))
     assert read_sidecar(tmp_path / "out" / f"{NAME}.pth")["progress"]["update"] == update
 
 
-def test_data_that_let_a_run_down_cost_none_of_it(tower_folder, tmp_path):
+def test_data_that_let_a_run_down_cost_none_of_it(encoder_folder, tmp_path):
     data = make_data(tmp_path, 22)
-    train(data, tower_folder, tmp_path / "whole")
-    order = list(make_trainer(data, tower_folder, tmp_path / "order").run.sampler.updates(0))
+    train(data, encoder_folder, tmp_path / "whole")
+    order = list(make_trainer(data, encoder_folder, tmp_path / "order").run.sampler.updates(0))
     at, sample = next((at, number) for at, ((*numbers,),) in enumerate(order) if at > 3 for number in numbers
                       if (data[1] / f"{number}_0.png").exists())  # fmt: skip
     picture = data[1] / f"{sample}_0.png"
     content = picture.read_bytes()
     picture.write_bytes(b"no picture")
-    flags = training_flags(data, tower_folder, tmp_path / "part", on_bad_sample="raise")
+    flags = training_flags(data, encoder_folder, tmp_path / "part", on_bad_sample="raise")
     done = run_script("train_sft_vlm.py", *flags)
     assert done.returncode == 1 and f"until update {at} is saved" in done.stderr and "Traceback" not in done.stderr
     picture.write_bytes(content)
-    train(data, tower_folder, tmp_path / "part", from_resume=1)
+    train(data, encoder_folder, tmp_path / "part", from_resume=1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
-def test_mended_data_go_on_and_others_start_from_the_saved_weights(data, tower_folder, tmp_path, capsys):
+def test_mended_data_go_on_and_others_start_from_the_saved_weights(data, encoder_folder, tmp_path, capsys):
     """What a run says that stopped for its data is what works."""
     rows, bad = data[0].read_text().splitlines(), '{"conversations": 3}'
 
     def trainer(lines, **flags):
-        return make_trainer((write_jsonl(tmp_path / "data.jsonl", lines), data[1]), tower_folder, tmp_path, save_weight="sft_vlm", **flags)
+        return make_trainer((write_jsonl(tmp_path / "data.jsonl", lines), data[1]), encoder_folder, tmp_path, save_weight="sft_vlm", **flags)
 
     def stopped():
         with pytest.raises(TrainingFailed, match=r"a line for a line, and go on with --from_resume 1; .*--from_weight sft_vlm without"):
@@ -283,11 +283,11 @@ def test_mended_data_go_on_and_others_start_from_the_saved_weights(data, tower_f
 
 
 @pytest.mark.parametrize(("shell", "processes"), [("2>/dev/full", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>&1 | head -1", 0), ("2>&1 | true", 2)])
-def test_a_log_that_cannot_be_written_costs_nothing(tower_folder, tmp_path, shell, processes):
+def test_a_log_that_cannot_be_written_costs_nothing(encoder_folder, tmp_path, shell, processes):
     """Nor one that cannot spell: a bad sample names a file in Chinese."""
     data = make_data(tmp_path / "圖", 22)
     rows = [*data[0].read_text().splitlines(), '{"conversations": 3}']
-    flags = training_flags((write_jsonl(data[0], rows), data[1]), tower_folder, tmp_path, eval_data_path=0.2)
+    flags = training_flags((write_jsonl(data[0], rows), data[1]), encoder_folder, tmp_path, eval_data_path=0.2)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     command = shlex.join([sys.executable, *launcher, str(REPOSITORY / "train_sft_vlm.py"), *flags])
     subprocess.run(["bash", "-c", f"({command}; echo $? >{tmp_path}/code) {shell}"], timeout=300, check=False, stderr=subprocess.DEVNULL,
@@ -310,11 +310,11 @@ def test_a_full_pipe_loses_a_message_and_a_slow_one_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(("launcher", "code"), [([], 129), (["nohup"], 0), (["nohup", "torchrun"], None)])
-def test_a_closed_terminal_saves_but_not_under_nohup(data, tower_folder, tmp_path, launcher, code):
+def test_a_closed_terminal_saves_but_not_under_nohup(data, encoder_folder, tmp_path, launcher, code):
     """The signal comes twice, by the shell and by the system, and to all processes. torchrun ends its workers even under nohup."""
     grouped, epochs = "torchrun" in launcher, 400 if code != 0 else 4
     command = [*launcher[:1], sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] * grouped),
-               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path, epochs=epochs, save_interval=10_000)]  # fmt: skip
+               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, tmp_path, epochs=epochs, save_interval=10_000)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     read_until(process, "update 3/")
@@ -331,8 +331,8 @@ def test_a_closed_terminal_saves_but_not_under_nohup(data, tower_folder, tmp_pat
 # --- one writer at a time ---------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_on_the_same_output_is_refused(data, tower_folder, tmp_path):
-    flags = training_flags(data, tower_folder, tmp_path, epochs=500)
+def test_a_second_process_on_the_same_output_is_refused(data, encoder_folder, tmp_path):
+    flags = training_flags(data, encoder_folder, tmp_path, epochs=500)
     command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *flags]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -345,7 +345,7 @@ def test_a_second_process_on_the_same_output_is_refused(data, tower_folder, tmp_
     finally:
         os.kill(first.pid, signal.SIGKILL)  # its loader process lives on for a while: the lock must not
         first.wait()
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path))
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path))
     assert done.returncode == 0, done.stderr
     first.stderr.close()
 
@@ -358,34 +358,34 @@ def test_a_lock_left_behind_is_no_obstacle(tmp_path):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, tower_folder, tmp_path):
+def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, encoder_folder, tmp_path):
     flags = {"epochs": 2, "save_interval": 1}
-    train(data, tower_folder, tmp_path / "whole", **flags)
+    train(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
-    train(data, tower_folder, part, **{**flags, "epochs": 1})
+    train(data, encoder_folder, part, **{**flags, "epochs": 1})
     state = part / "checkpoints" / STATE
     blob = bytearray(state.read_bytes())
     blob[len(blob) // 2] ^= 1  # one bit
     state.write_bytes(blob)
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, part, from_resume=1, **{**flags, "epochs": 1}))
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, part, from_resume=1, **{**flags, "epochs": 1}))
     assert done.returncode == 0 and "corrupt" in done.stderr and "10 updates done" in done.stderr, done.stderr
     one_epoch = tmp_path / "one"
-    train(data, tower_folder, one_epoch, **{**flags, "epochs": 1})
+    train(data, encoder_folder, one_epoch, **{**flags, "epochs": 1})
     assert_same(weights(part), weights(one_epoch))
     for file in (state, checkpoint.previous_state(state)):
         read_tensors(file, "training state")
     for file in (state, checkpoint.previous_state(state)):
         file.write_bytes(b"")
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, part, from_resume=1, **flags))
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, part, from_resume=1, **flags))
     assert done.returncode == 2 and "no training state can be read" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_after_a_torn_state_weights_and_state_are_of_one_update_again(data, tower_folder, tmp_path):
+def test_after_a_torn_state_weights_and_state_are_of_one_update_again(data, encoder_folder, tmp_path):
     """Resumed with nothing left to do: still the torn update's weights must not stay beside the state before it."""
-    train(data, tower_folder, tmp_path, save_interval=5, epochs=2)
+    train(data, encoder_folder, tmp_path, save_interval=5, epochs=2)
     state = tmp_path / "checkpoints" / STATE
     state.write_bytes(state.read_bytes()[:-100])
-    process = start_on_disk(data, tower_folder, tmp_path, from_resume=1, epochs=500, save_interval=10**6)
+    process = start_on_disk(data, encoder_folder, tmp_path, from_resume=1, epochs=500, save_interval=10**6)
     read_until(process, "update 30/")
     deadline = time.monotonic() + 120
     while checkpoint.load_training_state(state)[1] is not None:  # the save at the start is on its way
@@ -399,10 +399,10 @@ def test_after_a_torn_state_weights_and_state_are_of_one_update_again(data, towe
     assert all(torch.equal(content["model"][name].half(), tensor) for name, tensor in weights(tmp_path).items())
 
 
-def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, tower_folder, tmp_path):
+def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, encoder_folder, tmp_path):
     flags, full = {"epochs": 3, "save_interval": 1}, tmp_path / "full"
-    train(data, tower_folder, tmp_path / "whole", **flags)
-    process = start_on_disk(data, tower_folder, tmp_path / "part", {"DISK_FULL": str(full), "DISK_DELAY": "0.03"}, **flags)
+    train(data, encoder_folder, tmp_path / "whole", **flags)
+    process = start_on_disk(data, encoder_folder, tmp_path / "part", {"DISK_FULL": str(full), "DISK_DELAY": "0.03"}, **flags)
     read_until(process, "update 10/")
     full.touch()
     read_until(process, "a save failed, training goes on: cannot write in")
@@ -412,26 +412,26 @@ def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, tower_fold
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
-def test_a_disk_that_stays_full_ends_with_code_1_and_the_last_whole_state(data, tower_folder, tmp_path):
+def test_a_disk_that_stays_full_ends_with_code_1_and_the_last_whole_state(data, encoder_folder, tmp_path):
     flags, full = {"epochs": 3, "save_interval": 1}, tmp_path / "full"
-    train(data, tower_folder, tmp_path / "whole", **flags)
+    train(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
-    process = start_on_disk(data, tower_folder, part, {"DISK_FULL": str(full), "DISK_DELAY": "0.03"}, **flags)
+    process = start_on_disk(data, encoder_folder, part, {"DISK_FULL": str(full), "DISK_DELAY": "0.03"}, **flags)
     read_until(process, "update 10/")
     full.touch()
     _, error = process.communicate(timeout=300)
     assert process.returncode == 1 and "error: cannot write in" in error and "make room" in error, error
     assert "Traceback" not in error and not list(part.glob("*/.*.tmp"))
     full.unlink()
-    train(data, tower_folder, part, from_resume=1, **flags)
+    train(data, encoder_folder, part, from_resume=1, **flags)
     assert_same(weights(tmp_path / "whole"), weights(part))
 
 
-def test_a_second_signal_ends_at_once_and_the_last_state_is_whole(data, tower_folder, tmp_path):
+def test_a_second_signal_ends_at_once_and_the_last_state_is_whole(data, encoder_folder, tmp_path):
     flags = {"epochs": 4, "save_interval": 10}
-    train(data, tower_folder, tmp_path / "whole", **flags)
+    train(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
-    process = start_on_disk(data, tower_folder, part, {"DISK_DELAY": "0.3"}, **flags)
+    process = start_on_disk(data, encoder_folder, part, {"DISK_DELAY": "0.3"}, **flags)
     read_until(process, "update 22/")  # the state of update 10 is on disk, the one of update 20 on its way
     process.send_signal(signal.SIGINT)
     time.sleep(1)  # now it saves, for some seconds more
@@ -440,15 +440,15 @@ def test_a_second_signal_ends_at_once_and_the_last_state_is_whole(data, tower_fo
         time.sleep(0.5)
     assert process.wait() == 128 + signal.SIGINT
     process.stderr.close()
-    done = train(data, tower_folder, part, from_resume=1, **flags)
+    done = train(data, encoder_folder, part, from_resume=1, **flags)
     assert "resumed from" in done.stderr
     assert_same(weights(tmp_path / "whole"), weights(part))
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_stay_flat_over_ten_thousand_updates(tower_folder, tmp_path):
+def test_memory_and_open_files_stay_flat_over_ten_thousand_updates(encoder_folder, tmp_path):
     """Resident memory of its own (files mapped apart) within 2% from update 1,000 on, open files no more than then."""
-    process = start_on_disk(make_data(tmp_path, 2000), tower_folder, tmp_path, epochs=10, save_interval=100, log_interval=100)
+    process = start_on_disk(make_data(tmp_path, 2000), encoder_folder, tmp_path, epochs=10, save_interval=100, log_interval=100)
     memory, files = [], []
     for line in process.stderr:
         if " update " in line and "00/" in line:
@@ -461,34 +461,34 @@ def test_memory_and_open_files_stay_flat_over_ten_thousand_updates(tower_folder,
     assert statistics.median(files[-10:]) <= statistics.median(files[:10])  # a save that is running has some open
 
 
-def test_read_only_folder_is_said_at_the_start(data, tower_folder, tmp_path):
+def test_read_only_folder_is_said_at_the_start(data, encoder_folder, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path))
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path))
     assert done.returncode == 2 and "cannot write in" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_stale_temporary_files_are_cleaned_at_the_start(data, tower_folder, tmp_path):
+def test_stale_temporary_files_are_cleaned_at_the_start(data, encoder_folder, tmp_path):
     for folder, name in (("out", f".{NAME}.pth.abc.tmp"), ("out", f".{NAME}.json.abc.tmp"), ("checkpoints", f".{STATE}.abc.tmp")):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_text("half")
     (tmp_path / "out" / ".other_32.pth.abc.tmp").write_text("somebody else's")
-    train(data, tower_folder, tmp_path)
+    train(data, encoder_folder, tmp_path)
     assert [path.name for path in tmp_path.glob("*/.*.tmp")] == [".other_32.pth.abc.tmp"]
 
 
-def test_changed_flags_are_named(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path)
-    done = train(data, tower_folder, tmp_path, from_resume=1, epochs=2, learning_rate=5e-4)
+def test_changed_flags_are_named(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path)
+    done = train(data, encoder_folder, tmp_path, from_resume=1, epochs=2, learning_rate=5e-4)
     assert "--epochs 1 -> 2" in done.stderr and "--learning_rate 0.001 -> 0.0005" in done.stderr
     assert "--seed" not in done.stderr and "does not hold" not in done.stderr
     rows = data[0].read_text().replace("nothing", "anything")
     (tmp_path / "other.jsonl").write_text(rows)
-    done = train((tmp_path / "other.jsonl", data[1]), tower_folder, tmp_path, from_resume=1, epochs=3)
+    done = train((tmp_path / "other.jsonl", data[1]), encoder_folder, tmp_path, from_resume=1, epochs=3)
     assert "other.jsonl does not hold what was trained on before" in done.stderr
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
-def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_schedule(data, tower_folder, tmp_path, before, after):
+def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_schedule(data, encoder_folder, tmp_path, before, after):
     """Stopped in the middle of an epoch, resumed with other processes; the global batch stays where it can."""
     storm = Storm(tmp_path / "storm", 0, [before])
     out = tmp_path / "run"
@@ -513,11 +513,11 @@ def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_sched
         assert "samples now, not" in error
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, tower_folder, tmp_path):
+def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, encoder_folder, tmp_path):
     flags = {"epochs": 6, "save_interval": 1}
-    train(data, tower_folder, tmp_path / "whole", processes=2, **flags)
+    train(data, encoder_folder, tmp_path / "whole", processes=2, **flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
-               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path / "part", **flags)]  # fmt: skip
+               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, tmp_path / "part", **flags)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen, killed = [], False
     for line in process.stderr:
@@ -531,14 +531,14 @@ def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, tower_fol
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, tower_folder, tmp_path, processes):
+def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, encoder_folder, tmp_path, processes):
     """A worker dies before the first save: the group starts again from scratch, and its result is that of the new run."""
     flags = {"epochs": 2, "save_interval": 10**6}
-    train(data, tower_folder, tmp_path / "whole", processes=processes, **flags)
-    train(data, tower_folder, tmp_path / "part", processes=processes, epochs=1, seed=7)
+    train(data, encoder_folder, tmp_path / "whole", processes=processes, **flags)
+    train(data, encoder_folder, tmp_path / "part", processes=processes, epochs=1, seed=7)
     old = (tmp_path / "part" / "checkpoints" / STATE).read_bytes()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--max_restarts", "2",
-               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, tmp_path / "part", **flags)]  # fmt: skip
+               str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, tmp_path / "part", **flags)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen, killed = [], False
     for line in process.stderr:
@@ -552,14 +552,14 @@ def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, tower_
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
-def test_a_worker_that_dies_before_it_looks_is_no_reason_to_take_up_an_older_run(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path / "whole", processes=1)
-    train(data, tower_folder, tmp_path / "part", processes=1, seed=7)
+def test_a_worker_that_dies_before_it_looks_is_no_reason_to_take_up_an_older_run(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path / "whole", processes=1)
+    train(data, encoder_folder, tmp_path / "part", processes=1, seed=7)
     script = tmp_path / "dies_at_first.py"
     script.write_text("import os, runpy, sys\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    os._exit(9)\n"
                       f"sys.path.insert(0, {str(REPOSITORY)!r})\nrunpy.run_path({str(REPOSITORY / 'train_sft_vlm.py')!r}, run_name='__main__')\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--max_restarts", "1",
-                           str(script), *training_flags(data, tower_folder, tmp_path / "part")],
+                           str(script), *training_flags(data, encoder_folder, tmp_path / "part")],
                           capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert "resumed from" not in done.stderr
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))

@@ -10,15 +10,16 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
 from dataset.sample import parse_sample
-from model.conversation import IMAGE_MARK, Turn
-from model.convert import Loaded, read_folder, write_folder
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.convert import main as convert
+from model.convert import write_folder
 from model.hub.processing import MiniMindVProcessor
 from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
+from model.load import Loaded, read_folder
 from model.vision import normalize, preprocess
 from model.weights import fingerprints
-from tests.conftest import REPOSITORY, make_model, make_tower
+from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 P = 196
 RED, BLUE = Image.new("RGB", (60, 40), "red"), Image.new("RGB", (30, 50), "blue")
@@ -34,7 +35,7 @@ SPECIAL = [{"role": "user", "content": "<|im_end|>\n<|im_start|>assistant\nyes<i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    model = make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8)
+    model = make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8)
     target = tmp_path_factory.mktemp("folder") / "minimind-v"
     write_folder(target, Loaded(model, tokenizer, {"fingerprints": fingerprints(model, tokenizer)}))
     return target
@@ -57,7 +58,7 @@ def turns_of(messages: list) -> tuple[Turn, ...]:
 
 
 def pictures_for(messages: list) -> list:
-    return [RED, BLUE, RED][: sum(message["content"].count(IMAGE_MARK) for message in messages)]
+    return [RED, BLUE, RED][: sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)]
 
 
 def positions(rendered) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import convert
-from model.vision import load_vision_tower
+from model.vision import load_vision_encoder
 from model.weights import fingerprints, save_weights
 from tests.conftest import REPOSITORY, make_model, run_script
 from trainer.config import TrainConfig
@@ -53,7 +53,7 @@ def test_both_languages_show_the_same_commands_and_links():
 
 
 def test_the_demos_weights_travel_by_the_commands_named(tmp_path, tokenizer, monkeypatch, capsys):
-    tower = load_vision_tower(REPOSITORY / "model" / "vision_model" / "tiny-clip")
+    tower = load_vision_encoder(REPOSITORY / "model" / "vision_model" / "tiny-clip")
     model = make_model(tower=tower, hidden_size=256, vision_hidden_size=tower.config.hidden_size)
     record = {"fingerprints": fingerprints(model, tokenizer), "training": {"vision_model_path": "model/vision_model/tiny-clip"}}
     save_weights(tmp_path / "out" / "sft_vlm_256.pth", model, record)

@@ -862,32 +862,32 @@ def test_files_patterns_folders_and_weights(data, tmp_path):
             open_samples(wrong)
 
 
-def test_training_is_the_same_wherever_the_data_lies(data, zipped, tower_folder, tmp_path):
+def test_training_is_the_same_wherever_the_data_lies(data, zipped, encoder_folder, tmp_path):
     """Folder and zip: one order, one end. Parquet has an order of its own, and trains on every sample, too."""
-    train(data, tower_folder, tmp_path / "folder")
-    train((data[0], zipped), tower_folder, tmp_path / "zip")
+    train(data, encoder_folder, tmp_path / "folder")
+    train((data[0], zipped), encoder_folder, tmp_path / "zip")
     table = write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1])
-    train((table, "nowhere"), tower_folder, tmp_path / "parquet", cache_features=1, epochs=1)
+    train((table, "nowhere"), encoder_folder, tmp_path / "parquet", cache_features=1, epochs=1)
     assert_same(weights(tmp_path / "folder"), weights(tmp_path / "zip"))
     log = tmp_path / "trained"
-    process = start_on_disk((table, "nowhere"), tower_folder, tmp_path / "again", {"TRAINED": str(log)}, cache_features=1)
+    process = start_on_disk((table, "nowhere"), encoder_folder, tmp_path / "again", {"TRAINED": str(log)}, cache_features=1)
     process.communicate()
     trained = [int(word) for line in Path(f"{log}.0").read_text().splitlines() for word in line.split()[1:]]
     assert sorted(trained) == list(range(22))
     assert_same(weights(tmp_path / "parquet"), weights(tmp_path / "again"))
 
 
-def test_a_mixture_resumes_exactly(tower_folder, tmp_path):
+def test_a_mixture_resumes_exactly(encoder_folder, tmp_path):
     """Parquet with row groups and jsonl, weighted, cut in the middle of the second epoch."""
     first, second = make_data(tmp_path / "a", 22), make_data(tmp_path / "b", 30, seed=1)
     table = write_parquet(tmp_path / "b.parquet", read_rows(second[0]), second[1], group=4)
     mixed = (f"{first[0]}:0.5,{table}:1.4", first[1])
-    train(mixed, tower_folder, tmp_path / "whole", epochs=2)
-    process = start_on_disk(mixed, tower_folder, tmp_path / "part", epochs=2, save_interval=1)
+    train(mixed, encoder_folder, tmp_path / "whole", epochs=2)
+    process = start_on_disk(mixed, encoder_folder, tmp_path / "part", epochs=2, save_interval=1)
     read_until(process, "update 35/")
     os.kill(process.pid, 9)
     process.communicate()
-    train(mixed, tower_folder, tmp_path / "part", epochs=2, from_resume=1)
+    train(mixed, encoder_folder, tmp_path / "part", epochs=2, from_resume=1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 

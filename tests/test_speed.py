@@ -24,7 +24,15 @@ from model.layers import GatedSiLU, RMSNorm, causal_attention
 from model.model_minimind import FeedForward, MiniMindConfig, find_loss_positions
 from model.moe import MOEFeedForward
 from model.vision import CLIP_MEAN, CLIP_STD, normalize
-from tests.conftest import REPOSITORY, make_data, make_model, make_tower, read_metrics, training_flags, write_jsonl
+from tests.conftest import (
+    REPOSITORY,
+    make_data,
+    make_model,
+    make_vision_encoder,
+    read_metrics,
+    training_flags,
+    write_jsonl,
+)
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer.plain import mix_experts, plain_forward, plain_loss
 from trainer.sampler import ResumableSampler
@@ -60,7 +68,7 @@ def forward(model, batch, **more):
 @pytest.mark.parametrize("moe", [False, True])
 def test_loss_and_gradients_are_those_of_the_plain_way(batch, moe):
     """Unpadded, on supervised positions only, with attention, norms and gates of our own: against the textbook's."""
-    model = make_model(tower=make_tower(), use_moe=moe, num_hidden_layers=3).train()
+    model = make_model(tower=make_vision_encoder(), use_moe=moe, num_hidden_layers=3).train()
     out = forward(model, batch)
     (out.loss + (out.aux_loss if moe else 0)).backward()
     ours = gradients(model)
@@ -107,7 +115,7 @@ def test_gradients_of_norm_and_gate():
 
 
 def test_labels_may_be_searched_or_given(batch):
-    model = make_model(tower=make_tower()).eval()
+    model = make_model(tower=make_vision_encoder()).eval()
     with torch.no_grad():
         given, searched = forward(model, batch), forward(model, replace(batch, loss_positions=None))
     assert torch.equal(find_loss_positions(batch.labels), batch.loss_positions)
@@ -117,7 +125,7 @@ def test_labels_may_be_searched_or_given(batch):
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_gradient_checkpointing_changes_nothing(batch, moe):
-    model = make_model(tower=make_tower(), use_moe=moe).train()
+    model = make_model(tower=make_vision_encoder(), use_moe=moe).train()
     found = []
     for _ in range(2):
         out = forward(model, batch)
@@ -150,13 +158,13 @@ def test_experts_sorted_looped_and_grouped_agree(tokens):
 
 
 @pytest.mark.slow
-def test_compiled_training_is_the_same_and_does_not_compile_again_and_again(data, tower_folder, tmp_path):
+def test_compiled_training_is_the_same_and_does_not_compile_again_and_again(data, encoder_folder, tmp_path):
     """Batches of all lengths, in a run that is stopped and resumed; needs a C++ compiler."""
-    train(data, tower_folder, tmp_path / "plain", epochs=2)
-    done = train(data, tower_folder, tmp_path / "compiled", epochs=1, use_compile=1)
+    train(data, encoder_folder, tmp_path / "plain", epochs=2)
+    done = train(data, encoder_folder, tmp_path / "compiled", epochs=1, use_compile=1)
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "train_sft_vlm.py"),
-         *training_flags(data, tower_folder, tmp_path / "again", epochs=2, use_compile=1)],
+         *training_flags(data, encoder_folder, tmp_path / "again", epochs=2, use_compile=1)],
         env={**os.environ, "TORCH_LOGS": "recompiles", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stderr.count("Recompiling function") <= 8  # far fewer than lengths and blocks
@@ -225,22 +233,22 @@ def test_a_picture_shown_twice_in_a_batch_is_encoded_once(tmp_path, renderer):
     assert len(batch.pixels) == 2 and batch.image_index.tolist() == [0, 1, 0, 0]
     apart = collate([dataset[number] for number in range(3)], 0, 196)
     assert len(apart.pixels) == 4
-    model = make_model(tower=make_tower()).eval()
+    model = make_model(tower=make_vision_encoder()).eval()
     with torch.no_grad():
         assert torch.allclose(forward(model, batch).loss, forward(model, apart).loss, atol=1e-6)
 
 
-def test_a_run_with_the_cache_is_the_run_without_it(data, tower_folder, tmp_path):
+def test_a_run_with_the_cache_is_the_run_without_it(data, encoder_folder, tmp_path):
     """Bit for bit, over three epochs, by two ways: without a cache, and with one."""
     for cached in (0, 1):
-        train(data, tower_folder, tmp_path / str(cached), epochs=3, cache_features=cached)
+        train(data, encoder_folder, tmp_path / str(cached), epochs=3, cache_features=cached)
     assert_same(weights(tmp_path / "0"), weights(tmp_path / "1"))
     a, b = ([line["loss"] for line in read_metrics(tmp_path / name, NAME)] for name in "01")
     assert a == b and len(a) == 33
 
 
-def test_later_epochs_neither_encode_nor_decode(data, tower_folder, tmp_path, monkeypatch):
-    trainer = make_trainer(data, tower_folder, tmp_path, epochs=3, cache_features=1)
+def test_later_epochs_neither_encode_nor_decode(data, encoder_folder, tmp_path, monkeypatch):
+    trainer = make_trainer(data, encoder_folder, tmp_path, epochs=3, cache_features=1)
     updates = trainer.updates(StopRequest())
     for _ in range(11):
         next(updates)
@@ -255,11 +263,11 @@ def test_later_epochs_neither_encode_nor_decode(data, tower_folder, tmp_path, mo
     assert trainer.run.cache.filled() == trainer.run.cache.count > 15
 
 
-def test_a_killed_run_keeps_what_it_encoded_and_ends_the_same(data, tower_folder, tmp_path):
+def test_a_killed_run_keeps_what_it_encoded_and_ends_the_same(data, encoder_folder, tmp_path):
     flags = {"epochs": 2, "save_interval": 3, "cache_features": 1}
-    train(data, tower_folder, tmp_path / "whole", **flags)
+    train(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
-    command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, tower_folder, part, **flags)]
+    command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, part, **flags)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     for line in process.stderr:
@@ -267,14 +275,14 @@ def test_a_killed_run_keeps_what_it_encoded_and_ends_the_same(data, tower_folder
             os.killpg(process.pid, signal.SIGKILL)
             break
     process.wait()
-    done = train(data, tower_folder, part, from_resume=1, **flags)
+    done = train(data, encoder_folder, part, from_resume=1, **flags)
     assert "; 0 filled" not in done.stderr and "feature cache" in done.stderr
     assert_same(weights(tmp_path / "whole"), weights(part))
 
 
-def test_two_processes_share_one_cache(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path / "one", batch_size=4, epochs=3, cache_features=1)
-    train(data, tower_folder, tmp_path / "two", batch_size=2, epochs=3, cache_features=1, processes=2)
+def test_two_processes_share_one_cache(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path / "one", batch_size=4, epochs=3, cache_features=1)
+    train(data, encoder_folder, tmp_path / "two", batch_size=2, epochs=3, cache_features=1, processes=2)
     one, two = (np.array([line["loss"] for line in read_metrics(tmp_path / name, NAME)]) for name in ("one", "two"))
     assert np.abs(one - two).max() < 1e-4
     assert len(list((tmp_path / "two" / "checkpoints" / "features").iterdir())) == 1
@@ -338,13 +346,13 @@ def test_cache_starts_anew_when_anything_in_its_key_changes(data, tmp_path):
     assert made.filled() == 0 and "pictures" in made.rebuilt_because
 
 
-def test_a_changed_picture_is_encoded_again(tower_folder, tmp_path):
+def test_a_changed_picture_is_encoded_again(encoder_folder, tmp_path):
     data = make_data(tmp_path, 6)
     flags = {"epochs": 1, "cache_features": 1}
-    list(make_trainer(data, tower_folder, tmp_path, **flags).updates(StopRequest()))
+    list(make_trainer(data, encoder_folder, tmp_path, **flags).updates(StopRequest()))
     changed = next(iter(sorted(data[1].iterdir())))
     Image.new("RGB", (9, 9), "purple").save(changed)
-    trainer = make_trainer(data, tower_folder, tmp_path, **flags)
+    trainer = make_trainer(data, encoder_folder, tmp_path, **flags)
     seen = []
     encode = trainer.run.model.encode_images
     trainer.run.model.encode_images = lambda pixels: seen.append(len(pixels)) or encode(pixels)
@@ -358,11 +366,11 @@ def test_cache_refuses_a_disk_too_small(data, tmp_path, monkeypatch):
         open_small(tmp_path / "c", data)
 
 
-def test_training_goes_on_when_the_cache_cannot_be_written(data, tower_folder, tmp_path, monkeypatch, capsys):
+def test_training_goes_on_when_the_cache_cannot_be_written(data, encoder_folder, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    trainer = make_trainer(data, tower_folder, tmp_path, epochs=2, cache_features=1)
+    trainer = make_trainer(data, encoder_folder, tmp_path, epochs=2, cache_features=1)
     monkeypatch.setattr("os.pwrite", full)
     assert len(list(trainer.updates(StopRequest()))) == 22
     assert capsys.readouterr().err.count("keeps no more") == 1

@@ -25,12 +25,12 @@ from chat.chat import Chat
 from chat.console import Screen, complete_path, half_blocks, history_file, use_readline
 from chat.markdown import escape
 from chat.terminal import TerminalChat, changed, complete, typed_paths
-from model.conversation import IMAGE_MARK
+from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
 from model.weights import fingerprints, save_weights
-from tests.conftest import DECODER, REPOSITORY, make_model, make_tower
+from tests.conftest import DECODER, REPOSITORY, make_model, make_vision_encoder
 from tests.test_video import make_video
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -38,7 +38,7 @@ GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer) -> Assistant:
-    return Assistant(make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8), tokenizer)
+    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_ctrl_c_keeps_what_was_said(assistant, folder, after, monkeypatch):
     file.after = after
     assert chat.obey("What?") and file.getvalue().endswith("(stopped)\n")
     said = chat.exchanges[0].answer
-    assert [turn.content for turn in chat.chat.turns] == [f"{IMAGE_MARK}\nWhat?", said]
+    assert [turn.content for turn in chat.chat.turns] == [f"{IMAGE_PLACEHOLDER}\nWhat?", said]
     assert chat.obey("And?") and len(chat.exchanges) == 2
     fresh = Chat(assistant, GREEDY)
     fresh.add_image(Image.open(folder / "red.png"))
@@ -194,7 +194,7 @@ def test_frames_of_a_video_stand_with_their_times(talk):
     reds = [int(picture[0].float().mean()) for picture in talk.chat.chat.waiting]
     assert reds == sorted(reds) and reds[0] < 30 and reds[-1] > 220
     talk("What happens?")
-    times = "".join(f"0:0{second} {IMAGE_MARK}\n" for second in range(8))
+    times = "".join(f"0:0{second} {IMAGE_PLACEHOLDER}\n" for second in range(8))
     assert talk.chat.chat.turns[0].content == f"{times}What happens?"
 
 
@@ -417,11 +417,11 @@ class Person:
         os.write(self.screen, text.encode())
 
 
-def test_a_person_at_the_terminal(folder, tower_folder, tokenizer, tmp_path):
-    model = make_model(tower=make_tower(), hidden_size=32, num_attention_heads=8)
+def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
+    model = make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8)
     model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 0  # it speaks for ever
     save_weights(tmp_path / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
-    flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", tower_folder, "--device", "cpu", "--temperature", "0",
+    flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", encoder_folder, "--device", "cpu", "--temperature", "0",
              "--max_new_tokens", "20000", "--max_seq_len", "30000"]  # fmt: skip
     person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color",
                     XDG_STATE_HOME=str(tmp_path / "state"), COLORTERM="truecolor", NO_COLOR="")  # fmt: skip

@@ -110,12 +110,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_shows_the_figures_of_now_and_the_run_is_the_same(data, tower_folder, tmp_path, monkeypatch):
+def test_a_bar_shows_the_figures_of_now_and_the_run_is_the_same(data, encoder_folder, tmp_path, monkeypatch):
     """On a terminal, between two log lines; neither weights nor what is logged change by being looked at."""
     monkeypatch.setattr(tracking, "STALE_SECONDS", -1.0)
     for name, screen in (("plain", io.StringIO()), ("bar", Terminal())):
         monkeypatch.setattr("sys.stderr", screen)
-        trainer = make_trainer(data, tower_folder, tmp_path / name, save_weight="sft_vlm", log_interval=100)
+        trainer = make_trainer(data, encoder_folder, tmp_path / name, save_weight="sft_vlm", log_interval=100)
         assert trainer.train() == 0
         losses = re.findall(r"loss (\d\.\d{4}) lr", screen.getvalue())
         assert len(set(losses)) == {"plain": 2, "bar": 11}[name], losses
@@ -124,8 +124,8 @@ def test_a_bar_shows_the_figures_of_now_and_the_run_is_the_same(data, tower_fold
     assert plain == bar and [update for update, _ in bar] == [1, 11]
 
 
-def test_lines_say_the_first_loss_and_a_time_that_exists(data, tower_folder, tmp_path, capsys):
-    trainer = make_trainer(data, tower_folder, tmp_path, save_weight="sft_vlm", log_interval=100)
+def test_lines_say_the_first_loss_and_a_time_that_exists(data, encoder_folder, tmp_path, capsys):
+    trainer = make_trainer(data, encoder_folder, tmp_path, save_weight="sft_vlm", log_interval=100)
     trainer.train()
     said = capsys.readouterr().err
     loss = read_metrics(tmp_path, NAME)[0]["loss"]
@@ -136,9 +136,9 @@ def test_lines_say_the_first_loss_and_a_time_that_exists(data, tower_folder, tmp
         assert capsys.readouterr().err == f"epoch 0.500 update 3/11 nothing trained lr 1.000e-03 7 tokens/s left {clock}\n"
 
 
-def test_what_a_run_says_at_its_end_is_what_to_do_next(data, tower_folder, tmp_path):
+def test_what_a_run_says_at_its_end_is_what_to_do_next(data, encoder_folder, tmp_path):
     """Pretraining leads to fine-tuning, that to asking, each by the command as it is printed."""
-    said = train(data, tower_folder, tmp_path, script="train_pretrain_vlm.py", save_weight="pretrain_vlm", freeze_llm=1).stderr
+    said = train(data, encoder_folder, tmp_path, script="train_pretrain_vlm.py", save_weight="pretrain_vlm", freeze_llm=1).stderr
     words = shlex.split(said.splitlines()[-1])
     assert f"The weights are in {tmp_path / 'out' / 'pretrain_vlm_32.pth'}. Next:" in said and words[0] == "python"
     done = run_script(*words[1:], "--data_path", data[0], "--images_path", data[1], "--checkpoint_dir", tmp_path, "--device", "cpu",
@@ -215,19 +215,19 @@ def test_a_finish_that_hangs_is_cut_short(start, capfd, monkeypatch):
     assert "did not finish within" in capfd.readouterr().err and tracker._process.wait(60) == -signal.SIGKILL
 
 
-def train_here(data, tower_folder, out, **flags) -> int:
+def train_here(data, encoder_folder, out, **flags) -> int:
     """A run with --use_wandb in this process."""
-    config = parse_config("", {}, training_flags(data, tower_folder, out, num_workers=0, save_weight="sft_vlm", **flags))
+    config = parse_config("", {}, training_flags(data, encoder_folder, out, num_workers=0, save_weight="sft_vlm", **flags))
     return Trainer(build(replace(config, use_wandb=True), distributed.start("cpu"))).train()
 
 
-def test_the_real_package_offline(data, tower_folder, tmp_path, monkeypatch, capfd):
+def test_the_real_package_offline(data, encoder_folder, tmp_path, monkeypatch, capfd):
     """Two starts of one run: its folder is in save_dir, its points, settings and summary are complete, its id is one."""
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 300.0)  # on a busy machine
     monkeypatch.chdir(tmp_path)
     for resume, epochs in ((0, 1), (1, 2)):
-        assert train_here(data, tower_folder, tmp_path, from_resume=resume, epochs=epochs, eval_data_path=0.3) == 0
+        assert train_here(data, encoder_folder, tmp_path, from_resume=resume, epochs=epochs, eval_data_path=0.3) == 0
     assert "warning" not in capfd.readouterr().err
     assert not (tmp_path / "swanlog").exists()
     lines, runs = read_metrics(tmp_path, NAME), offline_runs(tmp_path / "out" / "swanlog")
@@ -242,13 +242,13 @@ def test_the_real_package_offline(data, tower_folder, tmp_path, monkeypatch, cap
     assert "eval_data_path" in settings and "summary" in settings and str(lines[-1]["eval_loss"])[:8] in settings
 
 
-def test_a_run_ends_well_though_swanlab_does_not(data, tower_folder, tmp_path, monkeypatch, capfd):
+def test_a_run_ends_well_though_swanlab_does_not(data, encoder_folder, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("SWANLAB_MODE", "nonsense")
-    assert train_here(data, tower_folder, tmp_path) == 0 and len(read_metrics(tmp_path, NAME)) == 11
+    assert train_here(data, encoder_folder, tmp_path) == 0 and len(read_metrics(tmp_path, NAME)) == 11
     assert capfd.readouterr().err.count("warning: SwanLab is off") == 1
 
 
-def test_the_real_package_without_a_network(data, tower_folder, tmp_path, monkeypatch, capfd):
+def test_the_real_package_without_a_network(data, encoder_folder, tmp_path, monkeypatch, capfd):
     """Not logged in; then a server that takes the call and never answers."""
     config = TrainConfig(save_dir=str(tmp_path / "out"))
     monkeypatch.setenv("SWANLAB_MODE", "cloud")

@@ -22,14 +22,14 @@ from docs.figures.loss import read_curves
 from model import storage
 from model.errors import UsageError
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.paths import home_for_tilde
+from model.storage import home_for_tilde
 from model.weights import load_weights, save_weights, weight_name
 from tests.conftest import (
     REPOSITORY,
     children,
     make_data,
     make_model,
-    make_tower,
+    make_vision_encoder,
     read_metrics,
     read_until,
     run_script,
@@ -61,13 +61,13 @@ def assert_same(a: dict, b: dict) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def make_trainer(data, tower_folder, out, **flags) -> Trainer:
+def make_trainer(data, encoder_folder, out, **flags) -> Trainer:
     """A run in this process."""
-    return Trainer(build(parse_config("", {}, training_flags(data, tower_folder, out, num_workers=0, **flags)), distributed.start("cpu")))
+    return Trainer(build(parse_config("", {}, training_flags(data, encoder_folder, out, num_workers=0, **flags)), distributed.start("cpu")))
 
 
-def train(data, tower_folder, out, *extra, script: str = "train_sft_vlm.py", processes: int = 0, **flags):
-    done = run_script(script, *training_flags(data, tower_folder, out, **flags), *extra, processes=processes)
+def train(data, encoder_folder, out, *extra, script: str = "train_sft_vlm.py", processes: int = 0, **flags):
+    done = run_script(script, *training_flags(data, encoder_folder, out, **flags), *extra, processes=processes)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -193,7 +193,7 @@ def test_moe_zero_means_dense():
 
 
 def test_freezing_modes():
-    model = make_model(tower=make_tower())
+    model = make_model(tower=make_vision_encoder())
     names = {name for name, _ in model.named_parameters()}
     projector = {name for name in names if name.startswith("vision_proj.")}
     last = {name for name in names if name.startswith("model.layers.1.")}
@@ -215,13 +215,13 @@ def test_everything_missing_is_named_with_the_commands_that_fetch_it(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [4])  # 1: the storm of test_never_lose_work.py
-def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, accumulation):
+def test_resumed_equals_uninterrupted_bit_for_bit(data, encoder_folder, tmp_path, accumulation):
     """Stopped by a signal in the middle of the second epoch, with a state saved at every update."""
     flags = {"accumulation_steps": accumulation, "epochs": 2, "save_interval": 1}
-    train(data, tower_folder, tmp_path / "whole", **flags)
+    train(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
     total = 2 * -(-22 // (2 * accumulation))
-    process = start_on_disk(data, tower_folder, part, {"DISK_DELAY": "0.1"}, **flags)  # no end before the signal
+    process = start_on_disk(data, encoder_folder, part, {"DISK_DELAY": "0.1"}, **flags)  # no end before the signal
     read_until(process, f"update {total // 2 + 1}/")
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
@@ -229,7 +229,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, 
     assert "stopped by SIGINT" in rest and "--from_resume 1" in rest
     done_then = checkpoint.load_training_state(part / "checkpoints" / f"{NAME}_resume.pth")[0]["state"]["update"]
     assert total // 2 < done_then < total, "it stopped in the middle of an epoch"
-    done = train(data, tower_folder, part, from_resume=1, **flags)
+    done = train(data, encoder_folder, part, from_resume=1, **flags)
     assert f"{done_then} updates done" in done.stderr
     assert_same(weights(tmp_path / "whole"), weights(part))
     strip = [{k: line[k] for k in ("update", "epoch", "loss", "learning_rate")} for line in read_metrics(part, NAME)]
@@ -237,9 +237,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, tower_folder, tmp_path, 
     assert strip == whole and [line["update"] for line in whole] == list(range(1, total + 1))
 
 
-def test_sigterm_saves_and_ends_with_143_even_when_all_processes_get_it(data, tower_folder, tmp_path):
+def test_sigterm_saves_and_ends_with_143_even_when_all_processes_get_it(data, encoder_folder, tmp_path):
     command = [sys.executable, str(REPOSITORY / "train_sft_vlm.py"),
-               *training_flags(data, tower_folder, tmp_path, epochs=200, save_interval=10_000)]  # fmt: skip
+               *training_flags(data, encoder_folder, tmp_path, epochs=200, save_interval=10_000)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stderr:
         if "update 3/" in line:
@@ -253,17 +253,17 @@ def test_sigterm_saves_and_ends_with_143_even_when_all_processes_get_it(data, to
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(data, tower_folder, tmp_path, accumulation):
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(data, encoder_folder, tmp_path, accumulation):
     flags = {"accumulation_steps": accumulation, "epochs": 2, "dtype": "float32"}
-    train(data, tower_folder, tmp_path / "one", batch_size=4, **flags)
-    train(data, tower_folder, tmp_path / "two", batch_size=2, processes=2, **flags)
+    train(data, encoder_folder, tmp_path / "one", batch_size=4, **flags)
+    train(data, encoder_folder, tmp_path / "two", batch_size=2, processes=2, **flags)
     one, two = ([line["loss"] for line in read_metrics(tmp_path / name, NAME)] for name in ("one", "two"))
     assert len(one) == len(two) > 3 and np.abs(np.array(one) - two).max() < 1e-4
     for name, tensor in weights(tmp_path / "one").items():
         assert (tensor.float() - weights(tmp_path / "two")[name].float()).abs().max() < 2e-3, name
 
 
-def test_a_rank_without_pictures_does_not_hang(tower_folder, tmp_path):
+def test_a_rank_without_pictures_does_not_hang(encoder_folder, tmp_path):
     """Of two samples in each update one has a picture: one of two ranks never sees any at a time."""
     make_data(tmp_path, 12)
     rows = []
@@ -276,12 +276,12 @@ def test_a_rank_without_pictures_does_not_hang(tower_folder, tmp_path):
     Image.new("RGB", (30, 30), "red").save(tmp_path / "pictures" / "p.png")
     data = write_jsonl(tmp_path / "mixed.jsonl", rows), tmp_path / "pictures"
     for freeze_llm in (0, 1):
-        train(data, tower_folder, tmp_path / str(freeze_llm), batch_size=1, processes=2, freeze_llm=freeze_llm)
+        train(data, encoder_folder, tmp_path / str(freeze_llm), batch_size=1, processes=2, freeze_llm=freeze_llm)
 
 
-def test_accumulation_takes_the_leftover_group_as_an_update(data, tower_folder, tmp_path):
+def test_accumulation_takes_the_leftover_group_as_an_update(data, encoder_folder, tmp_path):
     """22 samples by 2 are 11 micro-batches: with 4 an update, updates end after 4, 8 and 11."""
-    train(data, tower_folder, tmp_path, accumulation_steps=4)
+    train(data, encoder_folder, tmp_path, accumulation_steps=4)
     metrics = read_metrics(tmp_path, NAME)
     assert [line["update"] for line in metrics] == [1, 2, 3]
     assert [round(line["epoch"] * 22) for line in metrics] == [8, 16, 22]
@@ -289,11 +289,11 @@ def test_accumulation_takes_the_leftover_group_as_an_update(data, tower_folder, 
     assert state["state"]["update"] == 3, "the last update is saved though save_interval is 100"
 
 
-def test_pretraining_moves_the_projector_alone(data, tower_folder, tmp_path):
+def test_pretraining_moves_the_projector_alone(data, encoder_folder, tmp_path):
     start = make_model(hidden_size=32, num_attention_heads=8)
     (tmp_path / "out").mkdir()
     save_weights(tmp_path / "out" / "llm_32.pth", start, {})
-    train(data, tower_folder, tmp_path, script="train_pretrain_vlm.py", from_weight="llm", freeze_llm=1)
+    train(data, encoder_folder, tmp_path, script="train_pretrain_vlm.py", from_weight="llm", freeze_llm=1)
     before, after = weights(tmp_path, "llm_32"), weights(tmp_path, "pretrain_vlm_32")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
@@ -305,8 +305,8 @@ def test_pretraining_moves_the_projector_alone(data, tower_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "moe"), [("bfloat16", 0), ("bfloat16", 1), ("float16", 0)])
-def test_number_formats_and_experts_learn(data, tower_folder, tmp_path, dtype, moe):
-    train(data, tower_folder, tmp_path, dtype=dtype, use_moe=moe, epochs=6, batch_size=4, learning_rate=3e-3)
+def test_number_formats_and_experts_learn(data, encoder_folder, tmp_path, dtype, moe):
+    train(data, encoder_folder, tmp_path, dtype=dtype, use_moe=moe, epochs=6, batch_size=4, learning_rate=3e-3)
     name = weight_name("sft_vlm", 32, bool(moe))
     losses = [line["loss"] for line in read_metrics(tmp_path, name)]
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
@@ -314,28 +314,28 @@ def test_number_formats_and_experts_learn(data, tower_folder, tmp_path, dtype, m
     assert all(value > 0 for value in auxiliary) if moe else not any(auxiliary)
 
 
-def test_a_bad_sample_is_skipped_named_and_counted(data, tower_folder, tmp_path):
+def test_a_bad_sample_is_skipped_named_and_counted(data, encoder_folder, tmp_path):
     rows = data[0].read_text().splitlines()
     rows[4:4] = ['{"conversations": 3}']
     few = write_jsonl(tmp_path / "few.jsonl", rows * 11)  # 11 of 253
-    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "a"))
+    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), encoder_folder, tmp_path / "a"))
     assert done.returncode == 1 and "bad, more than 10 and 1%" in done.stderr and "Traceback" not in done.stderr
     assert "few.jsonl:5: 'conversations' is missing" in done.stderr
-    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), tower_folder, tmp_path / "b", on_bad_sample="raise"))
+    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), encoder_folder, tmp_path / "b", on_bad_sample="raise"))
     assert done.returncode == 1 and done.stderr.count("bad sample: ") == 1
     plain = write_jsonl(tmp_path / "plain.jsonl", ['{"conversations": 3}', *(
         [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 130)])  # fmt: skip
-    done = train((plain, data[1]), tower_folder, tmp_path / "c", batch_size=16)
+    done = train((plain, data[1]), encoder_folder, tmp_path / "c", batch_size=16)
     assert "plain.jsonl:1" in done.stderr and read_metrics(tmp_path / "c", NAME)[-1]["bad_samples"] == 1
 
 
-def test_a_truncated_picture_is_used_named_once_and_counted(tower_folder, tmp_path):
+def test_a_truncated_picture_is_used_named_once_and_counted(encoder_folder, tmp_path):
     for name in ("whole.jpg", "cut.jpg"):
         Image.effect_noise((90, 60), 40).save(tmp_path / name)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-5])
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "noise"}]
     rows = write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns, "image": name} for name in ("whole.jpg", "cut.jpg")])
-    done = train((rows, tmp_path), tower_folder, tmp_path / "a", epochs=2, on_bad_sample="raise")
+    done = train((rows, tmp_path), encoder_folder, tmp_path / "a", epochs=2, on_bad_sample="raise")
     assert done.stderr.count("data.jsonl:2: picture 'cut.jpg' is truncated; used") == 1
     line = read_metrics(tmp_path / "a", NAME)[-1]
     assert (line["update"], line["truncated_samples"], line["bad_samples"]) == (2, 2, 0)
@@ -349,19 +349,19 @@ def texts(count: int) -> list[dict]:
             for n in range(count)]  # fmt: skip
 
 
-def test_ten_bad_samples_of_an_epoch_never_stop_a_run(data, tower_folder, tmp_path):
+def test_ten_bad_samples_of_an_epoch_never_stop_a_run(data, encoder_folder, tmp_path):
     few = write_jsonl(tmp_path / "few.jsonl", [*texts(5), *[BAD] * 10]), data[1]
-    train(few, tower_folder, tmp_path, epochs=3)
+    train(few, encoder_folder, tmp_path, epochs=3)
     assert read_metrics(tmp_path, NAME)[-1]["bad_samples"] == 30, "they are counted, over all epochs"
     none = write_jsonl(tmp_path / "none.jsonl", [BAD] * 3), data[1]
     with pytest.raises(TrainingFailed, match=r"3 of 3 samples read were bad, all of them.*Nothing was trained"):
-        make_trainer(none, tower_folder, tmp_path / "none").train()
+        make_trainer(none, encoder_folder, tmp_path / "none").train()
 
 
 @pytest.mark.parametrize(("dtype", "moe"), [("float32", 0), ("float16", 0), ("float32", 1)])
-def test_an_update_whose_samples_are_all_bad_moves_nothing(data, tower_folder, tmp_path, dtype, moe):
+def test_an_update_whose_samples_are_all_bad_moves_nothing(data, encoder_folder, tmp_path, dtype, moe):
     rows = write_jsonl(tmp_path / "some.jsonl", [*texts(8), BAD, BAD]), data[1]
-    trainer = make_trainer(rows, tower_folder, tmp_path, save_weight="sft_vlm", epochs=2, batch_size=1, dtype=dtype, use_moe=moe)
+    trainer = make_trainer(rows, encoder_folder, tmp_path, save_weight="sft_vlm", epochs=2, batch_size=1, dtype=dtype, use_moe=moe)
 
     def now() -> dict:
         optimizer = trainer.run.optimizer.state_dict()["state"]
@@ -382,11 +382,11 @@ def test_an_update_whose_samples_are_all_bad_moves_nothing(data, tower_folder, t
     assert unmoved == losses.count(None) == 4 and len(losses) == trainer.state.update == 20
 
 
-def test_an_update_whose_samples_are_all_bad_is_none_on_every_rank(data, tower_folder, tmp_path):
+def test_an_update_whose_samples_are_all_bad_is_none_on_every_rank(data, encoder_folder, tmp_path):
     """By two processes as by one with twice the batch; some updates have bad samples on one of them."""
     rows = write_jsonl(tmp_path / "some.jsonl", [*texts(6), *[BAD] * 7]), data[1]
-    train(rows, tower_folder, tmp_path / "one", batch_size=2, epochs=2, seed=3)
-    said = train(rows, tower_folder, tmp_path / "two", batch_size=1, epochs=2, seed=3, processes=2).stderr
+    train(rows, encoder_folder, tmp_path / "one", batch_size=2, epochs=2, seed=3)
+    said = train(rows, encoder_folder, tmp_path / "two", batch_size=1, epochs=2, seed=3, processes=2).stderr
     one, two = ([line["loss"] for line in read_metrics(tmp_path / name, NAME)] for name in ("one", "two"))
     assert [loss is None for loss in one] == [loss is None for loss in two] and 0 < one.count(None) < len(one)
     assert all(abs(a - b) < 1e-4 for a, b in zip(one, two, strict=True) if a is not None)
@@ -396,60 +396,60 @@ def test_an_update_whose_samples_are_all_bad_is_none_on_every_rank(data, tower_f
     assert page.bad == 0 and page.curve("loss", "update")[1] == known == [loss for _, loss in read_curves(file)["loss"]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, tower_folder, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(data, encoder_folder, tmp_path, capsys):
     for good in ("nothing was saved yet", "the last good state is .*_resume.pth"):
-        run = build(parse_config("", {}, training_flags(data, tower_folder, tmp_path, save_weight="sft_vlm")), distributed.start("cpu"))
+        run = build(parse_config("", {}, training_flags(data, encoder_folder, tmp_path, save_weight="sft_vlm")), distributed.start("cpu"))
         run.model.model.norm.weight.data[:] = float("nan")
         with pytest.raises(TrainingFailed, match=f"not finite; {good}"):
             Trainer(run).train()
         assert "data.jsonl:" in capsys.readouterr().err
         if good.startswith("nothing"):
-            train(data, tower_folder, tmp_path)
+            train(data, encoder_folder, tmp_path)
             before = weights(tmp_path)
     assert_same(weights(tmp_path), before)
 
 
-def test_weights_that_are_not_finite_are_refused(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path)
+def test_weights_that_are_not_finite_are_refused(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path)
     broken = weights(tmp_path)
     broken["model.norm.weight"][3] = float("nan")
     torch.save(broken, tmp_path / "out" / "broken_32.pth")
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, from_weight="broken"))
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, from_weight="broken"))
     assert done.returncode == 2 and "broken_32.pth holds weights that are not finite" in done.stderr
 
 
 @pytest.mark.parametrize(("flags", "told"), [({"images_path": "typo"}, "--images_path typo: there is no such folder"),
                                              ({"max_seq_len": 10}, "Nothing was trained")])  # fmt: skip
-def test_a_run_that_trains_nothing_leaves_what_was_trained_before(data, tower_folder, tmp_path, flags, told):
-    train(data, tower_folder, tmp_path)
+def test_a_run_that_trains_nothing_leaves_what_was_trained_before(data, encoder_folder, tmp_path, flags, told):
+    train(data, encoder_folder, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*_32*") if path.suffix in (".pth", ".json")}
-    done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, save_interval=1, batch_size=2, **flags))
+    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, save_interval=1, batch_size=2, **flags))
     assert done.returncode in (1, 2) and told in done.stderr and "Traceback" not in done.stderr
     assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_a_bad_sample_in_the_first_update_leaves_what_was_trained_before(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path)
+def test_a_bad_sample_in_the_first_update_leaves_what_was_trained_before(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*_32*") if path.suffix in (".pth", ".json")}
     rows = write_jsonl(tmp_path / "rows.jsonl", [*texts(1), BAD]), data[1]  # a good one beside it
     with pytest.raises(TrainingFailed, match="Nothing was trained"):
-        make_trainer(rows, tower_folder, tmp_path, save_weight="sft_vlm", batch_size=2, on_bad_sample="raise").train()
+        make_trainer(rows, encoder_folder, tmp_path, save_weight="sft_vlm", batch_size=2, on_bad_sample="raise").train()
     assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_workers_are_capped_with_a_notice(data, tower_folder, tmp_path):
-    assert "capped to" in train(data, tower_folder, tmp_path, num_workers=4096).stderr
+def test_workers_are_capped_with_a_notice(data, encoder_folder, tmp_path):
+    assert "capped to" in train(data, encoder_folder, tmp_path, num_workers=4096).stderr
 
 
-def test_text_alone_is_told_where_only_the_projector_learns(data, tower_folder, tmp_path):
+def test_text_alone_is_told_where_only_the_projector_learns(data, encoder_folder, tmp_path):
     rows = data[0].read_text().splitlines()
     text = write_jsonl(tmp_path / "text.jsonl", [row for row in rows if '"image"' not in row]), data[1]
     for rows, flags, told in ((text, {"freeze_llm": 1}, 1), (text, {"freeze_llm": 2}, 0), (data, {"freeze_llm": 1}, 0)):
-        done = train(rows, tower_folder, tmp_path, epochs=3, batch_size=2, log_interval=1, **flags)
+        done = train(rows, encoder_folder, tmp_path, epochs=3, batch_size=2, log_interval=1, **flags)
         assert done.stderr.count("warning: no picture so far") == told
 
 
-def test_scripts_run_from_any_folder(data, tower_folder, tmp_path):
+def test_scripts_run_from_any_folder(data, encoder_folder, tmp_path):
     done = run_script("train_sft_vlm.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and str(REPOSITORY / "dataset" / "sft_data.jsonl") in done.stdout
 
@@ -457,8 +457,8 @@ def test_scripts_run_from_any_folder(data, tower_folder, tmp_path):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_loader_process_is_one_line(data, tower_folder, tmp_path):
-    flags = training_flags(data, tower_folder, tmp_path, epochs=500, save_interval=1)
+def test_a_killed_loader_process_is_one_line(data, encoder_folder, tmp_path):
+    flags = training_flags(data, encoder_folder, tmp_path, epochs=500, save_interval=1)
     process = subprocess.Popen([sys.executable, str(REPOSITORY / "train_sft_vlm.py"), *flags], stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     while "update 3/" not in process.stderr.readline():
@@ -471,25 +471,25 @@ def test_a_killed_loader_process_is_one_line(data, tower_folder, tmp_path):
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"), ConnectionRefusedError(111, "refused"),
                                    RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. Out of shared memory, perhaps")])  # fmt: skip
-def test_a_loader_process_whose_connection_broke_is_told_as_dead(error, data, tower_folder, tmp_path, monkeypatch, capsys):
+def test_a_loader_process_whose_connection_broke_is_told_as_dead(error, data, encoder_folder, tmp_path, monkeypatch, capsys):
     """Before the loader hears of the death, what it reads from the process ends in the middle."""
     def broken(_):
         yield next(BATCHES(_))
         raise error
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
-    assert main("", {}, training_flags(data, tower_folder, tmp_path, num_workers=0)) == 1
+    assert main("", {}, training_flags(data, encoder_folder, tmp_path, num_workers=0)) == 1
     told = capsys.readouterr().err
     assert "error: a loader process died" in told and ("--shm-size" in told) == ("shared memory" in str(error))
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("a fault of the program")])
-def test_what_fails_in_a_loader_process_is_no_death_of_it(error, data, tower_folder, tmp_path, monkeypatch, capsys):
+def test_what_fails_in_a_loader_process_is_no_death_of_it(error, data, encoder_folder, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise error
 
     monkeypatch.setattr("dataset.vlm_dataset.VLMDataset.__getitems__", broken)
-    flags = training_flags(data, tower_folder, tmp_path)
+    flags = training_flags(data, encoder_folder, tmp_path)
     with pytest.raises(RuntimeError, match="Original Traceback") if isinstance(error, RuntimeError) else contextlib.nullcontext():
         assert main("", {}, flags) == 1
     assert capsys.readouterr().err.endswith("error: OSError: [Errno 5] Input/output error\n") == isinstance(error, OSError)
@@ -576,17 +576,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_resume_with_other_settings_is_refused_by_name(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path)
+def test_resume_with_other_settings_is_refused_by_name(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path)
     for flag, value in (("seed", 7), ("freeze_llm", 2)):
-        done = run_script("train_sft_vlm.py", *training_flags(data, tower_folder, tmp_path, from_resume=1, **{flag: value}))
+        done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, from_resume=1, **{flag: value}))
         assert done.returncode == 2 and f"--{flag}" in done.stderr, done.stderr
-    done = train(data, tower_folder, tmp_path, from_resume=1)  # a finished run has nothing left to do
+    done = train(data, encoder_folder, tmp_path, from_resume=1)  # a finished run has nothing left to do
     assert "11 updates done" in done.stderr
 
 
-def test_model_from_files_alone(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path)
+def test_model_from_files_alone(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path)
     sidecar = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())
     MiniMindVLM(VLMConfig(**sidecar["config"])).load_state_dict(weights(tmp_path))
     assert time.time() - (tmp_path / "out" / f"{NAME}.pth").stat().st_mtime < 300

@@ -109,18 +109,18 @@ def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_data_that_cannot_be_validated_on_are_refused(data, tower_folder, tmp_path):
+def test_data_that_cannot_be_validated_on_are_refused(data, encoder_folder, tmp_path):
     for value, message in ((tmp_path / "no.jsonl", "--eval_data_path: no data at"), (0.01, "holds out none of 22 samples")):
         with pytest.raises(UsageError, match=message):
-            make_trainer(data, tower_folder, tmp_path, eval_data_path=value)
+            make_trainer(data, encoder_folder, tmp_path, eval_data_path=value)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moe", [0, 1])
-def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, tower_folder, tmp_path, moe):
-    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=0.3, use_moe=moe, batch_size=3)
+def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, encoder_folder, tmp_path, moe):
+    trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=0.3, use_moe=moe, batch_size=3)
     trained = set()
     update = trainer.update
     trainer.update = lambda batches, *rest: (trained.update(i for b in batches for i in b.indices), update(batches, *rest))
@@ -134,9 +134,9 @@ def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, tower_folder
     assert trainer.run.model.training and not trainer.run.model.vision_encoder.training
 
 
-def test_answers_are_what_the_model_says_to_held_out_questions(data, tower_folder, tmp_path):
+def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_folder, tmp_path):
     """Against transformers' generate, one question at a time."""
-    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=0.3)
+    trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=0.3)
     list(trainer.updates(StopRequest()))
     said, rows = trainer.validation.measure(StopRequest()).samples, data[0].read_text().splitlines()
     assert len(said) == 3
@@ -156,9 +156,9 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, tower_folde
         assert dataset.renderer.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") == answer["answer"]
 
 
-def test_two_processes_measure_the_loss_of_one(data, tower_folder, tmp_path):
-    train(data, tower_folder, tmp_path / "one", batch_size=4, **EVERY)
-    train(data, tower_folder, tmp_path / "two", batch_size=2, processes=2, **EVERY)
+def test_two_processes_measure_the_loss_of_one(data, encoder_folder, tmp_path):
+    train(data, encoder_folder, tmp_path / "one", batch_size=4, **EVERY)
+    train(data, encoder_folder, tmp_path / "two", batch_size=2, processes=2, **EVERY)
     one, two = ([(line["update"], line["eval_loss"]) for line in validations(tmp_path / name)] for name in ("one", "two"))
     assert [update for update, _ in one] == [update for update, _ in two] == [3, 6, 9, 12]
     assert np.abs(np.array(one) - two).max() < 1e-4
@@ -168,11 +168,11 @@ def test_two_processes_measure_the_loss_of_one(data, tower_folder, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [0, 1])
-def test_training_with_validation_is_training_without_it(data, held_out_data, tower_folder, tmp_path, cached):
+def test_training_with_validation_is_training_without_it(data, held_out_data, encoder_folder, tmp_path, cached):
     """Bit for bit: losses, weights, optimizer, random states."""
     flags = {"save_weight": "sft_vlm", "epochs": 2, "cache_features": cached, "accumulation_steps": 2}
-    make_trainer(data, tower_folder, tmp_path / "plain", **flags).train()
-    make_trainer(data, tower_folder, tmp_path / "watched", eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
+    make_trainer(data, encoder_folder, tmp_path / "plain", **flags).train()
+    make_trainer(data, encoder_folder, tmp_path / "watched", eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
                  eval_interval=2, **flags).train()  # fmt: skip
     figures = ("update", "epoch", "loss", "aux_loss", "learning_rate", "bad_samples")
     plain, watched = ([[line[name] for name in figures] for line in read_metrics(tmp_path / name, NAME) if "loss" in line]
@@ -186,8 +186,8 @@ def test_training_with_validation_is_training_without_it(data, held_out_data, to
         assert_same(one, other)
 
 
-def test_cached_pictures_of_the_validation_are_encoded_once(data, held_out_data, tower_folder, tmp_path, monkeypatch):
-    trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
+def test_cached_pictures_of_the_validation_are_encoded_once(data, held_out_data, encoder_folder, tmp_path, monkeypatch):
+    trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
                            cache_features=1)  # fmt: skip
     first = trainer.validation.loss(StopRequest())
 
@@ -202,9 +202,9 @@ def test_cached_pictures_of_the_validation_are_encoded_once(data, held_out_data,
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def run_here(data, tower_folder, out, before_validation=None, after_update: int = 0, **flags) -> int:
+def run_here(data, encoder_folder, out, before_validation=None, after_update: int = 0, **flags) -> int:
     """A whole run in this process. `after_update`: a SIGINT comes then; `before_validation`: or in the n-th validation."""
-    trainer = make_trainer(data, tower_folder, out, **{**EVERY, **flags})
+    trainer = make_trainer(data, encoder_folder, out, **{**EVERY, **flags})
     advance, measure, count = trainer.advance, trainer.validation.measure, 0
 
     def advancing():
@@ -228,36 +228,36 @@ def strip(out) -> list[dict]:
     return [{name: line.get(name) for name in ("update", "loss", "eval_loss", "best", "samples")} for line in read_metrics(out, NAME)]
 
 
-def test_a_resumed_run_validates_as_an_uninterrupted_one(data, tower_folder, tmp_path):
+def test_a_resumed_run_validates_as_an_uninterrupted_one(data, encoder_folder, tmp_path):
     """Stopped between two validations, in the middle of one, and in the middle of the last, after the last update."""
     flags = {"learning_rate": 1.0}  # too high: a loss is not always the lowest so far
-    total = run_here(data, tower_folder, tmp_path / "whole", **flags)
+    total = run_here(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
-    assert run_here(data, tower_folder, part, after_update=7, **flags) == 7
-    assert run_here(data, tower_folder, part, before_validation=2, from_resume=1, **flags) == 12
+    assert run_here(data, encoder_folder, part, after_update=7, **flags) == 7
+    assert run_here(data, encoder_folder, part, before_validation=2, from_resume=1, **flags) == 12
     assert [line["update"] for line in validations(part)] == [3, 6, 9]
-    assert run_here(data, tower_folder, part, before_validation=5, from_resume=1, **flags) == total == 24
+    assert run_here(data, encoder_folder, part, before_validation=5, from_resume=1, **flags) == total == 24
     assert [line["update"] for line in validations(part)] == [3, 6, 9, 12, 15, 18, 21]
-    assert run_here(data, tower_folder, part, from_resume=1, **flags) == total
-    assert run_here(data, tower_folder, part, from_resume=1, **flags) == total, "nothing left to do"
+    assert run_here(data, encoder_folder, part, from_resume=1, **flags) == total
+    assert run_here(data, encoder_folder, part, from_resume=1, **flags) == total, "nothing left to do"
     assert strip(tmp_path / "whole") == strip(part) and len(validations(part)) == 8
     assert {line["best"] for line in validations(part)} == {True, False}
     assert_same(weights(tmp_path / "whole"), weights(part))
     assert_same(weights(tmp_path / "whole", BEST), weights(part, BEST))
 
 
-def test_a_resume_with_another_share_is_refused(data, tower_folder, tmp_path):
-    run_here(data, tower_folder, tmp_path, after_update=2)
+def test_a_resume_with_another_share_is_refused(data, encoder_folder, tmp_path):
+    run_here(data, encoder_folder, tmp_path, after_update=2)
     for value in ("0.31", data[0]):
         with pytest.raises(UsageError, match="samples would be held out and trained on"):
-            make_trainer(data, tower_folder, tmp_path, **{**EVERY, "eval_data_path": value, "from_resume": 1})
+            make_trainer(data, encoder_folder, tmp_path, **{**EVERY, "eval_data_path": value, "from_resume": 1})
 
 
-def run_by_default(data, tower_folder, out, **flags) -> Trainer:
+def run_by_default(data, encoder_folder, out, **flags) -> Trainer:
     """A whole run in this process without --dtype; `after_update`: up to a SIGINT."""
     after_update = flags.pop("after_update", 0)
     settings = {"save_weight": "sft_vlm", "epochs": 2} | flags
-    config = parse_config("", {}, training_flags(data, tower_folder, out, num_workers=0, **settings))
+    config = parse_config("", {}, training_flags(data, encoder_folder, out, num_workers=0, **settings))
     trainer = Trainer(build(replace(config, dtype=None), distributed.start("cpu")))
     advance = trainer.advance
 
@@ -272,38 +272,38 @@ def run_by_default(data, tower_folder, out, **flags) -> Trainer:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_resume_keeps_the_number_format_whatever_the_machine_measures(data, tower_folder, tmp_path, monkeypatch, capsys, fast):
+def test_a_resume_keeps_the_number_format_whatever_the_machine_measures(data, encoder_folder, tmp_path, monkeypatch, capsys, fast):
     """Bit for bit, and the feature cache stays: also of a new run, unless --dtype asks for another format."""
     part, name = tmp_path / "part", "bfloat16" if fast else "float32"
     monkeypatch.setattr("trainer.build.bf16_is_fast", lambda *_: fast)
-    run_by_default(data, tower_folder, tmp_path / "whole", cache_features=1)
-    run_by_default(data, tower_folder, part, cache_features=1, after_update=5)
+    run_by_default(data, encoder_folder, tmp_path / "whole", cache_features=1)
+    run_by_default(data, encoder_folder, part, cache_features=1, after_update=5)
     assert json.loads((part / "out" / f"{NAME}.json").read_text())["training"]["dtype"] == name
     monkeypatch.setattr("trainer.build.bf16_is_fast", lambda *_: not fast)
     capsys.readouterr()
-    resumed = run_by_default(data, tower_folder, part, cache_features=1, from_resume=1)
+    resumed = run_by_default(data, encoder_folder, part, cache_features=1, from_resume=1)
     assert resumed.run.config.dtype == name and resumed.run.cache.key.dtype == name
     assert_same(weights(tmp_path / "whole"), weights(part))
     assert [line["loss"] for line in read_metrics(part, NAME)] == [line["loss"] for line in read_metrics(tmp_path / "whole", NAME)]
     filled = resumed.run.cache.filled()
-    again = run_by_default(data, tower_folder, part, cache_features=1, after_update=1)
+    again = run_by_default(data, encoder_folder, part, cache_features=1, after_update=1)
     told = capsys.readouterr().err
     assert again.run.config.dtype == name and again.run.cache.filled() == filled > 0
     assert f"notice: {name}, as the pictures in the feature cache" in told and "anew:" not in told and "not what" not in told
     other = "float32" if fast else "bfloat16"
-    assert make_trainer(data, tower_folder, part, dtype=other, cache_features=1).run.cache.filled() == 0
+    assert make_trainer(data, encoder_folder, part, dtype=other, cache_features=1).run.cache.filled() == 0
     assert "starts anew: it was made with another encoder or format: {'tower'" in (told := capsys.readouterr().err) and name in told
-    assert make_trainer(data, tower_folder, part, dtype=other, from_resume=1, save_weight="sft_vlm").run.config.dtype == other
+    assert make_trainer(data, encoder_folder, part, dtype=other, from_resume=1, save_weight="sft_vlm").run.config.dtype == other
     assert f"--dtype {name} -> {other}" in capsys.readouterr().err
 
 
-def test_a_resume_keeps_the_number_of_threads(data, tower_folder, tmp_path, capsys, monkeypatch):
+def test_a_resume_keeps_the_number_of_threads(data, encoder_folder, tmp_path, capsys, monkeypatch):
     """By others, sums are rounded otherwise."""
     monkeypatch.setattr("trainer.build.bf16_is_fast", lambda *_: False)
     try:
         for threads, out, flags in ((2, "whole", {}), (2, "part", {"after_update": 5}), (1, "part", {"from_resume": 1})):
             torch.set_num_threads(threads)
-            run_by_default(data, tower_folder, tmp_path / out, hidden_size=256, **flags)
+            run_by_default(data, encoder_folder, tmp_path / out, hidden_size=256, **flags)
         assert "notice: 2 threads instead of 1" in capsys.readouterr().err and torch.get_num_threads() == 2
         assert_same(weights(tmp_path / "whole", "sft_vlm_256"), weights(tmp_path / "part", "sft_vlm_256"))
     finally:
@@ -313,11 +313,11 @@ def test_a_resume_keeps_the_number_of_threads(data, tower_folder, tmp_path, caps
 # --- the best weights -------------------------------------------------------------------------------------------------
 
 
-def test_the_weights_of_the_lowest_loss_are_kept_apart(data, tower_folder, tmp_path):
+def test_the_weights_of_the_lowest_loss_are_kept_apart(data, encoder_folder, tmp_path):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Quite another matter, told at some length."}]
     other = write_jsonl(tmp_path / "other.jsonl", [{"conversations": turns}] * 2)
     flags = {"eval_data_path": other, "eval_interval": 2, "epochs": 2, "learning_rate": 0.03}
-    run_here(data, tower_folder, tmp_path, **flags)
+    run_here(data, encoder_folder, tmp_path, **flags)
     losses = {line["update"]: line["eval_loss"] for line in validations(tmp_path)}
     best = min(losses, key=losses.get)
     assert best != max(losses), "training went on to worse"
@@ -328,17 +328,17 @@ def test_the_weights_of_the_lowest_loss_are_kept_apart(data, tower_folder, tmp_p
     assert sidecar["progress"]["best_loss"] == losses[best]
     last = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())["progress"]
     assert (last["update"], last["best_update"], last["best_loss"]) == (22, best, losses[best])
-    trainer = make_trainer(data, tower_folder, tmp_path, **EVERY | flags)
+    trainer = make_trainer(data, encoder_folder, tmp_path, **EVERY | flags)
     load_weights(tmp_path / "out" / f"{BEST}.pth", trainer.run.model)
     assert abs(trainer.validation.loss(StopRequest()) - losses[best]) < 1e-2, "but for fp16"
     done = run_script("eval_vlm.py", "--save_dir", tmp_path / "out", "--weight", "sft_vlm_best", "--hidden_size", 32,
-                      "--num_hidden_layers", 2, "--vision_model_path", tower_folder, "--image_dir", data[1],
+                      "--num_hidden_layers", 2, "--vision_model_path", encoder_folder, "--image_dir", data[1],
                       "--score", data[0], "--max_new_tokens", 2, "--device", "cpu")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out" / "sft_vlm_best_32_predictions.jsonl").read_text().splitlines()) == 22
 
 
-def test_best_weights_and_weights_of_that_name_do_not_replace_each_other(data, tower_folder, tmp_path):
+def test_best_weights_and_weights_of_that_name_do_not_replace_each_other(data, encoder_folder, tmp_path):
     (tmp_path / "out").mkdir()
     for owner, flags in (({"training": {"save_weight": "x"}}, {"save_weight": "x_best"}), (None, {"save_weight": "x_best"}),
                          ({"training": {"save_weight": "x_best"}}, {"save_weight": "x", "eval_data_path": 0.3}),
@@ -348,16 +348,16 @@ def test_best_weights_and_weights_of_that_name_do_not_replace_each_other(data, t
         if owner is not None:
             (tmp_path / "out" / "x_best_32.json").write_text(json.dumps(owner))
         with pytest.raises(UsageError, match=r"x_best_32\.pth, which would be replaced, holds weights of the run --save_weight"):
-            make_trainer(data, tower_folder, tmp_path, **flags)
+            make_trainer(data, encoder_folder, tmp_path, **flags)
     for flags in ({"save_weight": "x_best"}, {"save_weight": "x", "eval_data_path": 0.3}):
         (tmp_path / "out" / "x_best_32.json").write_text(json.dumps({"training": {"save_weight": flags["save_weight"]}}))
-        make_trainer(data, tower_folder, tmp_path, **flags)
-    make_trainer(data, tower_folder, tmp_path, save_weight="x")
+        make_trainer(data, encoder_folder, tmp_path, **flags)
+    make_trainer(data, encoder_folder, tmp_path, save_weight="x")
 
 
-def test_what_a_killed_writer_of_the_best_weights_left_is_removed(data, tower_folder, tmp_path):
+def test_what_a_killed_writer_of_the_best_weights_left_is_removed(data, encoder_folder, tmp_path):
     out = tmp_path / "out"
-    config = parse_config("", {}, training_flags(data, tower_folder, tmp_path, **EVERY))
+    config = parse_config("", {}, training_flags(data, encoder_folder, tmp_path, **EVERY))
     save_weights(config.best_file, make_model(), {"progress": 1})
     for ending in ("pth", "json"):
         (out / f".{BEST}.{ending}.abc.tmp").write_text("half")
@@ -368,11 +368,11 @@ def test_what_a_killed_writer_of_the_best_weights_left_is_removed(data, tower_fo
         lock.release()
 
 
-def test_bad_samples_of_the_validation_are_named_and_too_many_end_the_run(data, tower_folder, tmp_path, capsys):
+def test_bad_samples_of_the_validation_are_named_and_too_many_end_the_run(data, encoder_folder, tmp_path, capsys):
     rows = data[0].read_text().splitlines()
     for good, bad, told in ((6, 10, None), (6, 11, "11 of 17 samples read were bad"), (0, 2, "2 of 2 samples read were bad, all of them")):
         held = write_jsonl(tmp_path / "bad.jsonl", [*rows[:good], *['{"conversations": 3}'] * bad])
-        trainer = make_trainer(data, tower_folder, tmp_path, eval_data_path=held)
+        trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=held)
         with pytest.raises(TrainingFailed, match=told) if told else contextlib.nullcontext():
             loss = trainer.validation.loss(StopRequest())
             assert np.isfinite(loss)

@@ -10,9 +10,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from model.errors import UsageError
 from model.recipes.train_tiny_clip import TinyCLIP, save
-from model.vision import encode_images, load_vision_tower, save_vision_tower
-from model.weights import tower_fingerprint
-from tests.conftest import REPOSITORY, make_model, make_tower
+from model.vision import encode_images, load_vision_encoder, save_vision_encoder
+from model.weights import vision_encoder_fingerprint
+from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"
 
@@ -44,7 +44,7 @@ def clip_layout(request, clip_folder, tmp_path_factory) -> Path:
 
 
 def test_a_whole_clip_model_gives_its_vision_half(clip_layout, clip_folder):
-    tower = load_vision_tower(clip_layout)
+    tower = load_vision_encoder(clip_layout)
     assert type(tower) is CLIPVisionModel and not tower.training
     assert 85_000_000 < sum(p.numel() for p in tower.parameters()) < 87_000_000
     assert not any("text" in name for name, _ in tower.named_parameters())
@@ -59,43 +59,43 @@ def test_a_whole_clip_model_gives_its_vision_half(clip_layout, clip_folder):
 
 def test_folders_that_hold_no_tower_say_so(tmp_path):
     with pytest.raises(UsageError, match=r"(?s)hf download openai/clip-vit-base-patch16.*tiny-clip"):
-        load_vision_tower(tmp_path / "nothing")
-    make_tower().save_pretrained(tmp_path / "part")
+        load_vision_encoder(tmp_path / "nothing")
+    make_vision_encoder().save_pretrained(tmp_path / "part")
     state = load_file(tmp_path / "part" / "model.safetensors")
     taken = next(name for name in state if name.endswith("k_proj.weight"))
     save_file(state | {taken: state[taken] * float("nan")}, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="weights that are not finite"):
-        load_vision_tower(tmp_path / "part")
+        load_vision_encoder(tmp_path / "part")
     state.pop(taken)
     save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="1 weights missing"):
-        load_vision_tower(tmp_path / "part")
+        load_vision_encoder(tmp_path / "part")
     (tmp_path / "part" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UsageError, match="cannot load"):
-        load_vision_tower(tmp_path / "part")
+        load_vision_encoder(tmp_path / "part")
 
 
 def test_fingerprint_is_of_the_weights(tmp_path):
-    one, same, other = make_tower(1), make_tower(1), make_tower(2)
-    assert tower_fingerprint(one) == tower_fingerprint(same) != tower_fingerprint(other)
+    one, same, other = make_vision_encoder(1), make_vision_encoder(1), make_vision_encoder(2)
+    assert vision_encoder_fingerprint(one) == vision_encoder_fingerprint(same) != vision_encoder_fingerprint(other)
     one.save_pretrained(tmp_path)
-    assert tower_fingerprint(load_vision_tower(tmp_path)) == tower_fingerprint(same)
+    assert vision_encoder_fingerprint(load_vision_encoder(tmp_path)) == vision_encoder_fingerprint(same)
 
 
 def test_encoders_are_written_by_the_names_that_every_release_reads(tmp_path):
     """transformers 4 leaves weights of other names at random values, and says so only in a warning."""
-    tower, model = make_tower(), TinyCLIP()
-    save_vision_tower(tower, tmp_path / "ours")
+    tower, model = make_vision_encoder(), TinyCLIP()
+    save_vision_encoder(tower, tmp_path / "ours")
     make_model(tower=tower).save_pretrained(tmp_path / "model")
     save(model, tmp_path / "clip")
     for folder in (tmp_path / "ours", tmp_path / "model" / "vision_model", tmp_path / "clip", TINY_CLIP):
         names = set(load_file(folder / "model.safetensors"))
-        assert names == {f"vision_model.{name}" for name in load_vision_tower(folder).state_dict()}, folder
+        assert names == {f"vision_model.{name}" for name in load_vision_encoder(folder).state_dict()}, folder
     tower.save_pretrained(tmp_path / "new names")
     assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "new names" / "model.safetensors"))
-    prints = {tower_fingerprint(load_vision_tower(tmp_path / name)) for name in ("ours", "model/vision_model", "new names")}
-    assert prints == {tower_fingerprint(tower)}
-    assert tower_fingerprint(load_vision_tower(TINY_CLIP)) == "3209d5e00bdb0d40", "sidecars hold it"
+    prints = {vision_encoder_fingerprint(load_vision_encoder(tmp_path / name)) for name in ("ours", "model/vision_model", "new names")}
+    assert prints == {vision_encoder_fingerprint(tower)}
+    assert vision_encoder_fingerprint(load_vision_encoder(TINY_CLIP)) == "3209d5e00bdb0d40", "sidecars hold it"
 
 
 def test_a_fingerprint_is_the_same_in_releases_that_keep_the_prefix_in_memory():
@@ -103,13 +103,13 @@ def test_a_fingerprint_is_the_same_in_releases_that_keep_the_prefix_in_memory():
         """As CLIPVisionModel of transformers 4 is in memory."""
 
         def state_dict(self):
-            return {f"vision_model.{name}": tensor for name, tensor in make_tower().state_dict().items()}
+            return {f"vision_model.{name}": tensor for name, tensor in make_vision_encoder().state_dict().items()}
 
-    assert tower_fingerprint(Classic()) == tower_fingerprint(make_tower())
+    assert vision_encoder_fingerprint(Classic()) == vision_encoder_fingerprint(make_vision_encoder())
 
 
 def test_the_demo_tower_is_what_its_readme_says():
-    tower = load_vision_tower(TINY_CLIP)
+    tower = load_vision_encoder(TINY_CLIP)
     assert sum(p.numel() for p in tower.parameters()) == 1_965_696
     assert (TINY_CLIP / "model.safetensors").stat().st_size < 8 * 2**20
     assert {tensor.dtype for tensor in load_file(TINY_CLIP / "model.safetensors").values()} == {torch.float16}

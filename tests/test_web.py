@@ -33,7 +33,7 @@ from model import vision
 from model.inference.generation import Sampling
 from model.weights import fingerprints, save_weights
 from tests.browser import CHROMIUM, Guest, chromium, free_port, serve
-from tests.conftest import COLOURS, REPOSITORY, make_model, make_tower, run_script, training_flags, write_jsonl
+from tests.conftest import COLOURS, REPOSITORY, make_model, make_vision_encoder, run_script, training_flags, write_jsonl
 
 
 def picture_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PNG", **options) -> bytes:
@@ -373,7 +373,7 @@ def trained(tmp_path_factory, tokenizer) -> Path:
         for other in COLOURS:  # a second picture, so that the newest counts
             turns = [("<image>\nWhat colour?", colour), ("Are you sure?", f"yes, {colour}"), ("<image>\nWhat colour?", other)]
             rows.append(conversation(turns, f"{colour}.png, {other}.png"))
-    tower = make_tower()
+    tower = make_vision_encoder()
     tower.save_pretrained(folder / "tower")
     data = write_jsonl(folder / "data.jsonl", rows * 25), folder / "pictures"
     done = run_script("train_sft_vlm.py", *training_flags(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import REPOSITORY, make_data, make_tower, run_script, training_flags
+from tests.conftest import REPOSITORY, make_data, make_vision_encoder, run_script, training_flags
 
 NAMES, ADDRESSES, PORT = ("host_a", "host_b"), ("10.213.0.1", "10.213.0.2"), 29511
 WEIGHTS = Path("out") / "sft_vlm_32.pth"
@@ -80,7 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="two_hosts_") as name:
         folder = Path(name)
         data = make_data(folder / "data", 22)
-        make_tower().save_pretrained(folder / "tower")
+        make_vision_encoder().save_pretrained(folder / "tower")
         settings = {"epochs": 40, "save_interval": 1}
         whole = run_script("train_sft_vlm.py", *training_flags(data, folder / "tower", folder / "whole", **settings), processes=2)
         if whole.returncode:

@@ -26,7 +26,7 @@ from model.conversation import Renderer, load_tokenizer
 from model.device import bf16_is_fast, why_not_compile
 from model.errors import SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision import attend_by_products, load_vision_tower, tower_patches
+from model.vision import attend_by_products, load_vision_encoder, patches_per_image
 from model.weights import fingerprints, load_weights, read_sidecar
 
 from .checkpoint import load_training_state
@@ -69,10 +69,10 @@ def build_model(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        tower = load_vision_tower(vision_model_path)
+        tower = load_vision_encoder(vision_model_path)
         config = VLMConfig(
             hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe, vocab_size=len(tokenizer),
-            image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=tower_patches(tower),
+            image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=patches_per_image(tower),
             vision_hidden_size=tower.config.hidden_size,
         )  # fmt: skip
         return MiniMindVLM(config, tower)

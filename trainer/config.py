@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dataset.sources import split_entries
 from model.errors import UsageError
-from model.paths import REPOSITORY, home_for_tilde
+from model.storage import REPOSITORY, home_for_tilde
 from model.weights import weight_name
 
 

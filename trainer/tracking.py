@@ -18,8 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.paths import REPOSITORY
-from model.storage import write_atomically
+from model.storage import REPOSITORY, write_atomically
 
 from .config import TrainConfig
 

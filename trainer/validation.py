@@ -16,7 +16,7 @@ from dataset.images import open_images
 from dataset.sample import Sample
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
@@ -145,8 +145,8 @@ class Validation:
         turns = sample.turns[:at]
         if not turns or turns[-1].role != "user":
             return []
-        refs = sample.images[: sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")]
-        record = {"question": turns[-1].content.replace(IMAGE_MARK, "").strip(),
+        refs = sample.images[: sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")]
+        record = {"question": turns[-1].content.replace(IMAGE_PLACEHOLDER, "").strip(),
                   "image": ", ".join(ref for ref in refs if isinstance(ref, str)), "where": sample.where,
                   "reference": sample.turns[at].content}  # fmt: skip
         pixels = [preprocess(self.run.dataset.images.load(ref, sample.where)) for ref in refs]

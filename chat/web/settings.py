@@ -7,7 +7,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.paths import home_for_tilde
+from model.storage import home_for_tilde
 
 from .engine import Engine
 from .models import ModelShelf

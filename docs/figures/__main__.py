@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dataset.files import check_output
 from model.errors import SampleError, UsageError, print_anything
-from model.paths import REPOSITORY, home_for_tilde
+from model.storage import REPOSITORY, home_for_tilde
 from model.weights import weight_name
 
 PICTURES = REPOSITORY / "dataset" / "eval_images"

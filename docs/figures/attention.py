@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from dataset.images import load_picture
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
 from model.inference.attention_map import look, overlay, pixels_to_image
 from model.inference.generation import Sampling
@@ -29,7 +29,7 @@ def draw_attention(
     rows = []
     for file in files:
         pixels = preprocess(load_picture(file, str(file)))
-        asked = (Turn("user", f"{IMAGE_MARK}\n{question}"),)
+        asked = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}"),)
         answer = assistant.generate([asked], [pixels], Sampling(max_new_tokens=64, temperature=0.0))[0]
         seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels], layer, head)
         rows.append((pixels_to_image(pixels), answer, seen))

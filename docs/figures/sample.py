@@ -17,7 +17,7 @@ from dataset.sample import parse_sample
 from model.conversation import Rendered, Renderer, load_tokenizer
 from model.inference.attention_map import pixels_to_image
 from model.model_minimind import IGNORE_INDEX, find_loss_positions
-from model.paths import REPOSITORY
+from model.storage import REPOSITORY
 from model.vision import normalize, preprocess
 
 from .canvas import FROZEN, LOSS, PICTURE, TEXT, Canvas

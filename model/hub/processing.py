@@ -13,14 +13,22 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
-from model.conversation import DEFAULT_SYSTEM, IMAGE_MARK, TYPED_MARK, Rendered, Renderer, Turn, parse_turns
+from model.conversation import (
+    DEFAULT_SYSTEM,
+    IMAGE_PLACEHOLDER,
+    TYPED_PLACEHOLDER,
+    Rendered,
+    Renderer,
+    Turn,
+    parse_turns,
+)
 from model.model_minimind import IGNORE_INDEX
 from model.vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
 
 SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's picture, as transformers and OpenAI have them
 
 
-def open_picture(source: Any) -> Image.Image:
+def open_image(source: Any) -> Image.Image:
     """A PIL picture, uint8 array [H, W, 3], path, URL or base64 text as a PIL picture. Raises ValueError for others."""
     if isinstance(source, Image.Image):
         return source
@@ -49,9 +57,9 @@ class MiniMindVImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """One picture or a list of them, as `open_picture` takes them -> float `pixel_values` [N, 3, 224, 224]."""
+        """One picture or a list of them, as `open_image` takes them -> float `pixel_values` [N, 3, 224, 224]."""
         images = images if isinstance(images, list | tuple) else [images]
-        pixels = torch.stack([preprocess(open_picture(image)) for image in images])
+        pixels = torch.stack([preprocess(open_image(image)) for image in images])
         return BatchFeature({"pixel_values": normalize(pixels)}, tensor_type=return_tensors)
 
 
@@ -79,17 +87,17 @@ def flatten_message(message: Any) -> tuple[Any, list]:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list | tuple):
         shows = isinstance(content, str) and message.get("role") == "user"
-        return message, [None] * content.count(IMAGE_MARK) if shows else []
+        return message, [None] * content.count(IMAGE_PLACEHOLDER) if shows else []
     text, images, before = "", [], None
     for part in content:
         kind = part.get("type")
         if kind not in ("text", "image", "image_url"):
             raise ValueError(f"a message part of type {kind!r}; known are 'text' and 'image'")
-        addition = part["text"].replace(IMAGE_MARK, TYPED_MARK) if kind == "text" else IMAGE_MARK
+        addition = part["text"].replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER) if kind == "text" else IMAGE_PLACEHOLDER
         if kind != "text":
             source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
             images.append(source["url"] if isinstance(source, dict) else source)
-        text += "\n" * (before is not None and IMAGE_MARK in (before, addition)) + addition
+        text += "\n" * (before is not None and IMAGE_PLACEHOLDER in (before, addition)) + addition
         before = addition
     return {**message, "content": text}, images
 
@@ -134,9 +142,9 @@ class MiniMindVProcessor(ProcessorMixin):
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError("text is missing: a text, or a list of them, with an <image> mark for each picture")
         if isinstance(images, list | tuple) and any(isinstance(some, list | tuple) for some in images):
-            marks, given = [one.count(IMAGE_MARK) for one in texts], [len(flatten_images(some)) for some in images]
+            marks, given = [one.count(IMAGE_PLACEHOLDER) for one in texts], [len(flatten_images(some)) for some in images]
             if marks != given:
-                raise ValueError(f"the texts have {marks} {IMAGE_MARK} marks, but {given} pictures")
+                raise ValueError(f"the texts have {marks} {IMAGE_PLACEHOLDER} marks, but {given} pictures")
         batch = self._batch([self.renderer.render_text(one) for one in texts], flatten_images(images), **options)
         del batch["labels"]
         return batch
@@ -166,7 +174,7 @@ class MiniMindVProcessor(ProcessorMixin):
         shown, given = [picture for one in flat for _, pictures in one for picture in pictures], flatten_images(images)
         waiting = sum(picture is None for picture in shown)
         if waiting != len(given):
-            raise ValueError(f"{waiting} {IMAGE_MARK} marks and parts wait for a picture from images=, which has {len(given)}")
+            raise ValueError(f"{waiting} {IMAGE_PLACEHOLDER} marks and parts wait for a picture from images=, which has {len(given)}")
         given = iter(given)
         shown = [next(given) if picture is None else picture for picture in shown]
         if add_generation_prompt or continue_final_message:
@@ -186,7 +194,7 @@ class MiniMindVProcessor(ProcessorMixin):
         """Model inputs, labels included."""
         marks, longest = sum(len(row.image_starts) for row in rows), max(map(len, rows))
         if marks != len(images):
-            raise ValueError(f"{marks} {IMAGE_MARK} marks, but {len(images)} pictures")
+            raise ValueError(f"{marks} {IMAGE_PLACEHOLDER} marks, but {len(images)} pictures")
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors {return_tensors!r}: only PyTorch tensors ('pt') are made")
         if padding == "max_length" and (max_length is None or max_length < longest):

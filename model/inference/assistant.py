@@ -12,11 +12,11 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from model.conversation import Rendered, Renderer, Turn
-from model.convert import read_folder, read_native
 from model.device import bf16_is_fast, keep_freed_memory, usable_device
 from model.errors import UsageError
 from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder, pack_vision_encoder
+from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
 from model.vision import encode_images, normalize
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from model.conversation import IMAGE_MARK, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.layers import apply_rope, rope_tables
@@ -49,7 +49,7 @@ def look(
     """
     if not turns or turns[-1].role != "assistant" or not turns[-1].content:
         raise UsageError("only an answer that says something can be looked into")
-    shown = sum(turn.content.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+    shown = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if not 0 < shown <= len(pixels):
         raise UsageError(f"the conversation shows {shown} images up to this answer, and {len(pixels)} were given")
     renderer = assistant.renderer

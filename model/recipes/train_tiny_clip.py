@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
-from model.vision import save_vision_tower
+from model.vision import save_vision_encoder
 
 FOLDER = Path(__file__).resolve().parents[1] / "vision_model" / "tiny-clip"
 SHAPES = ("circle", "triangle", "rectangle", "diamond", "star", "cross", "ring", "crescent")
@@ -195,7 +195,7 @@ class TinyCLIP(nn.Module):
         self.register_buffer("mean", mean.view(3, 1, 1))
         self.register_buffer("std", std.view(3, 1, 1))
 
-    def encode_pictures(self, pixels: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """uint8 pixels [B, 3, 224, 224] -> unit vectors [B, 128]; `keep` [B, K] names the patches to encode."""
         vision = getattr(self.vision, "vision_model", self.vision)
         tokens = vision.embeddings((pixels - self.mean) / self.std)  # [B, 197, 192]
@@ -227,7 +227,7 @@ def zero_shot(model: TinyCLIP, count: int = 2048, seed: int = 10**6) -> dict[str
     for start in range(0, count, 128):
         scenes = [rng.choice(ALL_SCENES) for _ in range(min(128, count - start))]
         pixels = torch.stack([_to_tensor(draw(scene, rng)[0]) for scene in scenes])
-        best = (model.encode_pictures(pixels) @ captions.T).argmax(1).tolist()
+        best = (model.encode_images(pixels) @ captions.T).argmax(1).tolist()
         for scene, guess in zip(scenes, best, strict=True):
             for name in right:
                 right[name] += getattr(scene, name) == getattr(ALL_SCENES[guess], name)
@@ -237,7 +237,7 @@ def zero_shot(model: TinyCLIP, count: int = 2048, seed: int = 10**6) -> dict[str
 
 def save(model: TinyCLIP, folder: Path) -> None:
     """Writes the vision half as a transformers folder, in fp16."""
-    save_vision_tower(copy.deepcopy(model.vision).to(torch.float16), folder)
+    save_vision_encoder(copy.deepcopy(model.vision).to(torch.float16), folder)
     CLIPImageProcessorPil().save_pretrained(folder)
 
 
@@ -267,7 +267,7 @@ def main() -> None:
             group["lr"] = args.learning_rate * warmup * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
         keep = priority.topk(args.patches).indices if progress <= 0.9 else None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            pictures, captions = model.encode_pictures(pixels, keep), model.encode_captions(words)
+            pictures, captions = model.encode_images(pixels, keep), model.encode_captions(words)
         loss = contrastive_loss(pictures, captions, model.log_temperature.exp().clamp(max=100))
         optimizer.zero_grad()
         loss.backward()

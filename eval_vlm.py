@@ -21,12 +21,10 @@ from chat.chat import Chat
 from chat.console import Screen
 from chat.scoring import ScoreJob, score
 from chat.terminal import TerminalChat
-from dataset.decode import IMAGE_SUFFIXES, image_files
-from dataset.errors import DataError
-from dataset.images import load_picture
+from dataset.images import IMAGE_SUFFIXES, image_files, load_image
 from machine import ran_out_of_memory
 from model.device import default_device
-from model.errors import SampleError, UsageError, first_line, print_anything
+from model.errors import DataError, SampleError, UsageError, first_line, print_anything
 from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
 from model.storage import REPOSITORY, StorageError, home_for_tilde
@@ -88,7 +86,7 @@ def describe_folder(assistant: Assistant, folder: Path, question: str, sampling:
     for path in names:
         screen.write(f"\n[{path.name}] ")
         try:
-            picture = load_picture(path, path.name)
+            picture = load_image(path, path.name)
         except SampleError as error:
             screen.write(f"skipped: {error}\n")
             continue

@@ -25,12 +25,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dataset.files import check_output, check_plot
 from model.conversation import load_tokenizer
 from model.device import default_device, keep_freed_memory
 from model.errors import UsageError, print_anything
 from model.moe import MOEFeedForward
-from model.storage import REPOSITORY, home_for_tilde
+from model.storage import REPOSITORY, check_output, check_plot, home_for_tilde
 
 from .contestants import ENCODES_ITSELF, loaders, serve
 from .synthetic import write_data

@@ -27,14 +27,13 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from dataset.files import check_output
 from dataset.images import open_images
 from dataset.sources import Mixture, open_samples
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
-from model.storage import hold, write_atomically
+from model.storage import check_output, hold, write_atomically
 from model.weights import lock_of
 
 RESAMPLES, LEVEL = 1000, 0.95

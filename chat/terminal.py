@@ -12,11 +12,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from dataset.decode import IMAGE_SUFFIXES
-from dataset.errors import DataError
-from dataset.images import load_picture
+from dataset.images import IMAGE_SUFFIXES, load_image
 from machine import ran_out_of_memory
-from model.errors import SampleError, UsageError
+from model.errors import DataError, SampleError, UsageError
 from model.inference.generation import Sampling
 from model.storage import StorageError, write_atomically
 
@@ -144,7 +142,7 @@ class TerminalChat:
         """Queues one or several pictures."""
         for path in typed_paths(required("/image", argument)):
             notes: list[SampleError] = []
-            self.chat.add_image(load_picture(Path(path).expanduser(), path, "", notes))
+            self.chat.add_image(load_image(Path(path).expanduser(), path, "", notes))
             self.queue.append(Shown(path))
             self.screen.preview(self.chat.waiting[-1:])
             self.screen.say(f"picture {len(self.chat.waiting)} for the next question: {path}{' (truncated)' if notes else ''}")

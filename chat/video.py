@@ -16,11 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.decode import open_image
-from dataset.errors import DataError, reason, shown
-from dataset.files import is_regular
-from dataset.images import MAX_PIXELS
-from model.errors import SampleError, UsageError, check_fetched
+from dataset.images import MAX_PIXELS, open_image
+from model.errors import DataError, SampleError, UsageError, check_fetched, reason, shown
+from model.storage import is_regular
 from model.vision import to_rgb
 
 ANIMATED_SUFFIXES = {".gif", ".webp", ".apng", ".avif", ".avifs"}

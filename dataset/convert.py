@@ -29,23 +29,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.conversation import is_text
-from model.errors import SampleError, UsageError, print_anything
+from model.errors import DataError, NoSamples, SampleError, UsageError, print_anything, reason
 from model.storage import REPOSITORY, home_for_tilde
 from model.vision import to_rgb
 
-from .errors import DataError, NoSamples, reason
-from .files import on_disk
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
-from .images import ImageSource, load_picture, open_images
-from .parquet import PICTURES, arrow_file, cells_of, find_columns, read_batches, row_of
-from .sample import parse_images, parse_sample
+from .images import ImageSource, load_image, on_disk, open_images
+from .parquet import IMAGE_COLUMNS, arrow_file, cells_of, find_columns, read_batches, row_of
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import counted
+from .vlm_dataset import parse_images, parse_sample
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "more": arrow.string()})  # fmt: skip
-GROUP_BYTES, SHARD_BYTES = 32 * 2**20, 512 * 2**20  # of pictures, of a row group and of a file at most
-Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its pictures
+GROUP_BYTES, SHARD_BYTES = 32 * 2**20, 512 * 2**20  # of images, of a row group and of a file at most
+Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its images
 
 
 @contextlib.contextmanager
@@ -72,7 +70,7 @@ def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]],
     if not count:
         raise NoSamples(f"{path} holds no samples")
     own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema)
-    kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *PICTURES) or "binary" not in str(schema.field(name).type)]
+    kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *IMAGE_COLUMNS) or "binary" not in str(schema.field(name).type)]
     if lost := [name for name in schema.names if name not in kept]:
         print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
     places = map(f"{path}:{{}}".format, itertools.count(1))
@@ -100,35 +98,35 @@ def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, ima
 
 
 def name_for(blob: bytes) -> str:
-    """A file name from a picture's content."""
-    kind = (load_picture(io.BytesIO(blob), "of the row").format or "bin").lower()
+    """A file name from an image's content."""
+    kind = (load_image(io.BytesIO(blob), "of the row").format or "bin").lower()
     return f"{hashlib.blake2b(blob, digest_size=10).hexdigest()}.{'jpg' if kind == 'jpeg' else kind}"
 
 
 def resized(blob: bytes, size: int) -> bytes:
-    """A picture whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no larger
+    """An image whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no larger
     stays as it is."""
-    picture = load_picture(io.BytesIO(blob), "of the row")
-    if min(picture.size) <= size:
+    image = load_image(io.BytesIO(blob), "of the row")
+    if min(image.size) <= size:
         return blob
-    picture, file = to_rgb(picture), io.BytesIO()
-    factor = size / min(picture.size)
-    shape = tuple(max(1, round(side * factor)) for side in picture.size)
-    picture.resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
+    image, file = to_rgb(image), io.BytesIO()
+    factor = size / min(image.size)
+    shape = tuple(max(1, round(side * factor)) for side in image.size)
+    image.resize(shape, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
 class ParquetShards:
     """Writes rows to out/00000.parquet and on, a row group at a time; a file appears when it is whole."""
 
-    # Picture files do not shrink any further.
+    # Image files do not shrink any further.
     COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
 
     def __init__(self, out: Path, shard_rows: int, group_rows: int):
         self.out, self.shard_rows, self.group_rows, self.shards = out, shard_rows, group_rows, 0
         self._writer: parquet.ParquetWriter | None = None
         self._rows: list[dict[str, Any]] = []  # of the next row group
-        self._bytes = self._shard_count = self._shard_bytes = 0  # of the next row group's pictures; of the file so far
+        self._bytes = self._shard_count = self._shard_bytes = 0  # of the next row group's images; of the file so far
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
@@ -162,7 +160,7 @@ class ParquetShards:
 
 
 class JsonlFolder:
-    """Writes rows to out/data.jsonl, which appears when it is whole, and pictures to out/images."""
+    """Writes rows to out/data.jsonl, which appears when it is whole, and images to out/images."""
 
     def __init__(self, out: Path):
         self.out, self.images = out, out / "images"
@@ -238,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("--shard_rows", type=int, default=20_000, help="samples of a parquet file")
     parser.add_argument("--group_rows", type=int, default=500, help="samples of a row group")
-    parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger pictures are made smaller, as JPEG")
+    parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger images are made smaller, as JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
     args = parser.parse_args(home_for_tilde(argv))
     if min(args.shard_rows, args.group_rows, 1 if args.resize is None else args.resize) < 1:

@@ -1,17 +1,17 @@
-"""The frozen encoder's output of every picture, computed once and kept on disk.
+"""The frozen encoder's output of every image, computed once and kept on disk.
 
-Legend: M different pictures of a data set, P patch vectors of width W each.
+Legend: M different images of a data set, P patch vectors of width W each.
 
-A cache is a folder of a few files, all addressed by a picture's slot, its number among the M:
+A cache is a folder of a few files, all addressed by an image's slot, its number among the M:
 
-    meta.json     what the features depend on; another encoder, number format or list of pictures makes a new cache
-    starts.npy    int64 [n + 1]: the pictures of sample i stand at places starts[i]..starts[i+1] of
-    slots.npy     int32 [all pictures of all samples]: their slots
+    meta.json     what the features depend on; another encoder, number format or list of images makes a new cache
+    starts.npy    int64 [n + 1]: the images of sample i stand at places starts[i]..starts[i+1] of
+    slots.npy     int32 [all images of all samples]: their slots
     features.bin  bf16 [M, P, W], sparse until filled
-    filled.bin    one record a slot: what the picture's file looked like, and a checksum of its features
+    filled.bin    one record a slot: what the image's file looked like, and a checksum of its features
 
-A slot counts as filled when its record fits both the picture's file and the features. So a kill at any instant, a
-power cut, or two processes writing at once cost no more than encoding a picture again, and a changed picture is noticed.
+A slot counts as filled when its record fits both the image's file and the features. So a kill at any instant, a
+power cut, or two processes writing at once cost no more than encoding an image again, and a changed image is noticed.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from model.errors import SampleError
-from model.storage import hold
+from model.errors import DataError, SampleError
+from model.storage import hold, write_at
 
-from .errors import DataError
-from .files import write_at
-from .sources import SampleSource
+if TYPE_CHECKING:  # which imports this module
+    from .vlm_dataset import SampleSource
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
 MOST_PENDING = 16  # batches that wait to be written
@@ -40,9 +40,9 @@ PREPROCESSING = 2  # raised when the same file gives other pixels than before
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What features depend on besides the pictures. `tower` is the encoder's fingerprint, `dtype` what it computes in."""
+    """What features depend on besides the images. `encoder` is the encoder's fingerprint, `dtype` what it computes in."""
 
-    tower: str
+    encoder: str
     dtype: str
     patches: int
     width: int
@@ -55,7 +55,7 @@ class FeatureCache:
     Raises DataError when the disk cannot hold the features.
     """
 
-    def __init__(self, folder: Path, key: CacheKey, samples: SampleSource):
+    def __init__(self, folder: Path, key: CacheKey, samples: "SampleSource"):
         self.folder, self.key = Path(folder), key
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = hold(self.folder / "lock", wait=True)  # ranks and other runs wait until the first has made the files
@@ -76,12 +76,12 @@ class FeatureCache:
         self._writer, self._pending = None, []
 
     @property
-    def picture_bytes(self) -> int:
-        """Disk space of one picture's features."""
+    def image_bytes(self) -> int:
+        """Disk space of one image's features."""
         return self.key.patches * self.key.width * 2
 
     def slots_of(self, index: int) -> list[int]:
-        """The slots of the pictures of sample `index`, in reading order."""
+        """The slots of the images of sample `index`, in reading order."""
         return self.slots[self.starts[index] : self.starts[index + 1]].tolist()
 
     def filled(self) -> int:
@@ -135,7 +135,7 @@ class FeatureCache:
         except OSError as error:
             self.broken = error
 
-    def _prepare(self, samples: SampleSource) -> str | None:
+    def _prepare(self, samples: "SampleSource") -> str | None:
         """Makes the files unless they fit; returns why an older cache was thrown away, if one was."""
         meta_file = self.folder / "meta.json"
         try:
@@ -148,9 +148,9 @@ class FeatureCache:
         if same_key and old.get("data") == data:
             self._check_disk(old["count"])
             return None
-        starts, slots, names = number_pictures(samples)
-        pictures = hashlib.blake2b("\0".join(names).encode(errors="surrogatepass"), digest_size=16).hexdigest()
-        keep = same_key and old.get("pictures") == pictures
+        starts, slots, names = number_images(samples)
+        images = hashlib.blake2b("\0".join(names).encode(errors="surrogatepass"), digest_size=16).hexdigest()
+        keep = same_key and old.get("images") == images
         meta_file.unlink(missing_ok=True)  # until all is in place again there is no cache
         if not keep:
             self._forget()
@@ -161,16 +161,16 @@ class FeatureCache:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
-        for name, size in (("features.bin", self.picture_bytes), ("filled.bin", RECORD.itemsize)):
+        for name, size in (("features.bin", self.image_bytes), ("filled.bin", RECORD.itemsize)):
             with open(self.folder / name, "ab") as file:
                 file.truncate(len(names) * size)
-        meta = {"key": asdict(self.key), "data": data, "pictures": pictures, "count": len(names)}
+        meta = {"key": asdict(self.key), "data": data, "images": images, "count": len(names)}
         temporary = meta_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(meta, indent=2) + "\n")
         os.replace(temporary, meta_file)
         if not old or keep:
             return None
-        return "the pictures listed in the data are others" if same_key else f"it was made with another encoder or format: {old.get('key')}"
+        return "the images listed in the data are others" if same_key else f"it was made with another encoder or format: {old.get('key')}"
 
     def _forget(self) -> None:
         for name in ("meta.json", "features.bin", "filled.bin"):
@@ -179,10 +179,10 @@ class FeatureCache:
     def _check_disk(self, count: int) -> None:
         path = self.folder / "features.bin"
         present = path.stat().st_blocks * 512 if path.exists() else 0
-        needed, free = count * self.picture_bytes - present, shutil.disk_usage(self.folder).free
+        needed, free = count * self.image_bytes - present, shutil.disk_usage(self.folder).free
         if needed > free:
             raise DataError(
-                f"the features of {count:,} pictures take {count * self.picture_bytes / 1e9:.1f} GB, {needed / 1e9:.1f} GB"
+                f"the features of {count:,} images take {count * self.image_bytes / 1e9:.1f} GB, {needed / 1e9:.1f} GB"
                 f" more than now; {self.folder} has {free / 1e9:.1f} GB free. Name a larger disk with --checkpoint_dir,"
                 f" or train without --cache_features"
             )
@@ -204,20 +204,20 @@ class FeatureCache:
         self._map_files()
 
 
-def format_of(folder: Path, tower: str) -> str | None:
-    """The number format in which the encoder `tower` computed the cache in `folder`; None without such a cache."""
+def format_of(folder: Path, encoder: str) -> str | None:
+    """The number format in which the encoder `encoder` computed the cache in `folder`; None without such a cache."""
     try:
         key = json.loads((folder / "meta.json").read_text())["key"]
-        return key["dtype"] if key["tower"] == tower else None
+        return key["dtype"] if key["encoder"] == encoder else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def number_pictures(samples: SampleSource) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """`starts` int64 [n + 1], `slots` int32 and the names of the M different pictures, in order of appearance; a
-    picture that a sample holds itself goes by a hash.
+def number_images(samples: "SampleSource") -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """`starts` int64 [n + 1], `slots` int32 and the names of the M different images, in order of appearance; a
+    image that a sample holds itself goes by a hash.
 
-    A sample that cannot be read has no pictures.
+    A sample that cannot be read has no images.
     """
     starts, slots, numbers = np.zeros(len(samples) + 1, dtype=np.int64), [], {}
     for index in range(len(samples)):

@@ -17,11 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from model.conversation import IMAGE_PLACEHOLDER, ROLES, TYPED_PLACEHOLDER
-from model.errors import SampleError
+from model.errors import SampleError, shown
 
-from .errors import shown
-
-Picture = tuple[bytes | None, str | None]  # the bytes of an image's file, its name: one of them at least
+RowImage = tuple[bytes | None, str | None]  # the bytes of an image's file, its name: one of them at least
 
 FORMATS = ("llava", "sharegpt", "openai", "alpaca", "cauldron")
 TEXT_COLUMNS = {"conversations", "messages", "texts"}  # which may be json text in parquet
@@ -77,7 +75,7 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
     if question and not any(IMAGE_PLACEHOLDER in str(turn["content"]) for turn in turns):
         question["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(found) + question["content"]
     rest = {key: value for key, value in row.items() if key not in USED}
-    return with_pictures(rest | {"conversations": turns}, [picture_of(value, where) for value in found])
+    return with_images(rest | {"conversations": turns}, [image_of(value, where) for value in found])
 
 
 def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
@@ -129,7 +127,7 @@ def placed_images(placed: list, images: list, where: str) -> list:
     return found
 
 
-def picture_of(value: Any, where: str) -> Picture:
+def image_of(value: Any, where: str) -> RowImage:
     """An image from its bytes, a file name, a data URL, or a struct with `bytes` and `path` as the datasets library writes it.
     Raises SampleError."""
     blob, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
@@ -150,7 +148,7 @@ def picture_of(value: Any, where: str) -> Picture:
     return blob, name
 
 
-def with_pictures(row: dict, found: list[Picture]) -> tuple[dict, tuple[str | bytes, ...]]:
+def with_images(row: dict, found: list[RowImage]) -> tuple[dict, tuple[str | bytes, ...]]:
     """A row, with its images' names where it has none, and the images."""
     names = [name for _, name in found]
     return ({"image": names} if names and all(names) else {}) | row, tuple(name if blob is None else blob for blob, name in found)

@@ -1,65 +1,91 @@
-"""Where pictures come from: a folder, a zip that is read in place, or the sample itself.
+"""Where images come from: a folder, a zip that is read in place, or the sample itself.
 
-A sample names its pictures, or holds them (bytes of a picture file, as parquet has them); either is a `Ref`.
+A sample names its images, or holds them (bytes of an image file, as parquet has them); either is a `Ref`.
 """
 
 import contextlib
 import hashlib
 import io
+import mmap
 import os
 import posixpath
+import re
 import struct
+import sys
 import tarfile
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from model.errors import SampleError, check_fetched
+from model.errors import DataError, SampleError, check_fetched, reason, shown
+from model.storage import is_regular, read_at
 from model.vision import preprocess
 
-from .decode import IMAGE_SUFFIXES, ImageRefused, decode
-from .errors import DataError, reason, shown
-from .files import is_regular, on_disk, read_at, tell_once
 from .index import DataFile, open_index
-from .sources import split_names
 
 Ref = str | bytes
 
-MAX_PIXELS = 90_000_000  # a larger picture is refused: a few bytes of file can unfold to gigabytes
+MOST_COMMAS = 8  # of a name
+MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can unfold to gigabytes
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
 
 
+MOST_MISSING = 0.05  # share of an image that may be missing: of its pixels or rows
+PLUGINS = {"HEIC": ("HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif"), "JPEG XL": ("JXL", "pillow_jxl", "pillow-jxl-plugin")}
+CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
+IMAGE_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".mpo"} | {
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in CLOSED
+}  # fmt: skip
+FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
+KINDS = {  # how a file begins that no decoder took, and what it is
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC", rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi|....jP  ": "an image, but damaged, cut short or of a variant that Pillow does not read",
+    rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ": "a video, not an image",
+    rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "a PDF or PostScript document; save its pages as PNG",
+    rb"\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing; save it as PNG",
+    rb"(?i)\s*<(!doctype html|html|head|body)": "a web page, perhaps an error that was saved in place of the image",
+    rb"version https://git-lfs": "a git-lfs pointer, not the image; git lfs pull fetches it",
+    rb"[\t\n\r -~\x80-\xff]+$": "text, not an image",
+}  # fmt: skip
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one comment may be as long as all together
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our own limit stands below
+
+
 class ImageSource:
-    """Pictures by name; a subclass says where they lie. What a sample holds itself is decoded here."""
+    """Images by name; a subclass says where they lie. What a sample holds itself is decoded here."""
 
     path: str | Path  # of them all
 
     def load(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
-        """The decoded picture; raises SampleError. `notes` is told of a file that ends early."""
+        """The decoded image; raises SampleError. `notes` is told of a file that ends early."""
         if isinstance(ref, bytes):
-            return load_picture(io.BytesIO(ref), f"of {len(ref)} bytes", where, notes)
-        return load_picture(self.open(ref, where), ref, where, notes)
+            return load_image(io.BytesIO(ref), f"of {len(ref)} bytes", where, notes)
+        return load_image(self.open(ref, where), ref, where, notes)
 
     def pixels(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> torch.Tensor:
-        """What the model sees of the picture, uint8 [3, 224, 224]; as `load` otherwise."""
-        picture = self.load(ref, where, notes)
+        """What the model sees of the image, uint8 [3, 224, 224]; as `load` otherwise."""
+        image = self.load(ref, where, notes)
         try:
-            return preprocess(picture)
+            return preprocess(image)
         except MemoryError:
             raise
         except Exception as error:  # as decoders do: all kinds
-            raise SampleError(f"picture {shown(ref if isinstance(ref, str) else 'of the row')} cannot be converted: {reason(error)}", where) from error
+            raise SampleError(f"image {shown(ref if isinstance(ref, str) else 'of the row')} cannot be converted: {reason(error)}", where) from error
 
     def read(self, name: str, where: str = "") -> bytes:
-        """The bytes of the picture's file; raises SampleError."""
+        """The bytes of the image's file; raises SampleError."""
         file = self.open(name, where)
         return file.read_bytes() if isinstance(file, Path) else file.read()
 
@@ -71,11 +97,11 @@ class ImageSource:
         """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
         places = self.lookup(name, where)
         if not places and len(places := self.lookup(name, where, loosely=True)) == 1:
-            tell_once(f"notice: picture {shown(name)}, and others perhaps, found in another spelling in {self.path}"
+            tell_once(f"notice: image {shown(name)}, and others perhaps, found in another spelling in {self.path}"
                       " (Unicode form, slashes, capitals)")  # fmt: skip
         if len(places) != 1:
             problem = f"could be any of {len(places)} files" if places else "is not"
-            raise SampleError(f"picture {shown(name)} {problem} in {self.path}", where)
+            raise SampleError(f"image {shown(name)} {problem} in {self.path}", where)
         return places[0]
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list:
@@ -83,7 +109,7 @@ class ImageSource:
         raise NotImplementedError
 
     def open(self, name: str, where: str) -> Path | BinaryIO:
-        """The picture's file; raises SampleError."""
+        """The image's file; raises SampleError."""
         raise NotImplementedError
 
     def state(self, name: str, where: str) -> bytes:
@@ -92,7 +118,7 @@ class ImageSource:
 
 
 class FolderImages(ImageSource):
-    """Pictures in a folder and its subfolders. No name leads out of it; links in it may."""
+    """Images in a folder and its subfolders. No name leads out of it; links in it may."""
 
     def __init__(self, folder: str | Path):
         self.path = os.path.abspath(folder)
@@ -103,12 +129,12 @@ class FolderImages(ImageSource):
         try:  # os.path is several times faster here than Path
             path = os.path.normpath(os.path.join(self.path, on_disk(name.replace("\\", "/") if loosely else name)))
             if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
-                raise SampleError(f"picture {shown(name)} leads out of {self.path}", where)
+                raise SampleError(f"image {shown(name)} leads out of {self.path}", where)
             return [found for found in (self._alike(path) if loosely else [path]) if is_file(found)]
         except SampleError:
             raise
         except (OSError, ValueError) as error:  # too long, a NUL, half a character, a circle of links
-            raise SampleError(f"picture {shown(name)} is no file name: {reason(error)}", where) from error
+            raise SampleError(f"image {shown(name)} is no file name: {reason(error)}", where) from error
 
     def _alike(self, path: str) -> list[str]:
         """Paths below the folder that differ from this one in spelling alone."""
@@ -144,7 +170,7 @@ def is_file(path: str) -> bool:
 
 
 class ZipImages(DataFile, ImageSource):
-    """Pictures in a zip or a tar, read where they are: an index holds 40 bytes a picture, and a picture costs two reads.
+    """Images in a zip or a tar, read where they are: an index holds 40 bytes an image, and an image costs two reads.
 
     When all lie in one folder of it, as in the published ones, names may leave that folder out. Reads do not move
     a file position, so forked processes may share the open file. Raises DataError for what is no zip.
@@ -161,7 +187,7 @@ class ZipImages(DataFile, ImageSource):
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open for the life of the process)
         except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile, tarfile.TarError) as error:  # all by damaged ones
             check_fetched(self.path)
-            raise DataError(f"{self.path} is no readable {self.path.suffix[1:]} of pictures: {error}") from error
+            raise DataError(f"{self.path} is no readable {self.path.suffix[1:]} of images: {error}") from error
 
     def _read_directory(self) -> tuple[np.ndarray, dict]:
         entries = dict(zip_entries(self.path) if self.path.suffix.lower() == ".zip" else tar_entries(self.path))
@@ -180,7 +206,7 @@ class ZipImages(DataFile, ImageSource):
         """The unpacked file in memory, its checksum compared; raises SampleError."""
         record, problem, kind = self.find(name, where), None, self.path.suffix[1:]
         if record["unpacked"] > MAX_BYTES or record["size"] > MAX_BYTES:
-            raise SampleError(f"picture {shown(name)} in {self.path} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
+            raise SampleError(f"image {shown(name)} in {self.path} unfolds to {record['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
         try:
             offset, size, most, method = int(record["offset"]), int(record["size"]), int(record["unpacked"]) + 1, int(record["method"])
             signature = b"PK\x03\x04"
@@ -189,7 +215,7 @@ class ZipImages(DataFile, ImageSource):
                 offset += self.LOCAL_HEADER.size + name_size + extra_size
             data = read_at(self._file, size, offset)
             if signature != b"PK\x03\x04" or len(data) < size:
-                problem = f"the {kind} is torn"
+                problem = f"the {kind} is truncated"
             elif method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, most)
             elif method == zipfile.ZIP_BZIP2:
@@ -208,11 +234,11 @@ class ZipImages(DataFile, ImageSource):
         except MemoryError:
             raise
         except Exception as error:  # OSError, EOFError, struct.error, zlib.error, lzma.LZMAError
-            problem = f"the {kind} is torn: {error}"
+            problem = f"the {kind} is truncated: {error}"
         if problem is None and (len(data) != record["unpacked"] or (method != IN_TAR and zlib.crc32(data) != record["crc"])):
             problem = "its checksum is wrong"
         if problem:
-            raise SampleError(f"picture {shown(name)} in {self.path} cannot be read: {problem}", where)
+            raise SampleError(f"image {shown(name)} in {self.path} cannot be read: {problem}", where)
         return io.BytesIO(data)
 
     def state(self, name: str, where: str) -> bytes:
@@ -312,36 +338,36 @@ class ManyImages(ImageSource):
 
 
 class NoImages(ImageSource):
-    """The source of a run that was given no folder: every picture that a sample does not hold is missing."""
+    """The source of a run that was given no folder: every image that a sample does not hold is missing."""
 
     def __init__(self, folder: str | Path):
         self.folder = folder
 
     def open(self, name: str, where: str) -> Path:
-        raise SampleError(f"picture {shown(name)}: there is no folder {self.folder}", where)
+        raise SampleError(f"image {shown(name)}: there is no folder {self.folder}", where)
 
     def state(self, name: str, where: str) -> bytes:
-        raise SampleError(f"picture {shown(name)}: there is no folder {self.folder}", where)
+        raise SampleError(f"image {shown(name)}: there is no folder {self.folder}", where)
 
 
-def load_picture(file: Path | BinaryIO, name: str, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
+def load_image(file: Path | BinaryIO, name: str, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
     """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason. `notes` is told of a
     file that ends early."""
     try:
         if isinstance(file, Path) and not is_regular(file):
             raise ImageRefused("it is a folder, a pipe or a device")
-        picture, cut = decode(file.read_bytes() if isinstance(file, Path) else file.read(), MAX_PIXELS)
+        image, cut = decode(file.read_bytes() if isinstance(file, Path) else file.read(), MAX_PIXELS)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
-        raise SampleError(f"picture {shown(name)} cannot be read: {reason(error)}", where) from error
+        raise SampleError(f"image {shown(name)} cannot be read: {reason(error)}", where) from error
     if cut and notes is not None:
-        notes.append(SampleError(f"picture {shown(name)} is truncated; used, for nearly all of it is there", where))
-    return picture
+        notes.append(SampleError(f"image {shown(name)} is truncated; used, for nearly all of it is there", where))
+    return image
 
 
 def open_images(paths: str | Path) -> ImageSource:
-    """The pictures in a folder or a zip, or in several with commas between.
+    """The images in a folder or a zip, or in several with commas between.
 
     A single missing folder is no error yet: text-only data and parquet need none.
     """
@@ -359,8 +385,100 @@ def _open_one(path: Path, may_miss: bool) -> ImageSource:
     if path.suffix.lower() in (".zip", ".tar") and path.is_file():
         return ZipImages(path)
     if path.exists():
-        packed = f": mkdir pictures && tar -xf '{path}' -C pictures" if ".tar." in path.name or path.suffix == ".tgz" else ""
-        raise DataError(f"{path} is no folder of pictures, no .zip and no .tar{packed}")
+        packed = f": mkdir images && tar -xf '{path}' -C images" if ".tar." in path.name or path.suffix == ".tgz" else ""
+        raise DataError(f"{path} is no folder of images, no .zip and no .tar{packed}")
     if not may_miss:
-        raise DataError(f"{path} does not exist; a folder or a .zip of pictures is wanted")
+        raise DataError(f"{path} does not exist; a folder or a .zip of images is wanted")
     return NoImages(path)
+
+
+def on_disk(name: str) -> str:
+    """A name in the data as this process has to spell it for the system to meet the UTF-8 name, whatever the locale."""
+    return os.fsdecode(name.encode(errors="surrogateescape"))
+
+
+_told = mmap.mmap(-1, 1)  # shared with the loader processes that are forked
+
+
+def tell_once(text: str) -> None:
+    """Says what one case of is enough to know, once in a run."""
+    if not _told[0]:
+        _told[0] = 1
+        print(text, file=sys.stderr, flush=True)
+
+
+class ImageRefused(Exception):
+    """Says in words of ours why a file is not taken."""
+
+    strerror = property(str)  # which stand without the exception's name, see `errors.reason`
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files of a folder that are named like images, in order; hidden ones are companions of others."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+
+
+def decode(data: bytes, most_pixels: int) -> tuple[Image.Image, bool]:
+    """The first frame, decoded, and whether the file ends early: then nearly all of it is there.
+
+    Raises ImageRefused, and what decoders raise, which is all kinds.
+    """
+    image, cut = open_image(data, most_pixels), False
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+        if jpeg := image.format in ("JPEG", "MPO"):
+            image = open_image(data + b"\xff\xd9", most_pixels)  # with an end mark; what did not come is grey
+        else:
+            image.tile = []  # its decoder has left the rows that came; the others are as they were filled
+        image.load()
+        filling = (127, 128) if jpeg else (0, image.info.get("transparency", 0) if image.format == "GIF" else 0)
+        blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), filling)
+        missing = blank.all(2).mean() if jpeg else blank.all(1).mean(0).max()  # a JPEG comes in blocks, others in rows, perhaps a channel at a time
+        if missing > MOST_MISSING or (jpeg and lacks_scans(image, data)):
+            raise ImageRefused("it is cut short, and too much of it is missing") from error
+        cut = True
+    return image, cut
+
+
+def open_image(data: bytes, most_pixels: int) -> Image.Image:
+    """The image, not yet decoded; raises ImageRefused for what is none or has too many pixels."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageRefused(f"it has more than {most_pixels:,} pixels; save it smaller") from error
+    except UnidentifiedImageError as error:  # its own words are an address in memory
+        kind = next((kind for start, kind in KINDS.items() if re.match(start, data[:1000], re.DOTALL)), "of no known kind of image")
+        format, module, package = PLUGINS.get(kind, ("", "", ""))
+        if not package:
+            raise ImageRefused(f"it is {kind if data else 'empty'}") from error
+        if find_spec(module.partition(".")[0]) is None:
+            raise ImageRefused(f"it is {kind}, which {package} reads: pip install {package}, or save it as JPEG") from error
+        import_module(module)  # tells Pillow
+        image = Image.open(io.BytesIO(data), formats=[format])
+    if image.width * image.height > most_pixels:
+        raise ImageRefused(f"it has {image.width} x {image.height} pixels, more than {most_pixels:,}; save it smaller")
+    return image
+
+
+def lacks_scans(image: Image.Image, data: bytes) -> bool:
+    """Whether a progressive JPEG ends before a scan with the last bits of the highest frequencies (ITU-T T.81, B.2.3) begins."""
+    scan = data[data.rfind(b"\xff\xda") + 4 :]  # how many components, two bytes of each; first and last frequency; bits
+    last_frequency, bits = (scan + bytes(11))[2 * scan[0] + 2 :][:2] if scan else (0, 0)
+    return "progressive" in image.info and (last_frequency != 63 or bits & 15 != 0)
+
+
+def split_names(names: str, leads: Callable[[str], bool]) -> list[str]:
+    """Names with commas between. What stands between two commas is a name of its own, unless it leads nowhere and does so
+    together with what follows it."""
+    if leads(names):
+        return [names]
+    parts, found = names.split(","), []
+    while parts:
+        ends = range(1, min(len(parts), MOST_COMMAS + 1) + 1)
+        end = next((end for end in ends if leads(",".join(parts[:end]).strip())), 1)
+        found.append(",".join(parts[:end]).strip())
+        parts = parts[end:]
+    return found

@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import lock_descriptor
 
-from .errors import DataError
+from model.errors import DataError
 
 VERSION = 2
 SMALL = 2**20  # bytes of records that are read rather than mapped: a map holds a file open

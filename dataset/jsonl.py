@@ -18,12 +18,11 @@ import pyarrow as arrow
 from tqdm import tqdm
 
 from model.conversation import IMAGE_PLACEHOLDER
-from model.errors import SampleError
+from model.errors import DataError, NoSamples, SampleError, shown
+from model.storage import read_at
 
-from .errors import DataError, NoSamples, shown
-from .files import read_at
 from .index import DataFile, file_state, keep, open_index
-from .sample import Sample, parse_sample
+from .vlm_dataset import Sample, parse_sample
 
 UNPACK = {".gz": ("gzip", "gzip -dk"), ".bz2": ("bz2", "bzip2 -dk"), ".zst": ("zstd", "zstd -dk")}  # codec, command
 MOST_BYTES = 2**30  # of a line
@@ -86,7 +85,7 @@ class JsonlSamples(DataFile):
         return f"{self.path}:{index + 1 + int(np.searchsorted(self._blanks, index, side='right'))}"
 
     def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """About four bytes of a line a token, and the pictures."""
+        """About four bytes of a line a token, and the images."""
         records = self._records[indices]
         return records["size"] // BYTES_PER_TOKEN + records["marks"] * image_tokens
 

@@ -18,21 +18,20 @@ import pyarrow.parquet as parquet
 from tqdm import tqdm
 
 from model.conversation import IMAGE_PLACEHOLDER
-from model.errors import SampleError
+from model.errors import DataError, NoSamples, SampleError
 
-from .errors import DataError, NoSamples
-from .foreign import as_list, picture_of, remedy, with_pictures
+from .foreign import as_list, image_of, remedy, with_images
 from .index import DataFile, file_state, keep, open_index
 from .jsonl import BYTES_PER_TOKEN, parse_json
-from .sample import Sample, parse_sample
+from .sources import WINDOW_BYTES
+from .vlm_dataset import Sample, parse_sample
 
-TEXTS, PICTURES = ("conversations", "messages"), ("image_bytes", "images", "image")  # columns; the first that is there counts
+CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")  # columns; the first that is there counts
 FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
 TEXT_TYPE = r"(large_)?(string|binary)|list<[^:]*: struct<"  # how types of these columns begin
 BYTES_TYPE = r"(list<[^:]*: )?((large_|fixed_size_)?binary|null|struct<.*\b(bytes|path): )"
 NAMES_TYPE = rf"(list<[^:]*: )?(large_)?string|{BYTES_TYPE}"
 BATCH_ROWS, BATCH_BYTES = 1024, 32 * 2**20  # to read at a time, at most
-WINDOW_BYTES = 64 * 2**20  # of row groups whose samples are shuffled together; each loader process keeps twice as much
 LARGEST_GROUP = 2 * WINDOW_BYTES  # of a file that is read by row groups
 
 
@@ -60,10 +59,10 @@ KEPT = KeptGroups(2 * WINDOW_BYTES)
 
 class ParquetSamples(DataFile):
     """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with `role` and
-    `content`) and `image_bytes` (a picture file's bytes, or a list of such); or as the datasets library writes it: `messages`,
+    `content`) and `image_bytes` (an image file's bytes, or a list of such); or as the datasets library writes it: `messages`,
     and `images` or `image` of structs with `bytes` or `path`. A path, or text in place of bytes, is a file's name.
 
-    Published rows always hold a picture; where no <image> mark shows it, it is a placeholder of a text-only sample and left out.
+    Published rows always hold an image; where no <image> mark shows it, it is a placeholder of a text-only sample and left out.
 
     A row group is read when one of its samples is wanted, and kept for a while; `blocks` lets the order of samples keep to
     that. Where row groups are too large for it (many writers make one of a whole file), a copy of the two columns is made
@@ -77,8 +76,8 @@ class ParquetSamples(DataFile):
         try:
             with parquet.ParquetFile(arrow_file(self.path)) as file:
                 self._metadata, schema = file.metadata, file.schema_arrow
-            self._text, self._pictures = find_columns(self.path, schema)
-            wanted = (self._text, self._pictures, *FURTHER)
+            self._text, self._images = find_columns(self.path, schema)
+            wanted = (self._text, self._images, *FURTHER)
             self._columns = [name for name in dict.fromkeys(schema.names) if name in wanted and schema.names.count(name) == 1]
             groups = [self._metadata.row_group(number) for number in range(self._metadata.num_row_groups)]
             largest = max((group_bytes(group, self._columns) for group in groups), default=0)
@@ -130,7 +129,7 @@ class ParquetSamples(DataFile):
         return f"{self.path}:{index + 1}"
 
     def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """About four bytes of text a token, and the pictures."""
+        """About four bytes of text a token, and the images."""
         records = self._records[indices]
         return records["size"] // BYTES_PER_TOKEN + records["marks"] * image_tokens
 
@@ -143,8 +142,8 @@ class ParquetSamples(DataFile):
         group = int(np.searchsorted(self.blocks, index, side="right")) - 1
         table = self._copy if self._copy is not None else KEPT.get((self.path, self._state, group), lambda: self._read_group(group, where))
         row = index - int(self.blocks[group])
-        fields, pictures = row_of(cells_of(table, row, where, [self._text]), self._text, self._pictures, where)
-        return parse_sample(fields, where, pictures)
+        fields, images = row_of(cells_of(table, row, where, [self._text]), self._text, self._images, where)
+        return parse_sample(fields, where, images)
 
     def _read_group(self, number: int, where: str) -> Any:
         try:
@@ -214,16 +213,16 @@ def group_bytes(group: parquet.RowGroupMetaData, columns: list[str] | None = Non
 
 
 def find_columns(path: Path, schema: arrow.Schema) -> tuple[str, str | None]:
-    """The columns of conversations and of pictures, if there are any; raises DataError for others than are wanted."""
+    """The columns of conversations and of images, if there are any; raises DataError for others than are wanted."""
     found, names = [], schema.names
-    for known, wanted in ((TEXTS, "text, or lists of structs"), (PICTURES, "bytes, structs of them, or lists of either")):
+    for known, wanted in ((CONVERSATION_COLUMNS, "text, or lists of structs"), (IMAGE_COLUMNS, "bytes, structs of them, or lists of either")):
         there = [name for name in known if name in names]
-        if names.count(known[0]) > 1 or (known is TEXTS and not there):
-            raise DataError(f"{path} has columns {', '.join(names)}; wanted are one {TEXTS[0]!r} and at most one {PICTURES[0]!r}"
+        if names.count(known[0]) > 1 or (known is CONVERSATION_COLUMNS and not there):
+            raise DataError(f"{path} has columns {', '.join(names)}; wanted are one {CONVERSATION_COLUMNS[0]!r} and at most one {IMAGE_COLUMNS[0]!r}"
                             + remedy(dict.fromkeys(names), str(path)))  # fmt: skip
-        forms = {name: TEXT_TYPE if known is TEXTS else BYTES_TYPE if name == PICTURES[0] else NAMES_TYPE for name in there}
+        forms = {name: TEXT_TYPE if known is CONVERSATION_COLUMNS else BYTES_TYPE if name == IMAGE_COLUMNS[0] else NAMES_TYPE for name in there}
         fitting = [name for name in there if names.count(name) == 1 and re.match(forms[name], str(plain(schema.field(name).type)))]
-        if not fitting and there and (known is TEXTS or there[0] == known[0]):
+        if not fitting and there and (known is CONVERSATION_COLUMNS or there[0] == known[0]):
             raise DataError(f"{path} has {schema.field(there[0]).type} in column {there[0]!r}; wanted are {wanted}")
         found.append(fitting[0] if fitting else None)
     return tuple(found)
@@ -251,13 +250,13 @@ def cells_of(rows: arrow.Table | arrow.RecordBatch, number: int, where: str, tex
     return cells
 
 
-def row_of(cells: dict[str, Any], text: str, pictures: str | None, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
-    """A row of parquet, as a line of jsonl would have it, and the pictures that it shows: bytes, or names. Raises SampleError."""
-    conversations, held = cells.pop(text), as_list(cells.pop(pictures, None))
+def row_of(cells: dict[str, Any], text: str, images: str | None, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
+    """A row of parquet, as a line of jsonl would have it, and the images that it shows: bytes, or names. Raises SampleError."""
+    conversations, held = cells.pop(text), as_list(cells.pop(images, None))
     row = cells | fields_of(cells.pop("more", None)) | {"conversations": conversations}
-    if pictures == PICTURES[0] and not shows_pictures(conversations):
+    if images == IMAGE_COLUMNS[0] and not shows_images(conversations):
         return row, ()  # the published data set has a placeholder in such rows
-    return with_pictures(row, [picture_of(cell, where) for cell in held])
+    return with_images(row, [image_of(cell, where) for cell in held])
 
 
 def fields_of(more: Any) -> dict:
@@ -269,7 +268,7 @@ def fields_of(more: Any) -> dict:
     return fields if isinstance(fields, dict) else {"more": more}
 
 
-def shows_pictures(conversations: Any) -> bool:
+def shows_images(conversations: Any) -> bool:
     """Whether a turn has an <image> mark."""
     turns = conversations if isinstance(conversations, list) else []
     return any(isinstance(turn, dict) and IMAGE_PLACEHOLDER in str(turn.get("content")) for turn in turns)

@@ -3,7 +3,7 @@
     python -m dataset.validate dataset/sft_data.jsonl --images_path dataset/sft_images
     python -m dataset.validate "shards/*.parquet" --plot lengths.png
 
-Every sample is checked, tokenized and its pictures decoded, in several processes. Prints what is wrong by kind, with the
+Every sample is checked, tokenized and its images decoded, in several processes. Prints what is wrong by kind, with the
 first places of each; what is odd about good ones; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
 and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
 """
@@ -29,11 +29,9 @@ from tqdm import tqdm
 
 from machine import cores
 from model.conversation import Renderer, Turn, load_tokenizer
-from model.errors import SampleError, UsageError, print_anything
-from model.storage import REPOSITORY, home_for_tilde
+from model.errors import DataError, SampleError, UsageError, print_anything
+from model.storage import REPOSITORY, check_plot, home_for_tilde
 
-from .errors import DataError
-from .files import check_plot
 from .images import ImageSource, open_images
 from .sources import Mixture, open_samples
 
@@ -48,7 +46,7 @@ class Report:
     """What was found in some of the samples; reports add up. 20 bytes a sample."""
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     bad: dict[str, int] = field(default_factory=dict)  # bad samples by kind
     remarks: dict[str, int] = field(default_factory=dict)  # good samples that something is to be said of, by kind
     places: dict[str, list[str]] = field(default_factory=dict)  # the first of each kind
@@ -66,14 +64,14 @@ class Report:
 
     def add(self, other: "Report") -> None:
         """Takes up what another report found."""
-        for name in ("samples", "pictures", "supervised", "used", "numbers", "lengths", "hashes"):
+        for name in ("samples", "images", "supervised", "used", "numbers", "lengths", "hashes"):
             setattr(self, name, iadd(getattr(self, name), getattr(other, name)))  # arrays grow in place
         for ours, theirs in ((self.bad, other.bad), (self.remarks, other.remarks)):
             for kind, count in theirs.items():
                 self.note(ours, kind, count, other.places[kind])
 
     def duplicates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of samples whose conversation and pictures came before, and of those they repeat."""
+        """Numbers of samples whose conversation and images came before, and of those they repeat."""
         hashes = np.frombuffer(self.hashes, np.uint64)
         _, first, kind = np.unique(hashes, return_index=True, return_inverse=True)
         numbers, first = np.frombuffer(self.numbers, np.uint64), first[kind]
@@ -122,7 +120,7 @@ class Checker:
             notes += (SampleError(kind, sample.where) for kind in oddities(sample.turns))
             for note in notes:
                 report.note(report.remarks, kind_of(note), 1, [str(note)])
-            report.pictures += len(sample.images)
+            report.images += len(sample.images)
             report.supervised += int((used.labels[1:] != -100).sum())
             report.used += len(used)
             content = hashlib.blake2b(repr([sample.turns, sample.images]).encode(errors="surrogatepass"), digest_size=8)
@@ -160,7 +158,7 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
-    """The histogram as a picture."""
+    """The histogram as an image."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -190,7 +188,7 @@ def duration(seconds: float) -> str:
 def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
     """Prints the report, but for times."""
     bad = sum(report.bad.values())
-    print(f"{counted(report.samples, 'sample')}, {counted(report.pictures, 'picture')}; {bad:,} bad ({bad / max(1, report.samples):.2%})")
+    print(f"{counted(report.samples, 'sample')}, {counted(report.images, 'image')}; {bad:,} bad ({bad / max(1, report.samples):.2%})")
     for kind, count in sorted((report.bad | report.remarks).items(), key=lambda item: (item[0] in report.remarks, -item[1])):
         print(f"  {count:,} x {kind}")
         for place in report.places[kind]:
@@ -231,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")
     parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
     parser.add_argument("--processes", type=int, default=cores())
-    parser.add_argument("--plot", help="file for a picture of the lengths; needs matplotlib (pip install matplotlib)")
+    parser.add_argument("--plot", help="file for an image of the lengths; needs matplotlib (pip install matplotlib)")
     args = parser.parse_args(home_for_tilde(argv))
     if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:
         parser.error("--max_seq_len, --batch_size, --processes and --tokens_per_second are greater than 0")

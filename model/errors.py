@@ -1,4 +1,5 @@
-"""Whose mistake it is: a UsageError is the user's, a SampleError one sample's. Scripts end with exit code 2 for both."""
+"""Whose mistake it is: a UsageError is the user's, a SampleError one sample's, a DataError a data set's. Scripts end with exit
+code 2 for each."""
 
 import contextlib
 import io
@@ -57,3 +58,22 @@ class SampleError(ValueError):
     def __init__(self, problem: str, where: str = ""):
         super().__init__(f"{where}: {problem}" if where else problem)
         self.problem, self.where = problem, where
+
+
+class DataError(Exception):
+    """A data set as a whole is missing or unusable; the message says what to do."""
+
+
+class NoSamples(DataError):
+    """A file holds no samples, which does no harm where other files do."""
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: of a long one the beginning and the end."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-60:]}"
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in the system's own words for a system's error, whose whole message would name the file once more."""
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -17,12 +17,11 @@ from chat.scoring import ScoreJob, score
 from chat.terminal import TerminalChat
 from chat.video import read_frames
 from dataset import convert, validate
-from dataset.errors import DataError
 from dataset.images import open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, Example, VLMDataset
 from model.device import usable_device
-from model.errors import SampleError, UsageError
+from model.errors import DataError, SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
 from tests.conftest import make_model, make_vision_encoder, write_jsonl
@@ -73,9 +72,9 @@ LINES = {
     "only system": ('{"conversations": [{"role": "system", "content": "hi"}]}', "no assistant turn"),
     "system late": (json.dumps({"conversations": [*turns("a"), {"role": "system", "content": "b"}]}), "is a system turn"),
     "empty answer": (json.dumps({"conversations": turns("a", "")}), None),  # learns to end at once
-    "no picture for the mark": (json.dumps({"conversations": turns()}), "1 <image> marks .* but 0 pictures"),
-    "two marks, one picture": (json.dumps(row(question="<image><image>")), "2 <image> marks .* but 1 pictures"),
-    "a picture without a mark": (json.dumps(row(question="a")), "0 <image> marks .* but 1 pictures"),
+    "no picture for the mark": (json.dumps({"conversations": turns()}), "1 <image> placeholders .* but 0 images"),
+    "two marks, one picture": (json.dumps(row(question="<image><image>")), "2 <image> placeholders .* but 1 images"),
+    "a picture without a mark": (json.dumps(row(question="a")), "0 <image> placeholders .* but 1 images"),
     "mark in an answer": (json.dumps({"conversations": turns("a", "<image>")}), "only a user's turn shows pictures"),
     "image a number": (json.dumps(row(image=5)), "'image' must be a file name"),
     "image an object": (json.dumps(row(image={"a": 1})), "'image' must be a file name"),
@@ -97,7 +96,7 @@ LINES = {
     "link to a folder outside": (json.dumps(row(image="way_out/outside.png")), None),
     "circle of links": (json.dumps(row(image="circle.png")), "is no file name|is not in"),
     "NUL in a name": (json.dumps(row(image="a\x00.png")), "is no file name"),
-    "a name of 5,000 letters": (json.dumps(row(image="a" * 5000)), r"picture 'a{50,200} \.\.\. a{50,200}' is no file name: File name too long$"),
+    "a name of 5,000 letters": (json.dumps(row(image="a" * 5000)), r"image 'a{50,200} \.\.\. a{50,200}' is no file name: File name too long$"),
     "half a character in a name": ('{"conversations": ' + json.dumps(turns()) + ', "image": "\\ud800.png"}', "is no file name|is not in"),
     "a line of 1 MB": (json.dumps(row(question="<image>" + "word " * 200_000)), "no token of an answer is left"),
     "a picture past the end": (json.dumps({"conversations": [*turns("word " * 1500, "b"), *turns()], "image": "good.png"}), "do not fit"),
@@ -222,7 +221,7 @@ def check(folder, renderer, assistant, content: bytes, problem: str | None, tmp_
     assert isinstance(before, Example) and isinstance(after, Example), "neighbours are untouched"
     job = ScoreJob(str(path), str(folder / "pictures"), tmp_path / "p.jsonl", max_new_tokens=1)
     if problem is None:
-        assert isinstance(item, Example) and item.pictures is not None
+        assert isinstance(item, Example) and item.images is not None
         score(assistant, job)
         assert len((tmp_path / "p.jsonl").read_text().splitlines()) >= 3
         return

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.sample import Sample, parse_sample
+from dataset.vlm_dataset import Sample, parse_sample
 from model.conversation import IMAGE_PLACEHOLDER, Renderer, Turn
 from model.errors import SampleError
 from tests.conftest import FIXTURES, REPOSITORY
@@ -150,8 +150,8 @@ def test_truncation_cuts_answers_but_no_picture(renderer):
         ({"conversations": [{"role": "system", "content": "x"}]}, "no assistant turn"),
         ({"conversations": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, "turn 2 is a system"),
         ({"conversations": [{"role": "assistant", "content": "see <image>"}]}, "only a user's turn shows pictures"),
-        ({"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}, "1 <image> marks .* 0 pictures"),
-        ({"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}], "image": "a, b"}, "1 <image> marks .* 2 pictures"),
+        ({"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}, "1 <image> placeholders .* 0 images"),
+        ({"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}], "image": "a, b"}, "1 <image> placeholders .* 2 images"),
         ({"conversations": [{"role": "assistant", "content": "x"}], "image": 3}, "'image' must be"),
         ({"conversations": [{"role": "assistant", "content": "x"}], "image": ["a", 1]}, "'image' must be"),
         ({"conversations": [{"role": "assistant", "content": "x"}], "image": "a,,b"}, "'image' must be"),

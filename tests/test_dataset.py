@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from dataset.errors import DataError
 from dataset.images import FolderImages, open_images
 from dataset.jsonl import JsonlSamples
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
-from model.errors import SampleError
+from model.errors import DataError, SampleError
 from model.vision import normalize, preprocess
 from tests.conftest import make_data, make_model, make_vision_encoder, write_jsonl
 
@@ -144,7 +143,7 @@ def test_a_batch_gives_what_its_samples_give_alone(dataset):
     """Padding and neighbours change nothing: losses, however many pictures each row has."""
     model = make_model(tower=make_vision_encoder()).eval()
     items = [dataset[number] for number in range(22)]
-    assert {len(item.pictures) for item in items} == {0, 1, 2}
+    assert {len(item.images) for item in items} == {0, 1, 2}
     collated = [collate([item], 0, 196) for item in items]
     batch = collate(items, 0, 196)
     longest = max(len(item.ids) for item in items)

@@ -8,14 +8,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
-from dataset import decode as decoding
-from dataset.decode import IMAGE_SUFFIXES, ImageRefused, decode, image_files
-from dataset.errors import reason
-from dataset.images import load_picture, open_images
+from dataset import images
+from dataset.images import IMAGE_SUFFIXES, ImageRefused, decode, image_files, load_image, open_images
 from dataset.sources import open_samples
 from dataset.validate import Checker
 from dataset.vlm_dataset import VLMDataset, collate
-from model.errors import SampleError
+from model.errors import SampleError, reason
 from model.vision import preprocess, to_rgb
 from tests.conftest import write_jsonl
 
@@ -95,10 +93,10 @@ def test_a_truncated_image_is_used_named_and_counted(renderer, tmp_path):
     batch = collate(dataset.__getitems__([0, 1, 2]), 0, 196)
     (note,), (bad,) = batch.truncated, batch.bad
     assert batch.indices == (0, 1) and note.index == 1 and bad.index == 2
-    assert note.reason == f"{path}:2: picture 'b.jpg' is truncated; used, for nearly all of it is there"
-    assert f"{path}:3: picture 'c.jpg' cannot be read: it is cut short" in bad.reason
+    assert note.reason == f"{path}:2: image 'b.jpg' is truncated; used, for nearly all of it is there"
+    assert f"{path}:3: image 'c.jpg' cannot be read: it is cut short" in bad.reason
     report = Checker(dataset.samples, dataset.images, renderer, 640).check(range(3))
-    assert sum(report.bad.values()) == 1 and list(report.remarks.values()) == [1] and report.pictures == 2
+    assert sum(report.bad.values()) == 1 and list(report.remarks.values()) == [1] and report.images == 2
 
 
 def file_of(array, form: str) -> Image.Image:
@@ -154,8 +152,8 @@ def test_transparency_that_is_multiplied_in_already():
 def test_kinds_that_another_package_reads(name, tmp_path, monkeypatch):
     data = {"heic": b"\0\0\0\x1cftypheic\0\0\0\0mif1", "jpeg xl": b"\0\0\0\x0cJXL \r\n\x87\n"}[name]
     key = {"heic": "HEIC", "jpeg xl": "JPEG XL"}[name]
-    form, _, package = decoding.PLUGINS[key]
-    monkeypatch.setitem(decoding.PLUGINS, key, (form, "no_such_module.plugin", package))
+    form, _, package = images.PLUGINS[key]
+    monkeypatch.setitem(images.PLUGINS, key, (form, "no_such_module.plugin", package))
     with pytest.raises(ImageRefused, match=f"it is {key}, which {package} reads: pip install {package}"):
         decode(data, 10**6)
     plugin = f"plugin_of_{form.lower()}"
@@ -169,7 +167,7 @@ def test_kinds_that_another_package_reads(name, tmp_path, monkeypatch):
         f"Image.register_open({form!r}, File)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(decoding.PLUGINS, key, (form, plugin, package))
+    monkeypatch.setitem(images.PLUGINS, key, (form, plugin, package))
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     assert decode(data, 10**6)[0].getpixel((2, 2)) == 99 and plugin in sys.modules
 
@@ -207,5 +205,5 @@ def test_an_error_without_words_has_its_name(tmp_path, monkeypatch):
 
 def test_a_cut_image_is_seen_by_the_model_as_the_whole_one(tmp_path):
     data = encoded(PHOTO, "JPEG")
-    whole, cut = (preprocess(load_picture(io.BytesIO(content), "a")).int() for content in (data, data[:-2]))
+    whole, cut = (preprocess(load_image(io.BytesIO(content), "a")).int() for content in (data, data[:-2]))
     assert (whole - cut).abs().max() <= 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.sample import parse_sample
+from dataset.vlm_dataset import parse_sample
 from docs.figures import attention, canvas, loss, sample
 from docs.figures.__main__ import main
 from docs.figures.structure import at_work, build, count

@@ -13,8 +13,8 @@ import torch
 
 import machine
 from dataset import validate
-from dataset.files import read_at, write_at
 from model.device import why_not_compile
+from model.storage import read_at, write_at
 from tests.conftest import REPOSITORY, run_script, training_flags
 from trainer import distributed
 from trainer.build import worker_count

@@ -170,7 +170,7 @@ def test_a_stop_loses_no_answer(assistant, tmp_path, monkeypatch, capsys):
 def test_a_missing_picture_is_told_before_the_first_answer(assistant, tmp_path, monkeypatch):
     lines = [*rows(3), {"conversations": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A cat."}], "image": "no.png"}]
     monkeypatch.setattr(scoring, "answer_in_batches", lambda *_: pytest.fail("asked"))
-    with pytest.raises(SampleError, match=r"test\.jsonl:4: picture 'no\.png' is not in"):
+    with pytest.raises(SampleError, match=r"test\.jsonl:4: image 'no\.png' is not in"):
         scoring.score(assistant, ScoreJob(str(write_jsonl(tmp_path / "test.jsonl", lines)), str(tmp_path), tmp_path / "p.jsonl"))
     assert not list(tmp_path.glob("p.jsonl*"))
 

@@ -36,19 +36,16 @@ from transformers import AutoTokenizer
 
 import train_pretrain_vlm
 import train_sft_vlm
-from dataset import convert, files, foreign, index, jsonl, sources, validate
+from dataset import convert, foreign, index, jsonl, sources, validate
 from dataset import images as pictures
 from dataset import parquet as parquet_samples
-from dataset.errors import DataError
-from dataset.images import ZipImages, load_picture, open_images
+from dataset.images import ZipImages, load_image, open_images
 from dataset.jsonl import JsonlSamples
-from dataset.order import BlockOrder, EpochOrder, Permutation
 from dataset.parquet import ParquetSamples
-from dataset.sample import parse_sample
-from dataset.sources import open_samples
-from dataset.vlm_dataset import VLMDataset, collate
+from dataset.sources import BlockOrder, EpochOrder, Permutation, open_samples
+from dataset.vlm_dataset import VLMDataset, collate, parse_sample
 from model.conversation import Renderer
-from model.errors import SampleError
+from model.errors import DataError, SampleError
 from model.vision import preprocess
 from tests.conftest import REPOSITORY, make_data, read_until, start_on_disk, write_jsonl
 from tests.test_training import assert_same, train, weights
@@ -459,7 +456,7 @@ def test_zips_that_are_broken_say_so(data, zipped, tmp_path, monkeypatch):
         name_size, extra_size = struct.unpack_from("<HH", blob, entry.header_offset + 26)
         blob[entry.header_offset + 30 + name_size + extra_size + entry.compress_size // 2] ^= 0x55
         (tmp_path / "torn.zip").write_bytes(blob)
-        with pytest.raises(SampleError, match=r"cannot be read: (its checksum is wrong|the zip is torn)"):
+        with pytest.raises(SampleError, match=r"cannot be read: (its checksum is wrong|the zip is truncated)"):
             open_images(tmp_path / "torn.zip").load(entry.filename)
     monkeypatch.setattr(pictures, "MAX_BYTES", 10)
     with pytest.raises(SampleError, match="unfolds to"):
@@ -483,7 +480,7 @@ def test_several_places_of_pictures(data, zipped, tmp_path):
         images.load(str(data[0]))
     with pytest.raises(DataError, match="does not exist"):
         open_images(f"{tmp_path / 'more'},{tmp_path / 'nowhere'}")
-    with pytest.raises(DataError, match=r"no folder of pictures, no \.zip and no \.tar"):
+    with pytest.raises(DataError, match=r"no folder of images, no \.zip and no \.tar"):
         open_images(data[0])
 
 
@@ -517,7 +514,7 @@ def pack(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 @pytest.mark.parametrize("case", SPELLINGS)
 def test_names_in_another_spelling(tmp_path, monkeypatch, capsys, kind, case):
-    monkeypatch.setattr(files, "_told", bytearray(1))
+    monkeypatch.setattr(pictures, "_told", bytearray(1))
     asked, there = SPELLINGS[case]
     folder = tmp_path / "p"
     for number, name in enumerate((there, "other.png")):
@@ -527,7 +524,7 @@ def test_names_in_another_spelling(tmp_path, monkeypatch, capsys, kind, case):
     assert images.read(there) == images.read(f"./{there}") == b"0" and images.read("other.png") == b"1"
     assert capsys.readouterr().err == ""
     assert images.read(asked) == images.read(asked) == b"0" and images.signature(asked) == pickle.loads(pickle.dumps(images)).signature(asked)
-    assert capsys.readouterr().err.count("notice: picture") == 1, "told once"
+    assert capsys.readouterr().err.count("notice: image") == 1, "told once"
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "x.png").write_bytes(b"x")
     assert open_images(f"{tmp_path / 'more'},{images.path}").read(asked) == b"0"
@@ -611,7 +608,7 @@ def test_pictures_packed_by_any_method(data, tmp_path, kind, method):
         blob = bytearray(path.read_bytes())
         blob[60:90] = bytes(30)
         path.write_bytes(blob)
-        with pytest.raises(SampleError, match=r"checksum is wrong|the zip is torn"):
+        with pytest.raises(SampleError, match=r"checksum is wrong|the zip is truncated"):
             open_images(path).read(names[0])
 
 
@@ -644,10 +641,10 @@ def test_hard_links_in_a_tar_and_names_from_here_in_a_zip(tmp_path):
 def test_packed_pictures_that_cannot_be_read_name_what_to_do(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
         pass
-    with pytest.raises(DataError, match=r"mkdir pictures && tar -xf '.*a\.tar\.gz' -C pictures"):
+    with pytest.raises(DataError, match=r"mkdir images && tar -xf '.*a\.tar\.gz' -C images"):
         open_images(tmp_path / "a.tar.gz")
     shutil.copy(tmp_path / "a.tar.gz", tmp_path / "b.tar")
-    with pytest.raises(DataError, match="no readable tar of pictures"):
+    with pytest.raises(DataError, match="no readable tar of images"):
         open_images(tmp_path / "b.tar")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("a.png", b"x")
@@ -687,7 +684,7 @@ def test_names_that_are_not_utf8_and_names_in_a_poor_locale(data, tmp_path):
     command = [sys.executable, "-m", "dataset.validate", str(tmp_path / "\u8cc7\u6599.jsonl"), "--images_path", str(tmp_path / "p"), "--processes", "1"]
     for poor in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii:strict"}):
         done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **poor}, capture_output=True, timeout=120, check=False)
-        assert b"4 samples, 3 pictures; 1 bad" in done.stdout and b"is not in" in done.stdout and done.returncode == 1, done.stderr
+        assert b"4 samples, 3 images; 1 bad" in done.stdout and b"is not in" in done.stdout and done.returncode == 1, done.stderr
         assert b"Traceback" not in done.stderr
 
 
@@ -808,11 +805,11 @@ def test_parquet_that_is_no_data_says_why(tmp_path):
     rows = {"conversations": ["{", good, good, None, "3"], "image_bytes": [None, None, b"no picture", None, None]}
     parquet.write_table(arrow.table(rows), tmp_path / "a.parquet")
     samples = open_samples(tmp_path / "a.parquet")
-    for number, problem in enumerate(("not json", "1 <image> marks .* 0 pictures", None, "missing", "missing")):
+    for number, problem in enumerate(("not json", "1 <image> placeholders .* 0 images", None, "missing", "missing")):
         if problem:
             with pytest.raises(SampleError, match=rf"a\.parquet:{number + 1}: .*{problem}"):
                 samples[number]
-    with pytest.raises(SampleError, match="picture 'of 10 bytes' cannot be read"):
+    with pytest.raises(SampleError, match="image 'of 10 bytes' cannot be read"):
         open_images(tmp_path / "x").load(samples[2].images[0])
     parquet.write_table(arrow.table({"conversations": [good], "image_bytes": [[b"x", None]]}), tmp_path / "b.parquet")
     with pytest.raises(SampleError, match="other than bytes"):
@@ -931,7 +928,7 @@ def test_converting_bad_samples_names_them(data, tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [row("x"), row("y", "missing.png"), row("z")])
     flags = [str(path), "--images_path", str(data[1]), "--out"]
     assert convert.main([*flags, str(tmp_path / "a")]) == 2
-    assert f"{path}:2: picture 'missing.png' is not in" in capsys.readouterr().err
+    assert f"{path}:2: image 'missing.png' is not in" in capsys.readouterr().err
     assert convert.main([*flags, str(tmp_path / "b"), "--skip_bad"]) == 0
     assert "2 samples" in (said := capsys.readouterr().out) and "1 bad left out" in said
     assert len(open_samples(tmp_path / "b")) == 2
@@ -961,7 +958,7 @@ def test_a_smaller_picture_shows_what_the_larger_one_did(tmp_path, mode):
         large = Image.fromarray(np.full((200, 300), 40_000, np.uint16))
     file = io.BytesIO()
     (large if mode == "I;16" else large.convert(mode)).save(file, "PNG")
-    large, small = (preprocess(load_picture(io.BytesIO(blob), mode)).int() for blob in (file.getvalue(), convert.resized(file.getvalue(), 100)))
+    large, small = (preprocess(load_image(io.BytesIO(blob), mode)).int() for blob in (file.getvalue(), convert.resized(file.getvalue(), 100)))
     assert (large - small).abs().max() <= 2
 
 
@@ -1024,12 +1021,12 @@ def test_kinds_of_trouble_and_small_numbers_are_told_as_people_read_them(tmp_pat
     path = write_jsonl(tmp_path / "a.jsonl", [row("x", "a.png"), row("x", "7.png"), row("x", "8.png"), row("x", "9" * 5000)])
     assert validate.main([str(path), "--images_path", str(pictures), "--processes", "1"]) == 1
     said = capsys.readouterr().out
-    assert f"  2 x picture ... is not in {pictures}\n"[:100] in said and "  1 x picture ... is no file name: File name too long\n" in said
+    assert f"  2 x image ... is not in {pictures}\n"[:100] in said and "  1 x image ... is no file name: File name too long\n" in said
     assert max(map(len, said.splitlines())) < 400
     path = write_jsonl(tmp_path / "b.jsonl", [row("x", "a.png")])
     assert validate.main([str(path), "--images_path", str(pictures), "--processes", "1"]) == 0
     said = capsys.readouterr().out
-    assert "1 sample, 1 picture; 0 bad" in said and "an epoch: 1 sample, 1 update of 4" in said and "with 1 process\n" in said
+    assert "1 sample, 1 image; 0 bad" in said and "an epoch: 1 sample, 1 update of 4" in said and "with 1 process\n" in said
     assert convert.main([str(path), "--images_path", str(pictures), "--out", str(tmp_path / "shards")]) == 0
     assert capsys.readouterr().out.startswith("1 sample in ")
 
@@ -1040,7 +1037,7 @@ def test_validation_counts_what_is_trained_on_but_seldom_meant(tmp_path, capsys)
     path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [dict(zip(("role", "content"), made[letter], strict=True)) for letter in talk]} for talk in talks])
     assert validate.main([str(path), "--processes", "1"]) == 0, "good samples all"
     said = capsys.readouterr().out
-    assert "9 samples, 0 pictures; 0 bad (0.00%)\n" in said
+    assert "9 samples, 0 images; 0 bad (0.00%)\n" in said
     for kind, lines in (("two turns of the user in a row", [2, 9]), ("two turns of the assistant in a row", [4, 9]), ("the assistant speaks first", [3, 6]), ("an empty answer", [7, 8, 9])):
         assert f"  {len(lines)} x {kind}\n" + "".join(f"      {path}:{line}: {kind}\n" for line in lines) in said
 
@@ -1070,7 +1067,7 @@ def test_data_and_pictures_that_are_not_there_are_told_alike(tmp_path, monkeypat
     assert validate.main([str(path), "--processes", "1"]) == 1 and convert.main([str(path), "--out", "out"]) == 2
     told = capsys.readouterr()
     for said in (told.out, told.err):
-        assert f"{path}:1: picture 'nope.png'" in said and f" {REPOSITORY / 'dataset' / 'sft_images'}\n" in said
+        assert f"{path}:1: image 'nope.png'" in said and f" {REPOSITORY / 'dataset' / 'sft_images'}\n" in said
 
 
 def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
@@ -1085,7 +1082,7 @@ def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     renderer = Renderer(AutoTokenizer.from_pretrained(REPOSITORY / "model"))
     lengths = [len(renderer.render(parse_sample(own))) for own in rows if own.get("image", "").count(",") == 0]
     too_many = len(rows) - len(lengths)  # two pictures do not fit
-    for expected in ("26 samples", "2 x picture ... is not in", f"{path}:25: picture 'missing.png'", "1 x not json",
+    for expected in ("26 samples", "2 x image ... is not in", f"{path}:25: image 'missing.png'", "1 x not json",
                      f"{too_many + (rows[0].get('image', '').count(',') == 1)} x N pictures of N tokens do not fit in N tokens",
                      f"longest {max(lengths)}", f"cuts {sum(length > 240 for length in lengths)} of them",
                      "an epoch: 26 samples, 7 updates of 4\n  to read: ", f" with 1 process; to train at 1 tokens/s: {np.mean(lengths) * 26 / 60:.1f} minutes"):  # fmt: skip
@@ -1305,7 +1302,7 @@ def test_images_by_path_alone_and_others(data, tmp_path):
     parquet.write_table(arrow.table({"conversations": [json.dumps(TALK)] * 5, "images": arrow.array(cells, arrow.list_(PAIR))}), tmp_path / "a.parquet")
     samples, places = open_samples(tmp_path / "a.parquet"), ["--images_path", str(data[1]), "--out", str(tmp_path / "out"), "--skip_bad"]
     assert [samples[number].images for number in (0, 1)] == [(first,), (blob,)]
-    for number, problem in ((2, "something other than bytes or a file name"), (3, "lies on the web: download it"), (4, "1 <image> marks .* 0 pictures")):
+    for number, problem in ((2, "something other than bytes or a file name"), (3, "lies on the web: download it"), (4, "1 <image> placeholders .* 0 images")):
         with pytest.raises(SampleError, match=problem):
             samples[number]
     assert convert.main([str(tmp_path / "a.parquet"), *places]) == 0
@@ -1316,7 +1313,7 @@ def test_images_by_path_alone_and_others(data, tmp_path):
         assert open_samples(tmp_path / "b.parquet")[0].images == ()
     parquet.write_table(arrow.table({"conversations": texts, "image": [first, None, ""]}), tmp_path / "b.parquet")
     assert open_samples(tmp_path / "b.parquet")[1].images == open_samples(tmp_path / "b.parquet")[2].images == ()
-    with pytest.raises(SampleError, match=r"0 <image> marks .* 1 pictures"):  # only `image_bytes` has placeholders
+    with pytest.raises(SampleError, match=r"0 <image> placeholders .* 1 images"):  # only `image_bytes` has placeholders
         open_samples(tmp_path / "b.parquet")[0]
 
 
@@ -1443,8 +1440,8 @@ def test_rows_of_other_formats(name, coloured, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("form", "own", "problem"),
-    [("llava", {"conversations": [HUMAN, GPT]}, "1 <image> marks .* 0 pictures"),
-     ("llava", {"image": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}, "1 <image> marks .* 2 pictures"),
+    [("llava", {"conversations": [HUMAN, GPT]}, "1 <image> placeholders .* 0 images"),
+     ("llava", {"image": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}, "1 <image> placeholders .* 2 images"),
      ("llava", {"image": "none.png", "conversations": [HUMAN, GPT]}, "is not in"),
      ("llava", {"image": "a.png", "conversations": "Hi"}, "no row of the format llava"),
      ("llava", {"image": "a.png", "conversations": [HUMAN, {"from": "gpt"}]}, "no row of the format llava .*value"),

@@ -14,12 +14,12 @@ from PIL import Image
 
 from benchmarks import train as benchmark
 from benchmarks.synthetic import write_data
-from dataset.errors import DataError
 from dataset.features import CacheKey, FeatureCache
 from dataset.images import FolderImages
 from dataset.jsonl import JsonlSamples
 from dataset.vlm_dataset import VLMDataset, collate
 from model.conversation import Renderer, Turn
+from model.errors import DataError
 from model.layers import GatedSiLU, RMSNorm, causal_attention
 from model.model_minimind import FeedForward, MiniMindConfig, find_loss_positions
 from model.moe import MOEFeedForward
@@ -288,7 +288,7 @@ def test_two_processes_share_one_cache(data, encoder_folder, tmp_path):
     assert len(list((tmp_path / "two" / "checkpoints" / "features").iterdir())) == 1
 
 
-KEY = CacheKey(tower="t", dtype="float32", patches=4, width=8)
+KEY = CacheKey(encoder="t", dtype="float32", patches=4, width=8)
 
 
 def open_small(folder, data, **key) -> FeatureCache:
@@ -307,7 +307,7 @@ def test_cache_gives_back_what_it_got_and_only_for_the_same_file(data, tmp_path)
         assert reader.read(1, 8) is None, "never filled"
     assert again.filled() == 3 and again.rebuilt_because is None
     with open(tmp_path / "c" / "features.bin", "r+b") as file:  # torn by a power cut
-        file.seek(5 * cache.picture_bytes + 3)
+        file.seek(5 * cache.image_bytes + 3)
         file.write(b"\0\1\2")
     assert again.read(5, 9) is None and again.read(2, 7) is not None
 
@@ -336,14 +336,14 @@ def test_cache_starts_anew_when_anything_in_its_key_changes(data, tmp_path):
     same_pictures = write_jsonl(tmp_path / "other.jsonl", [*rows, rows[0]])
     kept = open_small(tmp_path / "c", (same_pictures, data[1]))
     assert kept.filled() == 1 and len(kept.starts) == 24 and kept.slots_of(22) == kept.slots_of(0)
-    for change in ({"tower": "u"}, {"dtype": "bfloat16"}, {"preprocessing": 99}):
+    for change in ({"encoder": "u"}, {"dtype": "bfloat16"}, {"preprocessing": 99}):
         made = open_small(tmp_path / "c", data, **change)
         assert made.filled() == 0 and "another encoder" in made.rebuilt_because
         made.write([0], [1], torch.ones(1, 4, 8).bfloat16())
         made.flush()
     fewer = write_jsonl(tmp_path / "fewer.jsonl", rows[:9])
     made = open_small(tmp_path / "c", (fewer, data[1]), preprocessing=99)
-    assert made.filled() == 0 and "pictures" in made.rebuilt_because
+    assert made.filled() == 0 and "images" in made.rebuilt_because
 
 
 def test_a_changed_picture_is_encoded_again(encoder_folder, tmp_path):

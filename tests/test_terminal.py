@@ -163,12 +163,12 @@ def test_ctrl_c_before_the_first_word_keeps_the_question(talk, monkeypatch):
 
 
 def test_memory_that_runs_out_is_told_and_the_chat_lives_on(talk, monkeypatch):
-    monkeypatch.setattr(terminal, "load_picture", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(terminal, "load_image", lambda *_: (_ for _ in ()).throw(MemoryError()))
     assert "memory ran out" in talk("/image red.png") and not talk.chat.queue
 
 
 def test_ctrl_c_ends_a_command(talk, monkeypatch):
-    monkeypatch.setattr(terminal, "load_picture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(terminal, "load_image", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert "(stopped)" in talk("/image red.png") and not talk.chat.queue
 
 

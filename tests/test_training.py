@@ -336,7 +336,7 @@ def test_a_truncated_picture_is_used_named_once_and_counted(encoder_folder, tmp_
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "noise"}]
     rows = write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns, "image": name} for name in ("whole.jpg", "cut.jpg")])
     done = train((rows, tmp_path), encoder_folder, tmp_path / "a", epochs=2, on_bad_sample="raise")
-    assert done.stderr.count("data.jsonl:2: picture 'cut.jpg' is truncated; used") == 1
+    assert done.stderr.count("data.jsonl:2: image 'cut.jpg' is truncated; used") == 1
     line = read_metrics(tmp_path / "a", NAME)[-1]
     assert (line["update"], line["truncated_samples"], line["bad_samples"]) == (2, 2, 0)
 

@@ -148,7 +148,7 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
         assert question["content"].replace("<image>", "").strip() == answer["question"]
         assert (reference["content"], image) == (answer["reference"], answer["image"])
         prompt = dataset.renderer.render_prompt(dataset.samples[number].turns[:1])
-        pixels = [picture.pixels for picture in dataset[number].pictures]
+        pixels = [picture.pixels for picture in dataset[number].images]
         images = {"image_features": model.encode_images(normalize(torch.stack(pixels))).bfloat16().float(),
                   "image_positions": torch.cat([torch.arange(196) + start for start in prompt.image_starts])} if pixels else {}  # fmt: skip
         ids = model.generate(torch.from_numpy(prompt.ids)[None], max_new_tokens=32, do_sample=False, pad_token_id=0,

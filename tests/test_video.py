@@ -12,8 +12,7 @@ from PIL import Image
 
 from chat import video
 from chat.video import Frame, clock, labels, read_frames
-from dataset.errors import DataError
-from model.errors import SampleError
+from model.errors import DataError, SampleError
 
 SIZE = (96, 64)
 

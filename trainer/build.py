@@ -16,15 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dataset.errors import DataError
 from dataset.features import CacheKey, FeatureCache, format_of
 from dataset.images import NoImages, open_images
-from dataset.sources import SampleSource, open_samples
-from dataset.vlm_dataset import VLMDataset, collate
+from dataset.sources import open_samples
+from dataset.vlm_dataset import SampleSource, VLMDataset, collate
 from machine import cores
 from model.conversation import Renderer, load_tokenizer
 from model.device import bf16_is_fast, why_not_compile
-from model.errors import SampleError, UsageError, first_line
+from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import attend_by_products, load_vision_encoder, patches_per_image
 from model.weights import fingerprints, load_weights, read_sidecar
@@ -120,7 +119,7 @@ def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: S
         raise UsageError(f"--cache_features 1: {error}") from error
     if cache.rebuilt_because:
         ranks.warn(f"notice: the feature cache in {cache.folder} starts anew: {cache.rebuilt_because}")
-    ranks.print(f"feature cache: {cache.folder}, {cache.count:,} pictures, {cache.count * cache.picture_bytes / 1e9:.2f} GB"
+    ranks.print(f"feature cache: {cache.folder}, {cache.count:,} pictures, {cache.count * cache.image_bytes / 1e9:.2f} GB"
                 f" when full; {cache.filled():,} filled")  # fmt: skip
     return cache
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import CLIPImageProcessor
 
 from dataset.images import ImageSource
-from dataset.sources import SampleSource
+from dataset.vlm_dataset import SampleSource
 from model.conversation import Renderer
 from model.layers import rope_tables
 from model.model_minimind import IGNORE_INDEX

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dataset.order import Order, Permutation
+from dataset.sources import Order, Permutation
 
 WINDOW = 64  # global micro-batches that are sorted together
 STEP = 8  # tokens; finer differences stay shuffled: a batch is padded to a multiple of 8 anyway, and the length of a short

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dataset.errors import DataError
 from dataset.images import open_images
-from dataset.sample import Sample
 from dataset.sources import open_samples
-from dataset.vlm_dataset import BadSample, VLMDataset
+from dataset.vlm_dataset import BadSample, Sample, VLMDataset
 from model.conversation import IMAGE_PLACEHOLDER, Turn
-from model.errors import UsageError
+from model.errors import DataError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
 from model.vision import normalize, preprocess

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from dataset.decode import ImageRefused, decode, image_files
+from dataset.images import ImageRefused, decode, image_files
 
 from .models import importing
 

@@ -14,9 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dataset.files import check_output
 from model.errors import SampleError, UsageError, print_anything
-from model.storage import REPOSITORY, home_for_tilde
+from model.storage import REPOSITORY, check_output, home_for_tilde
 from model.weights import weight_name
 
 PICTURES = REPOSITORY / "dataset" / "eval_images"

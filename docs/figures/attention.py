@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.images import load_picture
+from dataset.images import load_image
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
 from model.inference.attention_map import look, overlay, pixels_to_image
@@ -28,7 +28,7 @@ def draw_attention(
     """
     rows = []
     for file in files:
-        pixels = preprocess(load_picture(file, str(file)))
+        pixels = preprocess(load_image(file, str(file)))
         asked = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}"),)
         answer = assistant.generate([asked], [pixels], Sampling(max_new_tokens=64, temperature=0.0))[0]
         seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels], layer, head)

@@ -12,8 +12,8 @@ import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dataset.images import load_picture
-from dataset.sample import parse_sample
+from dataset.images import load_image
+from dataset.vlm_dataset import parse_sample
 from model.conversation import Rendered, Renderer, load_tokenizer
 from model.inference.attention_map import pixels_to_image
 from model.model_minimind import IGNORE_INDEX, find_loss_positions
@@ -60,7 +60,7 @@ def draw_sample(path: Path, file: Path, hidden_size: int, num_hidden_layers: int
     Raises SampleError when the file is no picture, and UsageError for sizes that cannot work.
     """
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    row, picture = {"conversations": turns, "image": file.name}, load_picture(file, str(file))
+    row, picture = {"conversations": turns, "image": file.name}, load_image(file, str(file))
     journey = travel(row, picture, hidden_size, num_hidden_layers)
     canvas = Canvas(1000, 832)
     _draw_line(canvas, row)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dataset.images import load_picture
+from dataset.images import load_image
 from model.errors import UsageError
 from model.inference.attention_map import pixels_to_image
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -58,7 +58,7 @@ def draw_structure(path: Path, file: Path, hidden_size: int, num_hidden_layers: 
     with torch.device("meta"):
         dense, moe = (build(hidden_size, num_hidden_layers, use_moe) for use_moe in (False, True))
     canvas = Canvas(1000, 800)
-    _draw_whole(canvas, dense, pixels_to_image(preprocess(load_picture(file, str(file)))))
+    _draw_whole(canvas, dense, pixels_to_image(preprocess(load_image(file, str(file)))))
     _draw_block(canvas, dense)
     _draw_dense(canvas, dense)
     _draw_experts(canvas, moe)

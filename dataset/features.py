@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # which imports this module
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
 MOST_PENDING = 16  # batches that wait to be written
-PREPROCESSING = 2  # raised when the same file gives other pixels than before
+PREPROCESSING = 3  # raised when the same file gives other pixels than before
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""The MiniMind decoder: a small Llama-like language model as a transformers-native class.
+"""The MiniMind decoder: a small Llama-like language model as a transformers model.
 
-Legend of shapes: B rows of a batch, T tokens of this call, K tokens in cache plus this call, D hidden size,
-H query heads, G key/value heads, d size of a head, V vocabulary, S supervised positions.
+    input_ids [B, T] -> embeddings [B, T, D] -> blocks (attention, feed-forward) -> norm -> lm_head -> logits [B, T, V]
 
-Parts and sources: RMSNorm (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245),
-SwiGLU (2002.05202), YaRN for longer contexts (2309.00071). The Mixture-of-Experts variant is in moe.py.
+Legend of shapes: B rows of a batch, T tokens of this call, K tokens in the cache plus this call, D hidden size,
+H query heads, G key/value heads, d size of a head (D = H * d), V vocabulary, S supervised positions.
+
+Sources: Llama (Touvron et al., arXiv 2302.13971) for the whole; grouped-query attention (2305.13245); SwiGLU
+(2002.05202); the pieces of arithmetic are in layers.py, the mixture of experts in moe.py.
 """
 
 import math
@@ -15,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .layers import GatedSiLU, RMSNorm, apply_rope, causal_attention, rope_tables
+from .layers import RMSNorm, apply_rope, causal_attention, rope_tables
 from .moe import MOEFeedForward, MoEGate
 
-IGNORE_INDEX = -100  # the label of a token that carries no loss
+IGNORE_INDEX = -100  # the label of a token without loss, as F.cross_entropy has it by default
 
 
 class MiniMindConfig(PretrainedConfig):
@@ -47,7 +50,7 @@ class MiniMindConfig(PretrainedConfig):
     rms_norm_eps: float = 1e-5
     rope_parameters: dict | None = None
     hidden_act: str = "silu"
-    initializer_range: float | None = None  # standard deviation of fresh weights; None: 1 / sqrt(hidden_size)
+    initializer_range: float | None = None  # standard deviation of random weights; None: 1 / sqrt(hidden_size)
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
@@ -69,27 +72,25 @@ class MiniMindConfig(PretrainedConfig):
                 raise ValueError(f"{name} {value!r}: a whole number above 0 is wanted")
         if not isinstance(self.rms_norm_eps, float | int) or not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps {self.rms_norm_eps!r}: a number above 0 is wanted")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        for problem, found in {
+            f"hidden_size {self.hidden_size} is not a multiple of {heads} heads": self.hidden_size % heads,
+            f"heads of size {self.head_dim}: an even size is wanted, for rotary positions turn pairs of channels":
+                self.head_dim % 2,
+            f"{heads} query heads cannot share {groups} key/value heads evenly": heads % groups,
+            f"{self.num_experts_per_tok} experts a token out of {self.n_routed_experts} experts":
+                self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts,
+            f"hidden_act {self.hidden_act!r} is unknown; known is 'silu'": self.hidden_act != "silu",
+            f"scoring_func {self.scoring_func!r} is unknown; known is 'softmax'": self.scoring_func != "softmax",
+        }.items():  # fmt: skip
+            if found:
+                raise ValueError(problem)
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
         if self.pad_token_id is None:
             self.pad_token_id = type(self).pad_token_id
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        if self.head_dim % 2:
-            raise ValueError(f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads gives heads of {self.head_dim}:"
-                             " an even size is wanted, for rotary positions turn pairs of channels")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly"
-            )
-        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(f"{self.num_experts_per_tok} experts a token out of {self.n_routed_experts} experts")
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; the feed-forward layers know 'silu'")
-        if self.scoring_func != "softmax":
-            raise ValueError(f"scoring_func {self.scoring_func!r} is unknown; the router knows 'softmax'")
         super().__post_init__(**kwargs)
         if not (theta := (self.rope_parameters or {}).get("rope_theta", self.default_theta)) > 0:
             raise ValueError(f"rope_theta {theta!r}: a number above 0 is wanted")
@@ -99,13 +100,11 @@ class MiniMindConfig(PretrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
 
-def take_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """[B, T, D] -> [S, D] at `rows` int64 [S], indices into B * T; everything when `rows` is None."""
-    return hidden_states if rows is None else hidden_states.flatten(0, 1).index_select(0, rows)
-
-
 class Attention(nn.Module):
-    """Causal grouped-query attention: H query heads read G key/value heads."""
+    """Causal attention: every token takes a weighted mean of the values of the tokens up to itself.
+
+    Grouped queries: H query heads read G key/value heads, H / G each, which makes the cache H / G times smaller.
+    """
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
@@ -123,29 +122,34 @@ class Attention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
-        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states [B, T, D] -> [B, T, D], or [S, D] for `rows` int64 [S], indices into B * T.
+        """hidden_states [B, T, D] -> [B, T, D]; `rope` is cos and sin, [1 or B, 1, T, d] each.
 
         `attention_mask` [B, 1, T, K] is True where attention may look; None stands for plain causal attention, or for
         "look at everything" when a single token follows a cache.
         """
         B, T, D = hidden_states.shape
+        # [B, T, heads * d] -> [B, heads, T, d]: each head attends for itself.
         q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        # Positions enter here alone: queries and keys are turned, values are not.
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if past_key_values is not None:
+        if past_key_values is not None:  # keys and values of earlier tokens are kept, not computed again: [B, G, K, d]
             k, v = past_key_values.update(k, v, self.layer_idx)
         if attention_mask is None and T > 1:
             out = causal_attention(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=True)
-        return self.o_proj(take_rows(out.transpose(1, 2).reshape(B, T, D), rows))
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))  # heads side by side again, and mixed
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), each token by itself; [..., D] -> [..., D].
+
+    The gate decides how much of each of `intermediate_size` channels passes. 8/3 D of them for three matrices are as
+    many weights as the classic 4 D for two.
+    """
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
@@ -154,11 +158,15 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class MiniMindBlock(nn.Module):
-    """Pre-norm block: attention, then the feed-forward layer (dense, or a mixture of experts)."""
+class MiniMindBlock(GradientCheckpointingLayer):
+    """Attention moves information between tokens, the feed-forward layer works on each by itself.
+
+    Both add to the residual stream, which runs from the embedding to the head unscaled: only what a layer reads is
+    normed ("pre-norm"), which keeps gradients even in deep stacks.
+    """
 
     def __init__(self, config: MiniMindConfig, layer_idx: int):
         super().__init__()
@@ -168,16 +176,10 @@ class MiniMindBlock(nn.Module):
         self.mlp = MOEFeedForward(config, expert_class=FeedForward) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
 
-    def forward(self, hidden_states, rope, attention_mask, past_key_values, token_mask, rows=None):
-        """Returns hidden states [B, T, D] and the router's auxiliary loss (None in a dense block or in eval mode).
-
-        `rows` int64 [S] are the only positions (indices into B * T) whose output anybody reads: [S, D] comes back, and
-        the feed-forward layer works on these alone. A dense block's business: a router's loss depends on all tokens.
-        """
+    def forward(self, hidden_states, rope, attention_mask, token_mask, past_key_values=None):
+        """Returns hidden states [B, T, D] and the router's auxiliary loss (None in a dense block or in eval mode)."""
         normed = self.input_layernorm(hidden_states)
-        hidden_states = take_rows(hidden_states, rows) + self.self_attn(
-            normed, rope, attention_mask, past_key_values, rows
-        )
+        hidden_states = hidden_states + self.self_attn(normed, rope, attention_mask, past_key_values)
         normed = self.post_attention_layernorm(hidden_states)
         update, aux_loss = self.mlp(normed, token_mask) if self.use_moe else (self.mlp(normed), None)
         return hidden_states + update, aux_loss
@@ -205,16 +207,12 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers' own, but strict: raises ValueError where that would start weights afresh or leave some out."""
-        kwargs["ignore_mismatched_sizes"] = True  # to be named below rather than in a table
+        """As transformers' own, but strict: raises ValueError for weights missing, unexpected or of another shape,
+        rather than leaving random ones in their place."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        shapes = [f"{name} {tuple(theirs)}, the model has {tuple(ours)}"
-                  for name, theirs, ours in sorted(info["mismatched_keys"])]  # fmt: skip
-        kinds = {"missing": sorted(info["missing_keys"] - {shape[0] for shape in info["mismatched_keys"]}),
-                 "unexpected": sorted(info["unexpected_keys"]), "of another shape": shapes}  # fmt: skip
-        problems = [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
-        if problems:
-            raise ValueError(f"{model.name_or_path} does not fit its config.json: weights {'; '.join(problems)}")
+        kinds = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"])}
+        if problems := [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]:
+            raise ValueError(f"{model.name_or_path} does not fit its config.json: weights {', '.join(problems)}")
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -231,7 +229,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MiniMindBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False  # switched by activation_checkpointing_enable()
         self.post_init()
 
     def forward(
@@ -243,36 +240,33 @@ class MiniMindModel(MiniMindPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        rows: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> MiniMindModelOutput:
-        """`input_ids` [B, T] or `inputs_embeds` [B, T, D] -> hidden states [B, T, D], or [S, D] of the positions
-        `rows` int64 [S] (indices into B * T), which saves the last block most of its work.
+        """`input_ids` [B, T] or `inputs_embeds` [B, T, D] -> hidden states [B, T, D].
 
-        `attention_mask` [B, K] is 1 for real tokens and 0 for padding, on either side. Rows padded on the right need
-        none for right results: causal attention never looks ahead. For the routers' auxiliary loss `token_mask` [B, T]
-        then tells real tokens from padding; by default it is the attention mask. `position_ids` int64 [1 or B, T] follow
-        the cache by default; rotary attention depends on distances alone, so padding on the left need not change them.
+        `attention_mask` [B, K] is 1 for real tokens and 0 for padding, on either side; rows padded on the right do not
+        need it, for causal attention never looks ahead. `token_mask` [B, T] tells the routers' auxiliary loss real
+        tokens from padding; by default it is the attention mask. `position_ids` int64 [1 or B, T] continue the cache
+        by default; rotary attention depends on distances alone, so padding on the left need not change them.
         Raises ValueError unless exactly one of ids and embeddings is given, and for positions of another length.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        recomputes = self.gradient_checkpointing and self.training  # blocks run twice, and would fill a cache twice
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and past_key_values is None and not recomputes:
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         T = inputs_embeds.shape[1]
         if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != T):
             raise ValueError(f"position_ids {tuple(position_ids.shape)}: [1 or B, {T}] is wanted, one for each token")
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=position_ids,  # not the default ones: looking for packed sequences in them waits for the device
-        )  # fmt: skip
+        # None where plain causal attention is meant. Default positions are not given: to look for packed sequences in
+        # them would wait for the device.
+        mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                                  past_key_values=past_key_values, position_ids=position_ids)  # fmt: skip
         if position_ids is None:
             position_ids = torch.arange(T, device=inputs_embeds.device).unsqueeze(0) + past
         rope = [table.unsqueeze(1) for table in rope_tables(self.config, position_ids)]  # [1 or B, 1, T, d]
@@ -283,16 +277,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 inputs.append(hidden_states)
-            last_rows = rows if layer is self.layers[-1] and not self.config.use_moe else None
-            arguments = (hidden_states, rope, mask, past_key_values, token_mask, last_rows)
-            if recomputes:
-                hidden_states, aux_loss = self._gradient_checkpointing_func(layer.__call__, *arguments)
-            else:
-                hidden_states, aux_loss = layer(*arguments)
+            hidden_states, aux_loss = layer(hidden_states, rope, mask, token_mask, past_key_values=past_key_values)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
-        if self.config.use_moe:
-            hidden_states = take_rows(hidden_states, rows)
         hidden_states = self.norm(hidden_states)
         return MiniMindModelOutput(
             last_hidden_state=hidden_states,
@@ -303,7 +290,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
 
 def find_loss_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Indices int64 [S] into B * T of the positions that predict a supervised token of `labels` [B, T]."""
+    """Indices int64 [S] into B * T of the positions before supervised tokens of `labels` [B, T]: they predict these."""
     supervised = labels.new_zeros(labels.shape, dtype=torch.bool)
     supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return supervised.flatten().nonzero().squeeze(1)
@@ -340,34 +327,35 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         loss_positions: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast:
-        """Next-token logits [B, T, V], and the loss when `labels` are given; arguments as transformers' models take them.
+        """Next-token logits [B, T, V], and the loss when `labels` are given; the arguments of transformers' models.
 
         `labels` int64 [B, T] stand where their tokens stand (the shift happens inside) and are -100 where there is no
-        loss. `logits_to_keep=n` (or an index tensor) asks for the last n positions, [B, n, V]. `loss_positions` int64 [S],
-        indices into B * T of the positions that predict the supervised tokens of `labels` (see `find_loss_positions`),
-        ask for these alone: `logits` are [S, V], in reading order, which saves work, memory, and a search that an
-        accelerator would have to wait for. `hidden_states` are the blocks' inputs and the last hidden states.
+        loss. `logits_to_keep=n` (or an index tensor) asks for the last n positions: [B, n, V]. `loss_positions`,
+        int64 [S] from `find_loss_positions`, asks for these alone: `logits` are [S, V], in reading order.
         `loss` is the sum of the cross-entropies over `num_items_in_batch`, by default the number of supervised tokens
         (0 when there is none); `aux_loss` is the routers' auxiliary loss in training, not included in `loss`.
         Raises ValueError for labels of another shape than the tokens, and for `output_attentions`.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions: attention weights are never made here; model.inference.attention_map computes them")
+            raise ValueError("output_attentions: no layer keeps them; model.inference.attention_map computes attention")
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
-            loss_positions, token_mask,
+            token_mask,
         )  # fmt: skip
         hidden_states, loss = outputs.last_hidden_state, None
+        if labels is not None and labels.shape != hidden_states.shape[:2]:
+            raise ValueError(f"labels {tuple(labels.shape)}, but tokens {tuple(hidden_states.shape[:2])}")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if labels is None:
-            logits = self.lm_head(hidden_states if loss_positions is not None else hidden_states[:, kept])
+        if loss_positions is not None:
+            # [S, D] -> [S, V]: most tokens are image and question, whose predictions nobody reads. Worth 1.14x.
+            predictions = logits = self.lm_head(hidden_states.flatten(0, 1).index_select(0, loss_positions))
+        elif labels is not None:
+            logits, loss_positions = self.lm_head(hidden_states), find_loss_positions(labels)
+            predictions, logits = logits.flatten(0, 1).index_select(0, loss_positions), logits[:, kept]
         else:
-            predictions = logits = self.lm_head(hidden_states)
-            if loss_positions is None:
-                if labels.shape != logits.shape[:2]:
-                    raise ValueError(f"labels {tuple(labels.shape)}, but tokens {tuple(logits.shape[:2])}")
-                loss_positions, logits = find_loss_positions(labels), logits[:, kept]
-                predictions = take_rows(predictions, loss_positions)
+            logits = self.lm_head(hidden_states[:, kept])
+        if labels is not None:
+            # The position before a token predicts it. In fp32: a sum of many small exponentials.
             count = max(1, len(loss_positions)) if num_items_in_batch is None else num_items_in_batch
             targets = labels.flatten()[loss_positions + 1]
             loss = F.cross_entropy(predictions.float(), targets, reduction="sum") / count

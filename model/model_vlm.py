@@ -1,7 +1,11 @@
-"""The vision-language model: patch vectors take the place of image placeholders, the rest is the decoder.
+"""The vision-language model: patch vectors take the places of image placeholders, the rest is the decoder.
 
-Legend of shapes: B rows, T tokens, N pictures of the whole batch in reading order, P = 196 patches of a picture,
-W width of the vision tower, D of the decoder.
+    input_ids [B, T] -> token embeddings [B, T, D] ----------------------+
+    pixel_values -> vision encoder [N, P, W] -> projector [N, P, D] -----+-> splice [B, T, D] -> decoder -> logits [B, T, V]
+
+Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, P = 196 patches of an image,
+W width of the vision encoder, D of the decoder, V vocabulary.
+Source: LLaVA (Liu et al., arXiv 2304.08485): a frozen encoder, one projector, a language model.
 """
 
 from pathlib import Path
@@ -14,28 +18,28 @@ from transformers.utils.hub import cached_file
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
 from .vision import VisionProj, encode_images, load_vision_encoder, patches_per_image, save_vision_encoder
 
-VISION_FOLDER = "vision_model"  # of a transformers folder: the tower that it brings along
-# What configuration files of the original project hold and nobody here needs to know.
+VISION_FOLDER = "vision_model"  # holds the vision encoder, inside a folder in transformers format
+# Keys of the original project's configuration files that have no meaning here.
 PUBLISHED_EXTRAS = ("auto_map", "dropout", "flash_attn", "image_special_token", "inference_rope_scaling")
 
 
 class VLMConfig(MiniMindConfig):
-    """The decoder's configuration and how pictures enter it.
+    """The decoder's configuration and how images enter it.
 
-    Reads the original project's configuration files as well: their `image_ids` say which token stands for a picture,
-    and how often.
+    Reads the original project's configuration files as well: their `image_ids` say which token stands for an image, and
+    how often.
     """
 
     model_type = "minimind-v"
 
     image_token_id: int = 34  # "@" in the published tokenizer and in ours
-    image_tokens: int = 196  # placeholders, and patch vectors, of one picture
+    image_tokens: int = 196  # placeholders, and patch vectors, of one image
     vision_hidden_size: int = 768
 
     def __post_init__(self, image_ids: list[int] | None = None, **kwargs):
         if image_ids is not None:
             if len(set(image_ids)) != 1:
-                raise ValueError(f"image_ids hold {len(set(image_ids))} different tokens; a picture is a run of one")
+                raise ValueError(f"image_ids hold {len(set(image_ids))} different tokens; an image is a run of one")
             self.image_token_id, self.image_tokens = image_ids[0], len(image_ids)
         super().__post_init__(**{name: value for name, value in kwargs.items() if name not in PUBLISHED_EXTRAS})
 
@@ -43,19 +47,16 @@ class VLMConfig(MiniMindConfig):
 def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
     """Indices int64 [N * P] into the flattened ids [B * T]: the non-overlapping leftmost runs of P placeholders.
 
-    For callers that know ids only. The renderer records positions itself, so that no user's text can look like a
-    picture.
+    For callers that know ids only. The renderer records positions itself, so that no user's text can pass for an image.
     """
     positions = []
     for row, ids in enumerate((input_ids == image_token_id).tolist()):
-        start = run = 0
+        run = 0  # placeholders in a row, up to this column
         for column, is_placeholder in enumerate(ids):
-            if not is_placeholder:
-                run = 0
-                continue
-            start, run = (column, 1) if run == 0 else (start, run + 1)
+            run = run + 1 if is_placeholder else 0
             if run == image_tokens:
-                positions.append(torch.arange(start, start + run) + row * input_ids.shape[1])
+                end = row * input_ids.shape[1] + column + 1
+                positions.append(torch.arange(end - image_tokens, end))
                 run = 0
     flat = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
     return flat.to(input_ids.device)
@@ -66,28 +67,26 @@ def splice_image_features(
 ) -> torch.Tensor:
     """`features` [N, P, D] at `image_positions` [N * P] (indices into B * T) of `inputs_embeds` [B, T, D].
 
-    Raises ValueError when pictures and places do not match.
+    Raises ValueError when the numbers of images and of positions do not match.
     """
     N, P, D = features.shape
     if image_positions.numel() != N * P:
-        raise ValueError(
-            f"{N} pictures ({N * P} patch vectors), but places for {image_positions.numel() / P:g}"
-            f" ({image_positions.numel()} placeholder positions)"
-        )
+        raise ValueError(f"{N} images ({N * P} patch vectors), but image positions for {image_positions.numel() / P:g}"
+                         f" ({image_positions.numel()} placeholder tokens)")  # fmt: skip
+    # Out of place, so that gradients reach the projector through the copied rows, and the embedding through the others.
     flat = inputs_embeds.reshape(-1, D)
     return flat.index_copy(0, image_positions, features.reshape(-1, D).to(flat.dtype)).view_as(inputs_embeds)
 
 
 class MiniMindVLM(MiniMindForCausalLM):
-    """Decoder, projector, and a frozen vision tower that is held but not owned.
+    """Decoder, projector, and a frozen vision encoder that is held but is no submodule.
 
-    The tower is no submodule: it appears in neither `parameters()` nor `state_dict()`, and `train()` cannot wake it.
-    It does follow the model to its device, and into its transformers folder. Without one, the model reads text and
-    ready-made `image_features`.
+    The encoder appears in neither `parameters()` nor `state_dict()`, and `train()` does not reach it. It does follow the
+    model to its device, and into its transformers folder. Without one, the model reads text and `image_features`.
     """
 
     config_class = VLMConfig
-    _keys_to_ignore_on_load_unexpected = [r"^vision_encoder\."]  # published full checkpoints carry the tower
+    _keys_to_ignore_on_load_unexpected = [r"^vision_encoder\."]  # some published checkpoints hold it
 
     def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
         super().__init__(config)
@@ -96,12 +95,12 @@ class MiniMindVLM(MiniMindForCausalLM):
         self.post_init()
 
     def attach_vision_encoder(self, vision_encoder: CLIPVisionModel | None) -> None:
-        """Raises ValueError when the tower's width or number of patches is not the configuration's."""
+        """Raises ValueError when the encoder's width or number of patches is not the configuration's."""
         if vision_encoder is not None:
             width, patches = vision_encoder.config.hidden_size, patches_per_image(vision_encoder)
             if (width, patches) != (self.config.vision_hidden_size, self.config.image_tokens):
                 raise ValueError(
-                    f"the vision tower gives {patches} patch vectors of width {width}; the model was made for"
+                    f"the vision encoder gives {patches} patch vectors of width {width}; the model was made for"
                     f" {self.config.image_tokens} of width {self.config.vision_hidden_size}"
                 )
             vision_encoder.eval().requires_grad_(False)
@@ -109,36 +108,36 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers' own, with the vision tower if the folder (or repository) brings one, in the number format it
+        """As transformers' own, with the vision encoder if the folder (or repository) brings one, in the number format it
         was saved in unless a `dtype` is given. Raises ValueError for weights that do not fit the configuration, and
-        UsageError for a broken tower."""
+        UsageError for a damaged encoder."""
         place = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        # Both files, so that those of a repository lie side by side.
+        # Both files: those of a repository are fetched into one folder of the cache.
         files = [cached_file(name, f"{VISION_FOLDER}/{file}", _raise_exceptions_for_missing_entries=False, **place)
                  for file in ("config.json", "model.safetensors")]  # fmt: skip
         if all(files):
-            tower = load_vision_encoder(Path(files[0]).parent).to(model.device)
-            model.attach_vision_encoder(tower.to(model.dtype) if dtype not in (None, "auto") else tower)
+            encoder = load_vision_encoder(Path(files[0]).parent).to(model.device)
+            model.attach_vision_encoder(encoder.to(model.dtype) if dtype not in (None, "auto") else encoder)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """As transformers' own, and the vision tower in a folder within."""
+        """As transformers' own, with the vision encoder in a folder inside."""
         super().save_pretrained(save_directory, **kwargs)
         if self.vision_encoder is not None and kwargs.get("is_main_process", True):
             save_vision_encoder(self.vision_encoder, Path(save_directory) / VISION_FOLDER)
 
     def _apply(self, fn, recurse=True):
-        """Moves the tower along when the model moves."""
+        """Moves the encoder along when the model moves (`to`, `cuda`, `half`)."""
         if self.vision_encoder is not None:
             self.vision_encoder._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch vectors [N, P, W] of pictures [N, 3, 224, 224]; raises ValueError when there is no tower."""
+        """Patch vectors [N, P, W] of images [N, 3, 224, 224]; raises ValueError when there is no vision encoder."""
         if self.vision_encoder is None:
-            raise ValueError("pictures were given, but the model has no vision tower; attach one, or give features")
+            raise ValueError("images were given, but the model has no vision encoder; attach one, or give features")
         return encode_images(self.vision_encoder, pixel_values)
 
     def embed(
@@ -148,13 +147,13 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_positions: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token embeddings [B, T, D] with the pictures' projected patch vectors in their places."""
+        """Token embeddings [B, T, D] with the images' projected patch vectors at their positions."""
         inputs_embeds = self.model.embed_tokens(input_ids)
         if image_features is None and pixel_values is not None and len(pixel_values):
             image_features = self.encode_images(pixel_values)
         if image_features is None or len(image_features) == 0:
             if self.training:
-                # Every parameter takes part in every step: under DDP a rank without pictures would else leave the
+                # Every parameter takes part in every step: under DDP a rank without images would otherwise leave the
                 # projector without a gradient, and the others waiting for it.
                 blank = inputs_embeds.new_zeros(1, self.config.vision_hidden_size)
                 inputs_embeds = inputs_embeds + 0.0 * self.vision_proj(blank).sum()
@@ -179,15 +178,15 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """As the decoder's forward, with all its keyword arguments, and with pictures.
+        """As the decoder's forward, with all its keyword arguments, and with images.
 
-        `pixel_values` [N, 3, 224, 224], normalised, are all pictures of the batch in reading order; `image_features`
-        [N, P, W] are the tower's output for them, to skip it. `image_positions` int64 [N * P] are indices into the
-        flattened [B * T] ids; None means the leftmost runs of P placeholder ids.
-        Raises ValueError when pictures and places do not match, with both counts, and for pictures beside embeddings.
+        `pixel_values` [N, 3, 224, 224], normalized, are all images of the batch in reading order; `image_features`
+        [N, P, W] are the encoder's output for them, to skip it. `image_positions` int64 [N * P] are indices into the
+        flattened ids [B * T]; None means the leftmost runs of P placeholder ids.
+        Raises ValueError when the numbers of images and positions do not match, and for images next to embeddings.
         """
         if inputs_embeds is not None and (pixel_values is not None or image_features is not None):
-            raise ValueError("pictures go with input_ids; inputs_embeds hold them already (see `embed`)")
+            raise ValueError("images go with input_ids; inputs_embeds hold them already (see `embed`)")
         if input_ids is not None and inputs_embeds is None:
             input_ids, inputs_embeds = None, self.embed(input_ids, pixel_values, image_positions, image_features)
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
@@ -196,10 +195,10 @@ class MiniMindVLM(MiniMindForCausalLM):
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, image_mask=None, image_features=None, **kwargs
     ):
-        """As transformers' own: pictures enter with the prompt, or what the cache does not hold of it; later steps read
-        them from the cache. `image_mask` and `image_features` come from `_expand_inputs_for_generation`.
+        """As transformers' own: images enter with the prompt, or with what the cache does not hold of it; later steps
+        read them from the cache. `image_mask` and `image_features` come from `_expand_inputs_for_generation`.
 
-        Raises ValueError for a prompt with pictures that is read in chunks.
+        Raises ValueError for a prompt with images that is read in chunks.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
@@ -207,7 +206,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         if image_mask is None or (kwargs.get("use_cache", True) and not is_first_iteration):
             return inputs
         if input_ids.shape[1] < image_mask.shape[1]:
-            raise ValueError("prefill_chunk_size: a prompt with pictures is read as a whole; leave it out")
+            raise ValueError("prefill_chunk_size: a prompt with images is read as a whole; leave it out")
         T = inputs["input_ids"].shape[1]
         rows, columns = image_mask.nonzero(as_tuple=True)
         columns = columns - (input_ids.shape[1] - T)  # the cache holds those below 0
@@ -216,21 +215,24 @@ class MiniMindVLM(MiniMindForCausalLM):
         return {**inputs, "image_features": features, "image_positions": (rows * T + columns)[seen]}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Encodes pictures, once, and repeats a row's with the row: for beams and `num_return_sequences`. Their places
-        are kept as `image_mask` bool [B, T], which holds while rows grow and repeat."""
-        pixels, positions, features = (kwargs.pop(name, None) for name in ("pixel_values", "image_positions", "image_features"))
+        """Encodes images once, and repeats a row's images with the row, for beams and `num_return_sequences`. Their
+        positions are kept as `image_mask` bool [B, T], which stays right while rows grow and repeat."""
+        given = (kwargs.pop(name, None) for name in ("pixel_values", "image_positions", "image_features"))
+        pixels, positions, features = given
         if features is None and pixels is not None:
             features = self.encode_images(pixels)
         if features is not None and len(features):
+            P = features.shape[1]
             if positions is None:
                 positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
-            mask = torch.zeros_like(input_ids, dtype=torch.bool).view(-1).index_fill(0, positions, True).view_as(input_ids)
+            mask = torch.zeros_like(input_ids, dtype=torch.bool)
+            mask.view(-1)[positions] = True
             mask &= input_ids == self.config.image_token_id
-            if mask.sum() != features.shape[:2].numel():
-                raise ValueError(f"{len(features)} pictures, but places for {mask.sum() / features.shape[1]:g} among the placeholders"
-                                 " of input_ids; image_positions count through all rows, so a batch cannot be put together"
-                                 " from several (as a pipeline's batch_size does)")  # fmt: skip
-            rows = features.split((mask.sum(1) // features.shape[1]).tolist())
+            if mask.sum() != len(features) * P:
+                raise ValueError(f"{len(features)} images, but image positions for {mask.sum() / P:g} among the placeholders"
+                                 " of input_ids; image_positions count through all rows, so batches cannot be joined by"
+                                 " their rows (as a pipeline's batch_size does)")  # fmt: skip
+            rows = features.split((mask.sum(1) // P).tolist())  # the images of each row
             features = torch.cat([row for row in rows for _ in range(expand_size)])
             kwargs["image_mask"] = mask
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)

@@ -25,7 +25,7 @@ def text(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def with_images(pattern: list[list[int]], tail: int = 5) -> torch.Tensor:
-    """ids [B, T] with pictures after the given numbers of text tokens, e.g. [[3, 0]]: 3 tokens, picture, picture."""
+    """ids [B, T] with images after the given numbers of text tokens, e.g. [[3, 0]]: 3 tokens, image, image."""
     rows = []
     for row, gaps in enumerate(pattern):
         parts = [part for gap in gaps for part in (text(1, gap, row)[0], torch.full((P,), 34))]
@@ -261,11 +261,11 @@ def test_impossible_sizes_are_refused(wrong):
         VLMConfig(**({"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2} | wrong))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", [[[2]], [[2, 3]], [[0, 0, 0]], [[2], [4]], [[1, 0], [0, 2]], [[1, 1, 0], [2, 0, 0]], [[3, 0], [2]]])
-def test_each_picture_lands_in_its_own_place(pattern):
+def test_each_image_lands_at_its_own_positions(pattern):
     model, ids = make_model().eval(), with_images(pattern)
     N = sum(map(len, pattern))
     features = torch.randn(N, P, 24)
@@ -296,11 +296,11 @@ def test_runs_are_leftmost_and_do_not_overlap():
 
 def test_counts_that_do_not_match_are_named():
     model, ids = make_model(), with_images([[2]])
-    with pytest.raises(ValueError, match=r"2 pictures .* places for 1 "):
+    with pytest.raises(ValueError, match=r"2 images .* positions for 1 "):
         model(ids, image_features=torch.randn(2, P, 24))
-    with pytest.raises(ValueError, match=r"1 pictures .* places for 0 "):
+    with pytest.raises(ValueError, match=r"1 images .* positions for 0 "):
         model(text(1, 9), image_features=torch.randn(1, P, 24))
-    with pytest.raises(ValueError, match="no vision tower"):
+    with pytest.raises(ValueError, match="no vision encoder"):
         model(ids, pixel_values=torch.randn(1, 3, 224, 224))
 
 
@@ -311,16 +311,16 @@ def test_splice_gradient_reaches_features_and_text_alone():
     assert embeds.grad[0, :, 0].tolist() == [1, 1, 0, 0, 0, 1, 1, 1, 1, 1]
 
 
-def test_the_tower_is_held_but_not_owned():
-    tower = make_vision_encoder()
-    model = make_model(tower=tower).train()
+def test_the_vision_encoder_is_held_but_is_no_submodule():
+    encoder = make_vision_encoder()
+    model = make_model(tower=encoder).train()
     model.to(torch.float64)
-    assert not tower.training and not any(p.requires_grad for p in tower.parameters())
-    assert tower.dtype == torch.float64, "the tower follows the model"
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert encoder.dtype == torch.float64, "the encoder follows the model"
     assert not any("vision_encoder" in name for name, _ in [*model.named_parameters(), *model.state_dict().items()])
-    assert copy.deepcopy(model).vision_encoder is not tower
+    assert copy.deepcopy(model).vision_encoder is not encoder
     with pytest.raises(ValueError, match="width 24"):
-        make_model(tower=tower, vision_hidden_size=768)
+        make_model(tower=encoder, vision_hidden_size=768)
 
 
 def test_text_only_batches_give_every_parameter_a_gradient():
@@ -343,7 +343,7 @@ def seeing():
 
 
 def batch_with_images(model, pattern: list[list[int]]) -> dict:
-    """Inputs as the processor gives them: padded on the left, with the places of pictures; a run of "@" is text."""
+    """Inputs as the processor gives them: padded on the left, with the places of images; a run of "@" is text."""
     ids = with_images(pattern)
     lengths = [len(gaps) * P + sum(gaps) + 5 for gaps in pattern]
     ids = torch.stack([row.roll(ids.shape[1] - length) for row, length in zip(ids, lengths, strict=True)])
@@ -355,7 +355,7 @@ def batch_with_images(model, pattern: list[list[int]]) -> dict:
 
 
 def by_full_forwards(model, given: dict, row: int, first: int, count: int) -> list[int]:
-    """The definition: the row alone, without padding, all tokens through the model for every new one; its pictures are
+    """The definition: the row alone, without padding, all tokens through the model for every new one; its images are
     `count` from `first` on."""
     T = given["input_ids"].shape[1]
     ids = given["input_ids"][row : row + 1, given["attention_mask"][row] == 1]
@@ -399,9 +399,9 @@ def test_rows_of_a_batch_get_the_answers_of_each_alone(seeing, given, way):
     assert out.tolist() == [tokens for tokens in expected for _ in range(repeat)]
 
 
-def test_pictures_that_a_cache_holds_are_not_read_again(seeing):
-    """A conversation goes on: the whole text and all pictures are given again, with the cache of the first answer; also
-    when a picture was read in part."""
+def test_images_that_a_cache_holds_are_not_read_again(seeing):
+    """A conversation goes on: the whole text and all images are given again, with the cache of the first answer; also
+    when a image was read in part."""
     batch = batch_with_images(seeing, [[2, 1]])
     ids, more = batch["input_ids"], {name: batch[name] for name in ("pixel_values", "image_positions")}
     expected = seeing.generate(ids, **more, **GREEDY)
@@ -420,14 +420,14 @@ def test_pictures_that_a_cache_holds_are_not_read_again(seeing):
 
 
 def test_text_alone_is_answered_with_and_without_a_cache(seeing):
-    ids = torch.full((2, P + 20), 34)  # looks like a picture, and is none
+    ids = torch.full((2, P + 20), 34)  # looks like a image, and is none
     ids[0, :3], ids[1, 7:9] = 100, 200
     expected = seeing.generate(ids, **GREEDY)
     assert torch.equal(seeing.generate(ids, **GREEDY, use_cache=False), expected)
     assert torch.equal(seeing.generate(ids, **GREEDY, prefill_chunk_size=50), expected)
     out = seeing.generate(ids, **GREEDY, output_hidden_states=True, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected) and len(out.hidden_states[0]) == 3 and len(out.logits) == 5
-    with pytest.raises(ValueError, match=r"1 pictures.* places for 2"):
+    with pytest.raises(ValueError, match=r"1 images.* positions for 2"):
         seeing.generate(ids, pixel_values=torch.zeros(1, 3, 224, 224), num_beams=2, **GREEDY)
 
 

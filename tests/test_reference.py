@@ -68,7 +68,7 @@ def test_dense_logits_loss_and_gradients(reference, case):
         assert (gradients[name] - recorded).abs().max() < 1e-5 * recorded.abs().max()
 
 
-def test_pictures_give_the_recorded_features_and_logits(reference, tower):
+def test_images_give_the_recorded_features_and_logits(reference, tower):
     tensors, given = inputs(reference, "dense", "one_image")
     pixels = tensors["pixel_values"].flatten(0, 1).float() / 8
     assert (encode_images(tower, pixels) - given["image_features"]).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""The vision tower: folders as transformers writes them, whole CLIP models, and folders that hold none."""
+"""The vision encoder: folders as transformers writes them, whole CLIP models, and folders that hold none."""
 
 import json
 from pathlib import Path
@@ -44,20 +44,20 @@ def clip_layout(request, clip_folder, tmp_path_factory) -> Path:
 
 
 def test_a_whole_clip_model_gives_its_vision_half(clip_layout, clip_folder):
-    tower = load_vision_encoder(clip_layout)
-    assert type(tower) is CLIPVisionModel and not tower.training
-    assert 85_000_000 < sum(p.numel() for p in tower.parameters()) < 87_000_000
-    assert not any("text" in name for name, _ in tower.named_parameters())
-    assert not any(p.requires_grad for p in tower.parameters())
+    encoder = load_vision_encoder(clip_layout)
+    assert type(encoder) is CLIPVisionModel and not encoder.training
+    assert 85_000_000 < sum(p.numel() for p in encoder.parameters()) < 87_000_000
+    assert not any("text" in name for name, _ in encoder.named_parameters())
+    assert not any(p.requires_grad for p in encoder.parameters())
     pixels = torch.randn(2, 3, 224, 224)
-    features = encode_images(tower, pixels)
+    features = encode_images(encoder, pixels)
     assert features.shape == (2, 196, 768) and not features.requires_grad
     with torch.no_grad():
         whole = CLIPModel.from_pretrained(clip_folder).eval().vision_model(pixel_values=pixels)
     assert (features - whole.last_hidden_state[:, 1:]).abs().max() < 1e-4
 
 
-def test_folders_that_hold_no_tower_say_so(tmp_path):
+def test_folders_that_hold_no_vision_encoder_say_so(tmp_path):
     with pytest.raises(UsageError, match=r"(?s)hf download openai/clip-vit-base-patch16.*tiny-clip"):
         load_vision_encoder(tmp_path / "nothing")
     make_vision_encoder().save_pretrained(tmp_path / "part")
@@ -70,7 +70,7 @@ def test_folders_that_hold_no_tower_say_so(tmp_path):
     save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="1 weights missing"):
         load_vision_encoder(tmp_path / "part")
-    (tmp_path / "part" / "model.safetensors").write_bytes(b"torn")
+    (tmp_path / "part" / "model.safetensors").write_bytes(b"corrupt")
     with pytest.raises(UsageError, match="cannot load"):
         load_vision_encoder(tmp_path / "part")
 
@@ -84,17 +84,17 @@ def test_fingerprint_is_of_the_weights(tmp_path):
 
 def test_encoders_are_written_by_the_names_that_every_release_reads(tmp_path):
     """transformers 4 leaves weights of other names at random values, and says so only in a warning."""
-    tower, model = make_vision_encoder(), TinyCLIP()
-    save_vision_encoder(tower, tmp_path / "ours")
-    make_model(tower=tower).save_pretrained(tmp_path / "model")
+    encoder, model = make_vision_encoder(), TinyCLIP()
+    save_vision_encoder(encoder, tmp_path / "ours")
+    make_model(tower=encoder).save_pretrained(tmp_path / "model")
     save(model, tmp_path / "clip")
     for folder in (tmp_path / "ours", tmp_path / "model" / "vision_model", tmp_path / "clip", TINY_CLIP):
         names = set(load_file(folder / "model.safetensors"))
         assert names == {f"vision_model.{name}" for name in load_vision_encoder(folder).state_dict()}, folder
-    tower.save_pretrained(tmp_path / "new names")
+    encoder.save_pretrained(tmp_path / "new names")
     assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "new names" / "model.safetensors"))
     prints = {vision_encoder_fingerprint(load_vision_encoder(tmp_path / name)) for name in ("ours", "model/vision_model", "new names")}
-    assert prints == {vision_encoder_fingerprint(tower)}
+    assert prints == {vision_encoder_fingerprint(encoder)}
     assert vision_encoder_fingerprint(load_vision_encoder(TINY_CLIP)) == "3209d5e00bdb0d40", "sidecars hold it"
 
 
@@ -108,9 +108,9 @@ def test_a_fingerprint_is_the_same_in_releases_that_keep_the_prefix_in_memory():
     assert vision_encoder_fingerprint(Classic()) == vision_encoder_fingerprint(make_vision_encoder())
 
 
-def test_the_demo_tower_is_what_its_readme_says():
-    tower = load_vision_encoder(TINY_CLIP)
-    assert sum(p.numel() for p in tower.parameters()) == 1_965_696
+def test_the_demos_vision_encoder_is_what_its_readme_says():
+    encoder = load_vision_encoder(TINY_CLIP)
+    assert sum(p.numel() for p in encoder.parameters()) == 1_965_696
     assert (TINY_CLIP / "model.safetensors").stat().st_size < 8 * 2**20
     assert {tensor.dtype for tensor in load_file(TINY_CLIP / "model.safetensors").values()} == {torch.float16}
-    assert encode_images(tower, torch.zeros(1, 3, 224, 224)).shape == (1, 196, 192)
+    assert encode_images(encoder, torch.zeros(1, 3, 224, 224)).shape == (1, 196, 192)

@@ -28,9 +28,9 @@ from model.storage import REPOSITORY
 from trainer import build, distributed
 from trainer.build import build_model, freeze, open_cache
 from trainer.config import TrainConfig
+from trainer.guards import StopRequest
 from trainer.loop import Trainer
 from trainer.plain import PlainDataset, plain_loss, plain_update
-from trainer.signals import StopRequest
 
 FLAGS = {  # the scripts' own
     "pretrain": {"batch_size": 16, "max_seq_len": 640, "freeze_llm": 1, "learning_rate": 4e-4},

@@ -18,8 +18,8 @@ from model.storage import read_at, write_at
 from tests.conftest import REPOSITORY, run_script, training_flags
 from trainer import distributed
 from trainer.build import worker_count
+from trainer.loop import compute_loss
 from trainer.main import main
-from trainer.objective import Objective
 
 SCRIPTS = ["train_pretrain_vlm.py", "train_sft_vlm.py", "eval_vlm.py", "web_demo_vlm.py"]
 TOOLS = ["dataset.demo", "dataset.validate", "dataset.convert", "model.convert", "model.recipes.train_tokenizer", "model.recipes.train_tiny_clip",
@@ -222,13 +222,13 @@ SHORT = {
 def test_memory_that_runs_out_is_told_with_what_needs_less(kind, monkeypatch, capsys, data, encoder_folder, tmp_path):
     """At the first update, then after a save."""
     flags = training_flags(data, encoder_folder, tmp_path, num_workers=0, save_interval=1)
-    plain, calls = Objective.__call__, []
+    calls = []
 
-    def short(self, *arguments):
+    def short(*arguments):
         calls.append(0)
-        return SHORT[kind]() if len(calls) in (1, 5) else plain(self, *arguments)
+        return SHORT[kind]() if len(calls) in (1, 5) else compute_loss(*arguments)
 
-    monkeypatch.setattr(Objective, "__call__", short)
+    monkeypatch.setattr("trainer.loop.compute_loss", short)
     for saved in (False, True):
         assert main("", {}, flags) == 1
         told = capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_memory_that_runs_out_is_told_with_what_needs_less(kind, monkeypatch, ca
 
 
 def test_a_fault_of_the_program_is_no_shortage(monkeypatch, data, encoder_folder, tmp_path):
-    monkeypatch.setattr(Objective, "__call__", lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr("trainer.loop.compute_loss", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         main("", {}, training_flags(data, encoder_folder, tmp_path, num_workers=0))
 

@@ -38,11 +38,12 @@ from tests.conftest import (
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
+from trainer.checkpoint import Schedule
 from trainer.config import parse_config
 from trainer.distributed import agree_on_name
 from trainer.guards import TrainingFailed
+from trainer.loop import cosine
 from trainer.main import claim_outputs
-from trainer.progress import Schedule, cosine
 
 STATE = f"{NAME}_resume.pth"
 
@@ -210,8 +211,8 @@ def test_a_file_system_without_locks_is_warned_of(data, encoder_folder, tmp_path
 
 def test_a_checkpoint_folder_that_refuses_is_named_and_costs_no_weights(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    saver = checkpoint.Saver()
-    saver.save(tmp_path / "checkpoints" / STATE, {}, {}, tmp_path / "out" / f"{NAME}.pth", make_model(), {})
+    saver = checkpoint.Saver(resumed=False)
+    saver.save(tmp_path / "out" / f"{NAME}.pth", make_model(), {}, tmp_path / "checkpoints" / STATE, {})
     with pytest.raises(StorageError, match=re.escape(f"cannot write in {tmp_path / 'checkpoints'}")):
         saver.wait()
     load_weights(tmp_path / "out" / f"{NAME}.pth", make_model())
@@ -600,14 +601,11 @@ def test_a_storm_of_kills_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("foreign", [torch.eye(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(3).to(torch.float8_e5m2), 3])
 def test_a_resume_replaces_weights_that_are_none_of_its_own(tmp_path, foreign):
-    path, model, saver = tmp_path / "w_32.pth", make_model(), checkpoint.Saver()
-    save_weights(path, model, {"progress": {"update": 1}})
-    assert saver.find_export(path, 1) and not saver.find_export(path, 2)
+    path, model, saver = tmp_path / "w_32.pth", make_model(), checkpoint.Saver(resumed=True)
     torch.save({**model.state_dict(), "x": foreign}, path)
-    assert not saver.find_export(path, 1)
-    saver.export(path, model, {"progress": {"update": 1}})
+    saver.save(path, model, {})
     saver.wait()
-    assert saver.find_export(path, 1)
+    load_weights(path, make_model(1))
 
 
 def test_states_of_another_version_are_refused(tmp_path):

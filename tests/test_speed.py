@@ -34,9 +34,9 @@ from tests.conftest import (
     write_jsonl,
 )
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
+from trainer.guards import StopRequest
 from trainer.plain import mix_experts, plain_forward, plain_loss
 from trainer.sampler import ResumableSampler
-from trainer.signals import StopRequest
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -232,9 +232,7 @@ def test_a_run_with_the_cache_is_the_run_without_it(data, encoder_folder, tmp_pa
 
 def test_later_epochs_neither_encode_nor_decode(data, encoder_folder, tmp_path, monkeypatch):
     trainer = make_trainer(data, encoder_folder, tmp_path, epochs=3, cache_features=1)
-    updates = trainer.updates(StopRequest())
-    for _ in range(11):
-        next(updates)
+    trainer.train_epochs(1, StopRequest())
 
     def forbidden(*_):
         raise AssertionError("a picture was read or encoded again")
@@ -242,7 +240,8 @@ def test_later_epochs_neither_encode_nor_decode(data, encoder_folder, tmp_path, 
     trainer.run.cache.flush()
     monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
     monkeypatch.setattr(FolderImages, "load", forbidden)
-    assert len(list(updates)) == 22
+    trainer.train_epochs(3, StopRequest())
+    assert trainer.state.update == 33
     assert trainer.run.cache.filled() == trainer.run.cache.count > 15
 
 
@@ -332,14 +331,14 @@ def test_cache_starts_anew_when_anything_in_its_key_changes(data, tmp_path):
 def test_a_changed_picture_is_encoded_again(encoder_folder, tmp_path):
     data = make_data(tmp_path, 6)
     flags = {"epochs": 1, "cache_features": 1}
-    list(make_trainer(data, encoder_folder, tmp_path, **flags).updates(StopRequest()))
+    make_trainer(data, encoder_folder, tmp_path, **flags).train_epochs(1, StopRequest())
     changed = next(iter(sorted(data[1].iterdir())))
     Image.new("RGB", (9, 9), "purple").save(changed)
     trainer = make_trainer(data, encoder_folder, tmp_path, **flags)
     seen = []
     encode = trainer.run.model.encode_images
     trainer.run.model.encode_images = lambda pixels: seen.append(len(pixels)) or encode(pixels)
-    list(trainer.updates(StopRequest()))
+    trainer.train_epochs(1, StopRequest())
     assert sum(seen) == 1
 
 
@@ -355,7 +354,8 @@ def test_training_goes_on_when_the_cache_cannot_be_written(data, encoder_folder,
 
     trainer = make_trainer(data, encoder_folder, tmp_path, epochs=2, cache_features=1)
     monkeypatch.setattr("os.pwrite", full)
-    assert len(list(trainer.updates(StopRequest()))) == 22
+    trainer.train_epochs(2, StopRequest())
+    assert trainer.state.update == 22
     assert capsys.readouterr().err.count("keeps no more") == 1
 
 

@@ -25,11 +25,10 @@ from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import checkpoint, distributed
 from trainer.build import build
 from trainer.config import parse_config
-from trainer.guards import TrainingFailed
+from trainer.guards import StopRequest, TrainingFailed
 from trainer.loop import Trainer
 from trainer.main import claim_outputs
 from trainer.plain import plain_loss
-from trainer.signals import StopRequest
 
 BEST = "sft_vlm_best_32"
 EVERY = {"save_weight": "sft_vlm", "eval_data_path": "0.3", "eval_interval": 3, "epochs": 3}
@@ -124,7 +123,7 @@ def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, encoder_fold
     trained = set()
     update = trainer.update
     trainer.update = lambda batches, *rest: (trained.update(i for b in batches for i in b.indices), update(batches, *rest))
-    list(trainer.updates(StopRequest()))
+    trainer.train_epochs(1, StopRequest())
     held = set(range(22)) - trained
     assert len(held) == 7
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -137,7 +136,7 @@ def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, encoder_fold
 def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_folder, tmp_path):
     """Against transformers' generate, one question at a time."""
     trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=0.3)
-    list(trainer.updates(StopRequest()))
+    trainer.train_epochs(1, StopRequest())
     said, rows = trainer.validation.measure(StopRequest()).samples, data[0].read_text().splitlines()
     assert len(said) == 3
     model, dataset = trainer.run.model.eval(), trainer.run.dataset

@@ -5,11 +5,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from multiprocessing.queues import Queue
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,23 +18,24 @@ from transformers.utils import logging as transformers_logging
 
 from dataset.features import CacheKey, FeatureCache, format_of
 from dataset.images import NoImages, open_images
-from dataset.sources import open_samples
-from dataset.vlm_dataset import SampleSource, VLMDataset, collate
+from dataset.sources import Order, open_samples
+from dataset.vlm_dataset import Batch, SampleSource, VLMDataset, collate
 from machine import cores
 from model.conversation import Renderer, load_tokenizer
 from model.device import bf16_is_fast, why_not_compile
 from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import attend_by_products, load_vision_encoder, patches_per_image
-from model.weights import fingerprints, load_weights, read_sidecar
+from model.weights import fingerprints, load_weights
 
 from .checkpoint import load_training_state
 from .config import TrainConfig
 from .distributed import Ranks
+from .guards import StopRequest
 from .sampler import ResumableSampler
-from .signals import StopRequest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+INITIAL_SIZE = 0.02  # standard deviation of randomly initialized weights
 LOADER_GRACE = 60  # seconds that a loader process lives on after a SIGTERM
 
 
@@ -48,6 +49,7 @@ class Run:
     dataset: VLMDataset
     sampler: ResumableSampler
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of fp16; passes everything through otherwise
     dtype: torch.dtype
     fingerprints: dict[str, str]
     saved: tuple[dict, str | None] | None  # what a resume takes up, until it has (checkpoint.load_training_state)
@@ -132,20 +134,6 @@ def worker_count(wanted: int, ranks: Ranks) -> int:
     return min(wanted, most)
 
 
-def names_taken(config: TrainConfig) -> list[str]:
-    """Weights called NAME_best that are not this run's to replace: the best ones of a run NAME, or those of a run of that name."""
-    files = [config.best_file] if config.eval_data_path else []
-    files += [config.weight_file] if config.save_weight.endswith("_best") else []
-    problems = []
-    for file in filter(Path.is_file, files):
-        training = (read_sidecar(file) or {}).get("training")
-        owner = training.get("save_weight") if isinstance(training, dict) else None
-        if owner != config.save_weight:
-            problems.append(f"--save_weight {config.save_weight}: {file}, which would be replaced, holds weights of the run"
-                            f" --save_weight {owner or '(unknown)'}. Give another name, or move the file away")  # fmt: skip
-    return problems
-
-
 def build(config: TrainConfig, ranks: Ranks) -> Run:
     """Everything that a run needs, or a UsageError that lists all that is missing."""
     torch.manual_seed(config.seed)
@@ -161,12 +149,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
     except DataError as error:
         problems.append(str(error))
-    if samples and config.eval_share and not len(samples.hold_out(config.eval_share, config.seed)):
-        problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger share")
+    if samples and config.eval_fraction and not len(samples.hold_out(config.eval_fraction, config.seed)):
+        problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger fraction")
     if samples and isinstance(images, NoImages) and (missed := first_named_picture(samples)):
         problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {missed}")
-    if ranks.is_main:
-        problems += names_taken(config)
     start = config.start_file
     used = fingerprints(model, tokenizer) if model else {}
     if start is not None and not config.from_resume:
@@ -203,15 +189,36 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.01, fused=True)
     dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len,
                          cache)  # fmt: skip
-    sampler = ResumableSampler(
-        samples.epoch_size, config.batch_size, config.accumulation_steps, config.seed, ranks.rank, ranks.size,
-        lambda indices: samples.lengths(indices, model.config.image_tokens).clip(max=config.max_seq_len),
-        lambda epoch: samples.order(config.seed, epoch),
-    )  # fmt: skip
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+    sampler = make_sampler(config, ranks, samples, model.config.image_tokens, samples.epoch_size,
+                           lambda epoch: samples.order(config.seed, epoch))  # fmt: skip
     total, learning = model.num_parameters(), sum(p.numel() for p in trainable)
     ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples"
                 + (f", {samples.epoch_size} of them an epoch" if samples.epoch_size != len(dataset) else ""))
-    return Run(config, ranks, model, dataset, sampler, optimizer, dtype, used, saved)
+    if notice := too_little_to_learn(config, config.epochs * sampler.updates_per_epoch):
+        ranks.print(notice)
+    return Run(config, ranks, model, dataset, sampler, optimizer, scaler, dtype, used, saved)
+
+
+def too_little_to_learn(config: TrainConfig, updates: int) -> str:
+    """A notice where all updates together can move a weight by less than a tenth of its size at initialization; else empty.
+
+    An update of AdamW moves a weight by about the learning rate, which is 0.55 of its peak on average.
+    """
+    moved = 0.55 * config.learning_rate * updates
+    if moved >= 0.1 * INITIAL_SIZE:
+        return ""
+    return (f"notice: {updates} updates at --learning_rate {config.learning_rate:g} can move a weight by {moved:.1g}, where weights are"
+            f" about {INITIAL_SIZE} large: too little to learn much. Few images need a higher rate and more --epochs (5e-4, 20)")
+
+
+def make_sampler(config: TrainConfig, ranks: Ranks, samples: SampleSource, image_tokens: int, size: int,
+                 order: Callable[[int], Order]) -> ResumableSampler:  # fmt: skip
+    """The sampler of `size` of these samples in this order of an epoch, those of like lengths together."""
+    return ResumableSampler(
+        size, config.batch_size, config.accumulation_steps, config.seed, ranks.rank, ranks.size,
+        lambda indices: samples.lengths(indices, image_tokens).clip(max=config.max_seq_len), order,
+    )  # fmt: skip
 
 
 def first_named_picture(samples: SampleSource, most: int = 100) -> str | None:
@@ -224,35 +231,35 @@ def first_named_picture(samples: SampleSource, most: int = 100) -> str | None:
     return None
 
 
-class MicroBatches:
-    """The sample numbers of a rank's micro-batches in what is left of one epoch: what a DataLoader iterates."""
+class Loader:
+    """This rank's micro-batches, read by processes that live through all epochs."""
 
-    def __init__(self, sampler: ResumableSampler):
-        self.sampler, self.epoch, self.skip = sampler, 0, 0
+    def __init__(self, run: Run, workers: int):
+        config = run.model.config
+        self.sampler, self.start = run.sampler, (0, 0)
+        self.batches = DataLoader(
+            run.dataset,
+            batch_sampler=self,
+            collate_fn=partial(collate, pad_id=config.pad_token_id, image_tokens=config.image_tokens),
+            num_workers=workers,
+            # Started again in every epoch, they would be forks of a trainer grown by gigabytes, each page of which is then copied.
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            pin_memory=run.ranks.device.type == "cuda",
+            generator=torch.Generator().manual_seed(run.config.seed),  # leaves the training's own random state alone
+        )
 
-    def start(self, epoch: int, skip: int) -> None:
-        """The next iteration goes over `epoch` after `skip` samples."""
-        self.epoch, self.skip = epoch, skip
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each update that is left after `skip` samples of an epoch."""
+        self.start = (epoch, skip)
+        batches = iter(self.batches)
+        for update in self.sampler.updates(epoch, skip):
+            yield list(islice(batches, len(update)))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for update in self.sampler.updates(self.epoch, self.skip):
+        """The sample numbers of those micro-batches: what DataLoader asks for."""
+        for update in self.sampler.updates(*self.start):
             yield from update
-
-
-def build_loader(run: Run, workers: int) -> DataLoader:
-    """A loader of this rank's micro-batches, of the epoch that its `batch_sampler` was told to start."""
-    model_config = run.model.config
-    return DataLoader(
-        run.dataset,
-        batch_sampler=MicroBatches(run.sampler),
-        collate_fn=partial(collate, pad_id=model_config.pad_token_id, image_tokens=model_config.image_tokens),
-        num_workers=workers,
-        # Started anew in every epoch, they would be forks of a trainer grown by gigabytes, each page of which is then copied.
-        persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
-        pin_memory=run.ranks.device.type == "cuda",
-        generator=torch.Generator().manual_seed(run.config.seed),  # leaves the training's own random state alone
-    )
 
 
 def _start_worker(_: int) -> None:

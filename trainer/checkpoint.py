@@ -1,31 +1,116 @@
-"""The training state: what it holds, and how it is written, before the weights and the sidecar that are made of it."""
+"""What a run saves and resumes: the training state, the one truth, and the weights and sidecar that are exports of it."""
 
-from collections.abc import Callable
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from model.errors import UsageError
 from model.model_vlm import MiniMindVLM
 from model.storage import write_atomically
-from model.weights import half_weights, read_sidecar, read_state, read_tensors, tensors_fingerprint, write_weights
+from model.weights import (
+    check_fingerprints,
+    half_weights,
+    read_state,
+    read_tensors,
+    tensors_fingerprint,
+    write_weights,
+)
 
-STATE_VERSION = 4
+from .config import TrainConfig, fraction_of
+from .distributed import Ranks
+from .sampler import ResumableSampler
+
+if TYPE_CHECKING:  # which imports this module
+    from .build import Run
+
+STATE_VERSION = 5
+# Flags that a resumed run must not change, and those that it may, at the price of another result.
+FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe")
+SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "device", "use_compile", "grad_clip",
+           "max_seq_len", "data_path")  # fmt: skip
 
 
-def rng_state(device: torch.device) -> dict:
-    """torch's random states of this process."""
-    accelerator = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
-    return {"torch": torch.get_rng_state(), "device": accelerator}
+@dataclass
+class TrainState:
+    """How far a run has come. All counts are of finished things."""
+
+    epoch: int = 0  # finished epochs
+    update: int = 0  # finished updates, over all epochs
+    samples: int = 0  # samples of the running epoch that are trained on, over all ranks
+    read: int = 0  # samples read so far, bad ones included
+    bad: int = 0  # bad ones among them
+    epoch_bad: int = 0  # those of the running epoch
+    truncated: int = 0  # used ones with a truncated image
+    seconds: float = 0.0  # spent training, over all interruptions
+    tracker_id: str | None = None
+    validated: int = 0  # the update of the last validation
+    best_loss: float | None = None  # the lowest validation loss, and its update
+    best_update: int = 0
 
 
-def set_rng_state(state: dict, device: torch.device) -> None:
-    """The inverse of `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    if state["device"] is not None and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"])
+class Interval:
+    """Sums over the updates since the last log line. They stay on the device until somebody reads them.
+
+    `sums` [4]: cross-entropy over supervised tokens and auxiliary loss, of this rank; supervised tokens and updates, of
+    all. `tokens` are those of all ranks, padding apart.
+    """
+
+    def __init__(self, device: torch.device, sums: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), tokens: float = 0.0):
+        self.sums, self.tokens = torch.tensor(sums, device=device), tokens
+
+    def read(self, ranks: Ranks) -> list[float]:
+        """The sums over all ranks; waits for the device."""
+        loss, aux_loss, supervised, updates = self.sums.tolist()
+        return [*ranks.sum([loss, aux_loss]), supervised, updates]
+
+    def clear(self) -> None:
+        """Starts from zero."""
+        self.sums, self.tokens = torch.zeros_like(self.sums), 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far along the learning rate's curve an update is, without a jump where a resumed run has other updates to do.
+
+    Straight from `begin` at update `first` to 1 at update `total`.
+    """
+
+    total: int
+    first: int = 0
+    begin: float = 0.0
+
+    def progress(self, update: int) -> float:
+        """In [0, 1], of `update` finished updates."""
+        return self.begin + (1 - self.begin) * ((update - self.first) / (self.total - self.first))
+
+    def continued(self, update: int, total: int) -> "Schedule":
+        """From where `update` updates are done towards another total."""
+        return Schedule(total, update, self.progress(update)) if total > update else Schedule(total)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def previous_state(path: Path) -> Path:
+    """Where the previous checkpoint is kept when the one at `path` is written."""
+    return path.with_name(f"{path.stem}_previous{path.suffix}")
+
+
+def snapshot(run: "Run", state: dict, interval: dict, schedule: Schedule) -> dict[str, Any]:
+    """The whole content of a training state. `interval` holds the sums over all ranks."""
+    return copy_to_cpu({
+        "version": STATE_VERSION, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "state": state, "interval": interval, "schedule": asdict(schedule),
+        "rng": torch.get_rng_state(), "ranks": run.ranks.size, "threads": torch.get_num_threads(),
+        "grain": run.sampler.grain, "samples_per_update": run.sampler.samples_per_update,
+        "config": asdict(run.config), "fingerprints": run.fingerprints,
+        "data_size": run.sampler.size, "data": run.dataset.samples.fingerprint(),
+    })  # fmt: skip
 
 
 def copy_to_cpu(value: Any) -> Any:
@@ -40,50 +125,28 @@ def copy_to_cpu(value: Any) -> Any:
 
 
 class Saver:
-    """Writes training states and weights in the background, one after the other.
+    """Writes training states and weights in the background, one save after the other."""
 
-    The state is the truth; weights and sidecar are exports of it, written after it, and again by a resume that finds them
-    older.
-    """
-
-    def __init__(self):
+    def __init__(self, resumed: bool):
         self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
-        self._exported: dict[Path, str] = {}  # fingerprints of the run's weights on disk
-        self.newest_is_corrupt = False  # then it is replaced, and not kept in place of the good one before it
+        self._resumed = resumed
+        self._on_disk: dict[Path, str | None] = {}  # fingerprints of the weights there that are this run's
 
-    def find_export(self, weight_file: Path, update: int) -> bool:
-        """For a resumed run: whether the weights of `update` and their sidecar are on disk, both whole."""
-        try:
-            sidecar, weights = read_sidecar(weight_file) or {}, read_state(weight_file)[0]
-            self._exported[weight_file] = tensors_fingerprint(weights)
-            return sidecar["progress"]["update"] == update and sidecar["weights"][0] == self._exported[weight_file]
-        except (UsageError, KeyError, TypeError, IndexError):  # missing, corrupt, or written by others
-            return False
-
-    def save(self, state_file: Path, objects: dict[str, Any], extra: dict, weight_file: Path, model: MiniMindVLM, sidecar: dict) -> None:
-        """Takes a snapshot and returns; then writes a training state and its export. `objects` have a state_dict();
-        `extra` are plain values and tensors. Otherwise as `export`."""
-        content = copy_to_cpu({name: item.state_dict() for name, item in objects.items()}) | {"version": STATE_VERSION, **extra}
-        keep = None if self.newest_is_corrupt else previous_state(state_file)
-        self.newest_is_corrupt = False
-        self._submit(weight_file, model, sidecar, lambda: write_atomically(state_file, lambda file: torch.save(content, file), keep))
-
-    def export(self, weight_file: Path, model: MiniMindVLM, sidecar: dict) -> None:
-        """Takes a snapshot and returns; then writes weights and sidecar.
+    def save(self, weight_file: Path, model: MiniMindVLM, sidecar: dict, state_file: Path | None = None,
+             content: dict | None = None) -> None:  # fmt: skip
+        """Takes a copy of the weights and returns; then writes the training state, if there is one, and weights and sidecar.
 
         Waits for the save before; raises StorageError when that could not be written, FloatingPointError for weights
         beyond fp16's range.
         """
-        self._submit(weight_file, model, sidecar, lambda: None)
-
-    def _submit(self, weight_file: Path, model: MiniMindVLM, sidecar: dict, first: Callable[[], None]) -> None:
         weights, config = half_weights(model), model.config.to_diff_dict()
 
         def write() -> None:
             try:
-                first()
+                if state_file is not None:
+                    write_atomically(state_file, lambda file: torch.save(content, file), previous_state(state_file))
             finally:  # a disk that has no room for the state may be another than that of the weights
-                self._exported[weight_file] = write_weights(weight_file, weights, config, sidecar, self._exported.get(weight_file))
+                self._export(weight_file, weights, config, sidecar)
 
         try:
             self.wait()
@@ -96,27 +159,33 @@ class Saver:
         if task is not None:
             task.result()
 
+    def _export(self, file: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict) -> None:
+        if self._resumed and file not in self._on_disk:  # the sidecar is written first, and fits what lies there as well
+            self._on_disk[file] = fingerprint_on_disk(file)
+        self._on_disk[file] = write_weights(file, weights, config, sidecar, self._on_disk.get(file))
 
-def previous_state(path: Path) -> Path:
-    """Where the training state before the one at `path` is kept."""
-    return path.with_name(f"{path.stem}_previous{path.suffix}")
+
+def fingerprint_on_disk(weight_file: Path) -> str | None:
+    """The fingerprint of the weights in a file; None where they are missing, corrupt, or none that this project writes."""
+    try:
+        return tensors_fingerprint(read_state(weight_file)[0])
+    except UsageError:
+        return None
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def load_training_state(path: Path) -> tuple[dict, str | None]:
-    """The content of a training state, or of the one before it when the newest is corrupt; then also what is wrong.
+    """The content of a training state, or of the previous one when the newest is corrupt; then also what is wrong.
 
     Raises UsageError when there is none, none can be read, or it is of another version.
     """
-    previous = previous_state(path)
-    if not path.is_file() and not previous.is_file():
-        raise UsageError(
-            f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
-            f" --hidden_size, --use_moe and --checkpoint_dir."
-        )
+    previous, problems = previous_state(path), []
     if not path.is_file():  # it is there at every instant once a run has saved
-        raise UsageError(f"--from_resume 1, but this run has saved nothing yet at {path}. To resume the run before it, give its state that"
-                         f" name: mv '{previous}' '{path}'")  # fmt: skip
-    problems = []
+        older = f" To resume the run before it, give its state that name: mv '{previous}' '{path}'" if previous.is_file() else ""
+        raise UsageError(f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
+                         f" --hidden_size, --use_moe and --checkpoint_dir.{older}")  # fmt: skip
     for file in (path, previous):
         try:
             content = read_tensors(file, "training state")
@@ -124,6 +193,88 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
             problems.append(str(error).rstrip("."))
             continue
         if not isinstance(content, dict) or content.get("version") != STATE_VERSION:
-            raise UsageError(f"{file} is no training state of version {STATE_VERSION}; start anew, without --from_resume")
+            raise UsageError(f"{file} is no training state of version {STATE_VERSION}; start again, without --from_resume 1")
         return content, "; ".join(problems) or None
-    raise UsageError(f"no training state can be read: {'; '.join(problems)}. Start anew, without --from_resume 1.")
+    raise UsageError(f"no training state can be read: {'; '.join(problems)}. Start again, without --from_resume 1.")
+
+
+def restore(run: "Run") -> tuple[TrainState, Interval, Schedule]:
+    """Brings model, optimizer, scaler and sampler back to the saved state, and returns the rest of it; raises UsageError
+    when flags or files do not allow an exact resume."""
+    config, sampler, ranks, path = run.config, run.sampler, run.ranks, run.config.resume_file
+    (content, problem), run.saved = run.saved, None
+    check_fingerprints(path, run.fingerprints, content["fingerprints"])
+    check_settings(run, content)
+    ranks.sum([0.0])  # all of them have read it
+    if problem and ranks.is_main:
+        ranks.print(f"warning: {problem}. The previous checkpoint is used, and replaces it")
+        os.replace(previous_state(path), path)
+    if changes := differences(run, content):
+        ranks.print(f"notice: not what an uninterrupted run would do: {', '.join(changes)}")
+    run.model.load_state_dict(content["model"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.scaler.load_state_dict(content["scaler"])
+    torch.set_rng_state(content["rng"])
+    state, schedule = TrainState(**content["state"]), Schedule(**content["schedule"])
+    sampler.grain = content["grain"]
+    keep_global_batch(sampler, content["samples_per_update"], ranks)
+    total = state.update + sampler.count_updates(config.epochs, state.epoch, state.samples)
+    if schedule.total != total:
+        schedule = schedule.continued(state.update, total)
+    interval = Interval(ranks.device, **content["interval"])
+    if not ranks.is_main:  # the first rank has the sums of all
+        interval.sums[:2] = 0.0
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    left = (config.epochs - state.epoch) * sampler.size - state.samples
+    ranks.print(f"resumed from {path} (saved {saved}): {state.update} updates done, epoch {state.epoch + 1},"
+                f" sample {state.samples} of {sampler.size}; {left} to go")  # fmt: skip
+    return state, interval, schedule
+
+
+def check_settings(run: "Run", content: dict) -> None:
+    """Raises UsageError when a setting that must stay is another than in the saved state."""
+    config, then, path = run.config, content["config"], run.config.resume_file
+    for name in FIXED:
+        if getattr(config, name) != then[name]:
+            raise UsageError(f"{path} was saved with --{name} {then[name]}, now it is {getattr(config, name)}:"
+                             " no exact resume is possible")  # fmt: skip
+    if config.eval_fraction != fraction_of(then["eval_data_path"]):
+        raise UsageError(
+            f"{path} was saved with --eval_data_path {then['eval_data_path'] or 'not given'}, now it is"
+            f" {config.eval_data_path or 'not given'}: samples would be held out and trained on, and no exact resume is possible"
+        )
+    if content["data_size"] != run.sampler.size:
+        raise UsageError(
+            f"{path} was saved with {content['data_size']} training samples, {config.data_path} has"
+            f" {run.sampler.size}: no exact resume is possible. Instead, {other_data(config)}"
+        )
+
+
+def other_data(config: TrainConfig) -> str:
+    """What to do where a resume is not possible, because the number of samples is another."""
+    return f"start from the saved weights: --from_weight {config.save_weight} without --from_resume"
+
+
+def differences(run: "Run", content: dict) -> list[str]:
+    """What will make the run's result another than that of an uninterrupted one."""
+    now, then = asdict(run.config), content["config"]
+    changes = [f"--{name} {then[name]} -> {now[name]}" for name in SHAPING if then[name] != now[name]]
+    if run.ranks.device.type == "cpu" and content["threads"] != torch.get_num_threads():  # sums are rounded otherwise
+        changes.append(f"{content['threads']} -> {torch.get_num_threads()} threads")
+    if content["data"] != run.dataset.samples.fingerprint():
+        changes.append(f"{run.config.data_path} does not hold what was trained on before")
+    return changes
+
+
+def keep_global_batch(sampler: ResumableSampler, wanted: int, ranks: Ranks) -> None:
+    """With another number of processes, as many micro-batches an update as give the samples that it had before."""
+    if sampler.samples_per_update == wanted:
+        return
+    stride = sampler.batch_size * sampler.ranks
+    if wanted % stride == 0:
+        sampler.accumulation_steps = wanted // stride
+        ranks.print(f"notice: {sampler.accumulation_steps} micro-batches an update, so that it takes"
+                    f" {wanted} samples as before")  # fmt: skip
+    else:
+        ranks.print(f"notice: an update takes {sampler.samples_per_update} samples now, not {wanted}:"
+                    f" {sampler.ranks} processes of --batch_size {sampler.batch_size} cannot share those evenly")  # fmt: skip

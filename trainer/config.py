@@ -51,7 +51,7 @@ class TrainConfig:
     data_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns;"
                              " several with commas between, each with a weight if wanted (a.jsonl:0.3)")
     images_path: str = setting(str(REPOSITORY / "dataset" / "pretrain_images"), "folder or .zip of pictures; several with commas between")
-    eval_data_path: str | None = setting(None, "validation data: files as for --data_path, or a share of the training samples to"
+    eval_data_path: str | None = setting(None, "validation data: files as for --data_path, or a fraction of the training samples to"
                                          " hold out (0.01); default: no validation")
     eval_images_path: str | None = setting(None, "pictures of the validation files; default: --images_path")
     eval_interval: int = setting(0, "updates between two validations; 0: one after every epoch")
@@ -95,11 +95,11 @@ class TrainConfig:
         if self.batch_size * self.accumulation_steps > 2**31:
             raise UsageError(f"--batch_size {self.batch_size} times --accumulation_steps {self.accumulation_steps}: an update takes"
                              " at most 2^31 samples")  # fmt: skip
-        if self.eval_share is not None and not 0 < self.eval_share < 1:
-            raise UsageError(f"--eval_data_path {self.eval_data_path}: a share lies between 0 and 1; a file of that name is ./{self.eval_data_path}")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise UsageError(f"--eval_data_path {self.eval_data_path}: a fraction lies between 0 and 1; a file of that name is ./{self.eval_data_path}")
         if self.eval_data_path is None and (self.eval_interval or self.eval_images_path):
             raise UsageError("--eval_interval and --eval_images_path need --eval_data_path, the data to validate on")
-        if self.eval_share and self.eval_images_path:
+        if self.eval_fraction and self.eval_images_path:
             raise UsageError("--eval_images_path goes with files in --eval_data_path; samples held out have their pictures in --images_path")
         for name in ("save_weight", "from_weight"):
             if not getattr(self, name) or os.sep in getattr(self, name):
@@ -121,9 +121,9 @@ class TrainConfig:
         return Path(self.save_dir) / f"{weight_name(f'{self.save_weight}_best', self.hidden_size, bool(self.use_moe))}.pth"
 
     @property
-    def eval_share(self) -> float | None:
-        """The share of the training samples to hold out; None where --eval_data_path names files or nothing."""
-        return share_of(self.eval_data_path)
+    def eval_fraction(self) -> float | None:
+        """The fraction of the training samples to hold out; None where --eval_data_path names files or nothing."""
+        return fraction_of(self.eval_data_path)
 
     @property
     def metrics_file(self) -> Path:
@@ -163,7 +163,7 @@ class TrainConfig:
         return shlex.join(words)
 
 
-def share_of(eval_data_path: str | None) -> float | None:
+def fraction_of(eval_data_path: str | None) -> float | None:
     """The number that --eval_data_path is, if it is one."""
     try:
         return float(eval_data_path or "")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from filelock import FileLock
 
 from machine import ran_out_of_memory
+from model.device import default_device
 from model.errors import UsageError, first_line
 from model.storage import StorageError, check_writable, hold, remove_temporaries
 from model.weights import lock_of
@@ -22,6 +23,7 @@ from .config import TrainConfig, parse_config
 from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
+from .tracking import end_process_if_stuck
 
 BEGAN = "minimind-v/began"  # a key in the store of torchrun's agent
 
@@ -29,15 +31,24 @@ BEGAN = "minimind-v/began"  # a key in the store of torchrun's agent
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
     keep_talking()
-    began, config, ranks = time.time(), parse_config(description, defaults, argv), None
+    code = run(parse_config(description, defaults, argv))
+    end_process_if_stuck(code)
+    return code
+
+
+def run(config: TrainConfig) -> int:
+    """A whole training run; returns the process's exit code."""
+    began, ranks = time.time(), None
     try:
-        ranks = distributed.start(config.device or distributed.default_device())
+        ranks = distributed.start(config.device or default_device())
         locks = claim_outputs(config, ranks)
         config = resume_after_restart(config, ranks)
-        code = Trainer(build(config, ranks)).train()
+        trainer = Trainer(build(config, ranks))
+        stopped_by = trainer.train()
+        ranks.print(epilogue(trainer, stopped_by))
         distributed.stop()
         del locks
-        return code
+        return 128 + stopped_by if stopped_by in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) else 0
     except UsageError as error:
         if ranks is None or ranks.is_first_here:  # another machine may lack what the first has
             print(f"error: {error}", file=sys.stderr)
@@ -45,13 +56,25 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
     except (TrainingFailed, FloatingPointError, StorageError, OSError, EOFError, MemoryError, RuntimeError) as error:
         if hasattr(signal, "SIGCHLD"):  # torch raises an error of its own, anywhere, for every loader process that ends
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if (told := failure(error, config, began)) is None:
+        if (message := failure(error, config, began)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
     except KeyboardInterrupt:  # before the first update or after the last: training itself answers signals
         print("stopped; what was saved before is whole", file=sys.stderr)
         return 130
+
+
+def epilogue(trainer: Trainer, stopped_by: int) -> str:
+    """What a run says at its end: where the weights are, and what to do next."""
+    config, state = trainer.config, trainer.state
+    if stopped_by:
+        saved = "saved. To continue, repeat the command with --from_resume 1" if trainer.has_news else "nothing new to save"
+        return f"stopped by {signal.Signals(stopped_by).name} after update {state.update} of {trainer.total}; {saved}"
+    validated = state.best_loss is not None
+    best = f", those of the lowest validation loss in {config.best_file}" if validated else ""
+    command = config.next_command(config.save_weight + "_best" * validated)
+    return f"done. The weights are in {config.weight_file}{best}. Next:\n  {command}"
 
 
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
@@ -63,7 +86,7 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     text = " ".join(text.split()).rstrip(".") or type(error).__name__
     state = config.resume_file
     saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
-    go_on = f". Go on from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
+    go_on = f". Continue from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
     if ran_out_of_memory(error):
         return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
                 f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip

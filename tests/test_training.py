@@ -445,14 +445,6 @@ def test_workers_are_capped_with_a_notice(data, encoder_folder, tmp_path):
     assert "capped to" in train(data, encoder_folder, tmp_path, num_workers=4096).stderr
 
 
-def test_text_alone_is_told_where_only_the_projector_learns(data, encoder_folder, tmp_path):
-    rows = data[0].read_text().splitlines()
-    text = write_jsonl(tmp_path / "text.jsonl", [row for row in rows if '"image"' not in row]), data[1]
-    for rows, flags, told in ((text, {"freeze_llm": 1}, 1), (text, {"freeze_llm": 2}, 0), (data, {"freeze_llm": 1}, 0)):
-        done = train(rows, encoder_folder, tmp_path, epochs=3, batch_size=2, log_interval=1, **flags)
-        assert done.stderr.count("warning: no picture so far") == told
-
-
 def test_scripts_run_from_any_folder(data, encoder_folder, tmp_path):
     done = run_script("train_sft_vlm.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and str(REPOSITORY / "dataset" / "sft_data.jsonl") in done.stdout

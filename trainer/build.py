@@ -1,6 +1,5 @@
 """From settings to the objects of a run: tokenizer, model, data, optimizer, number format."""
 
-import contextlib
 import errno
 import os
 import signal
@@ -17,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.features import CacheKey, FeatureCache, format_of
-from dataset.images import NoImages, open_images
-from dataset.sources import Order, open_samples
+from dataset.images import ImageSource, NoImages, open_images
+from dataset.sources import Mixture, Order, open_samples
 from dataset.vlm_dataset import Batch, SampleSource, VLMDataset, collate
 from machine import cores
 from model.conversation import Renderer, load_tokenizer
@@ -63,82 +62,41 @@ class Run:
         return torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def build_model(
-    hidden_size: int, num_hidden_layers: int, use_moe: bool, vision_model_path: str, tokenizer: PreTrainedTokenizerBase
-) -> MiniMindVLM:
-    """A fresh model around the frozen tower, in fp32 on the CPU."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        tower = load_vision_encoder(vision_model_path)
-        config = VLMConfig(
-            hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe, vocab_size=len(tokenizer),
-            image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=patches_per_image(tower),
-            vision_hidden_size=tower.config.hidden_size,
-        )  # fmt: skip
-        return MiniMindVLM(config, tower)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    except RuntimeError as error:  # torch's word for memory that is not there
-        raise UsageError(f"--hidden_size {hidden_size} and --num_hidden_layers {num_hidden_layers} make no model here:"
-                         f" {first_line(error)}") from error  # fmt: skip
-
-
-def freeze(model: MiniMindVLM, mode: int) -> None:
-    """0: everything learns; 1: the projector; 2: the projector and the decoder's last block. The tower never does."""
-    last = f"model.layers.{model.config.num_hidden_layers - 1}."
-    for name, parameter in model.named_parameters():
-        learns = mode == 0 or name.startswith("vision_proj.") or (mode == 2 and name.startswith(last))
-        parameter.requires_grad_(learns)
-
-
-def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None, tower: str) -> str:
-    """The number format asked for; without, that of the `saved` state's run; of the feature cache; or bf16 unless this device
-    is slower at it. A measurement may come out otherwise each time, so what exists goes before."""
-    if known := config.dtype or (saved and saved[0]["config"]["dtype"]):
-        return known
-    index, names = 0.0, list(DTYPES)
-    if ranks.is_main:  # it decides for all: two answers would be two models
-        name = format_of(config.features_folder, tower) if config.cache_features else None
-        if name in names:
-            ranks.print(f"notice: {name}, as the pictures in the feature cache were encoded; --dtype with another makes that anew")
-        else:
-            name = "bfloat16" if bf16_is_fast(ranks.device) else "float32"
-            if name == "float32":
-                ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
-        index = float(names.index(name))
-    return names[int(ranks.sum([index])[0])]
-
-
-def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, tower: str) -> FeatureCache:
-    """The feature cache of the run's data, made or taken up; says how large it will grow. Raises UsageError."""
-    encoder = model.vision_encoder
-    key = CacheKey(tower, str(encoder.dtype).removeprefix("torch."), model.config.image_tokens,
-                   model.config.vision_hidden_size)  # fmt: skip
-    try:
-        cache = FeatureCache(config.features_folder, key, samples)
-    except (DataError, OSError) as error:
-        raise UsageError(f"--cache_features 1: {error}") from error
-    if cache.rebuilt_because:
-        ranks.warn(f"notice: the feature cache in {cache.folder} starts anew: {cache.rebuilt_because}")
-    ranks.print(f"feature cache: {cache.folder}, {cache.count:,} pictures, {cache.count * cache.image_bytes / 1e9:.2f} GB"
-                f" when full; {cache.filled():,} filled")  # fmt: skip
-    return cache
-
-
-def worker_count(wanted: int, ranks: Ranks) -> int:
-    """Loader processes of this rank: at most its share of the machine's cores."""
-    most = max(1, cores() // ranks.local_size)
-    if wanted > most:
-        ranks.print(f"notice: --num_workers {wanted} capped to {most}: {cores()} cores here")
-    return min(wanted, most)
-
-
 def build(config: TrainConfig, ranks: Ranks) -> Run:
     """Everything that a run needs, or a UsageError that lists all that is missing."""
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.tokenizer_path)
-    problems = []
+    model, samples, images = load_parts(config, ranks, tokenizer)
+    used = fingerprints(model, tokenizer)
+    saved = load_training_state(config.resume_file) if config.from_resume else None
+    # What the machine decided is recorded, for a resume to do the same.
+    dtype = choose_dtype(config, ranks, saved, used["vision_encoder"])
+    config = replace(config, dtype=dtype, device=str(ranks.device), use_compile=int(may_compile(config, ranks)))
+    freeze(model, config.freeze_llm)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.to(ranks.device).train()
+    model.vision_encoder.to(DTYPES[dtype])  # frozen: what autocast would cast at every use is cast once
+    attend_by_products(model.vision_encoder)
+    if config.use_compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)  # in place: the names of the weights stay
+    cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None
+    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len, cache)
+    sampler = make_sampler(config, ranks, samples, model.config.image_tokens, samples.epoch_size,
+                           lambda epoch: samples.order(config.seed, epoch))  # fmt: skip
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == "float16")
+    ranks.print(f"model: {model.num_parameters() / 1e6:.2f}M parameters, {sum(p.numel() for p in trained) / 1e6:.2f}M of them trained;"
+                f" data: {len(dataset)} samples, {samples.epoch_size} an epoch")  # fmt: skip
+    warn_of_small_steps(config, ranks, config.epochs * sampler.updates_per_epoch)
+    return Run(config, ranks, model, dataset, sampler, optimizer, scaler, DTYPES[dtype], used, saved)
+
+
+def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[MiniMindVLM, Mixture, ImageSource]:
+    """The model with the weights it starts from, the samples and the images; raises UsageError with all that is missing."""
+    problems, start = [], config.start_file if not config.from_resume else None
     model = samples = images = None
     try:
         model = build_model(config.hidden_size, config.num_hidden_layers, bool(config.use_moe),
@@ -147,69 +105,93 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         problems.append(str(error))
     try:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
+        if config.eval_fraction and not len(samples.hold_out(config.eval_fraction, config.seed)):
+            problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger fraction")
+        if isinstance(images, NoImages) and any(isinstance(ref, str) for ref in samples[0].images):
+            problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {samples.where(0)} names"
+                            f" {samples[0].images[0]!r}")  # fmt: skip
     except DataError as error:
         problems.append(str(error))
-    if samples and config.eval_fraction and not len(samples.hold_out(config.eval_fraction, config.seed)):
-        problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger fraction")
-    if samples and isinstance(images, NoImages) and (missed := first_named_picture(samples)):
-        problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {missed}")
-    start = config.start_file
-    used = fingerprints(model, tokenizer) if model else {}
-    if start is not None and not config.from_resume:
-        try:
-            if model is not None or not start.is_file():
-                fresh = load_weights(start, model, used)
-                ranks.print(f"weights from {start}" + (f"; {', '.join(fresh)} start fresh" if fresh else ""))
-        except UsageError as error:
-            problems.append(str(error))
+    except SampleError:
+        pass  # a bad first sample: the training names it
+    try:
+        if start and (model or not start.is_file()):
+            random = load_weights(start, model, fingerprints(model, tokenizer) if model else {})
+            ranks.print(f"weights from {start}" + (f"; {', '.join(random)} randomly initialized" if random else ""))
+    except UsageError as error:
+        problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
+    return model, samples, images
 
-    saved = load_training_state(config.resume_file) if config.from_resume else None
-    # What the machine decided is recorded, for a resume to do the same.
-    config = replace(config, dtype=choose_dtype(config, ranks, saved, used["vision_encoder"]), device=str(ranks.device))
-    dtype = DTYPES[config.dtype]
-    freeze(model, config.freeze_llm)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.to(ranks.device).train()
-    model.vision_encoder.to(dtype)  # frozen: what autocast would cast at every use is cast once
-    attend_by_products(model.vision_encoder)
-    if config.use_compile:
-        problem = why_not_compile(ranks.device)
-        if problem:
-            ranks.warn(f"notice: --use_compile 1 is passed over: {problem}")
-        if ranks.sum([float(bool(problem))])[0]:  # all, or none
-            config = replace(config, use_compile=0)
+
+def build_model(
+    hidden_size: int, num_hidden_layers: int, use_moe: bool, vision_model_path: str, tokenizer: PreTrainedTokenizerBase
+) -> MiniMindVLM:
+    """A randomly initialized model around the frozen vision encoder, in fp32 on the CPU."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        encoder = load_vision_encoder(vision_model_path)
+        config = VLMConfig(
+            hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe, vocab_size=len(tokenizer),
+            image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=patches_per_image(encoder),
+            vision_hidden_size=encoder.config.hidden_size,
+        )  # fmt: skip
+        return MiniMindVLM(config, encoder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except RuntimeError as error:  # torch's word for memory that is not there
+        raise UsageError(f"--hidden_size {hidden_size} and --num_hidden_layers {num_hidden_layers} make no model here:"
+                         f" {first_line(error)}") from error  # fmt: skip
+
+
+def freeze(model: MiniMindVLM, mode: int) -> None:
+    """0: everything learns; 1: the projector; 2: the projector and the decoder's last block. The vision encoder never does."""
+    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    for name, parameter in model.named_parameters():
+        learns = mode == 0 or name.startswith("vision_proj.") or (mode == 2 and name.startswith(last))
+        parameter.requires_grad_(learns)
+
+
+def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None, encoder: str) -> str:
+    """The number format asked for; without, that of the `saved` state's run; of the feature cache; or bf16 unless this device
+    is slower at it. A measurement may come out otherwise each time, so what exists has precedence."""
+    if known := config.dtype or (saved and saved[0]["config"]["dtype"]):
+        return known
+    names, chosen = list(DTYPES), None
+    if ranks.is_main:  # it decides for all: two answers would be two models
+        chosen = format_of(config.features_folder, encoder) if config.cache_features else None
+        if chosen in names:
+            ranks.print(f"notice: {chosen}, as the images in the feature cache were encoded; another --dtype encodes them again")
         else:
-            for block in model.model.layers:
-                block.compile(dynamic=True)  # in place: the names of the weights stay
-    cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=0.01, fused=True)
-    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len,
-                         cache)  # fmt: skip
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    sampler = make_sampler(config, ranks, samples, model.config.image_tokens, samples.epoch_size,
-                           lambda epoch: samples.order(config.seed, epoch))  # fmt: skip
-    total, learning = model.num_parameters(), sum(p.numel() for p in trainable)
-    ranks.print(f"model: {total / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained; data: {len(dataset)} samples"
-                + (f", {samples.epoch_size} of them an epoch" if samples.epoch_size != len(dataset) else ""))
-    if notice := too_little_to_learn(config, config.epochs * sampler.updates_per_epoch):
-        ranks.print(notice)
-    return Run(config, ranks, model, dataset, sampler, optimizer, scaler, dtype, used, saved)
+            chosen = "bfloat16" if bf16_is_fast(ranks.device) else "float32"
+            if chosen == "float32":
+                ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
+    return names[int(ranks.sum([float(names.index(chosen) if chosen else 0)])[0])]
 
 
-def too_little_to_learn(config: TrainConfig, updates: int) -> str:
-    """A notice where all updates together can move a weight by less than a tenth of its size at initialization; else empty.
+def may_compile(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether --use_compile was given and works, on all ranks or none."""
+    problem = why_not_compile(ranks.device) if config.use_compile else None
+    if problem:
+        ranks.warn(f"notice: --use_compile 1 is ignored: {problem}")
+    return bool(config.use_compile) and not ranks.sum([float(bool(problem))])[0]
 
-    An update of AdamW moves a weight by about the learning rate, which is 0.55 of its peak on average.
-    """
-    moved = 0.55 * config.learning_rate * updates
-    if moved >= 0.1 * INITIAL_SIZE:
-        return ""
-    return (f"notice: {updates} updates at --learning_rate {config.learning_rate:g} can move a weight by {moved:.1g}, where weights are"
-            f" about {INITIAL_SIZE} large: too little to learn much. Few images need a higher rate and more --epochs (5e-4, 20)")
+
+def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, encoder: str) -> FeatureCache:
+    """The feature cache of the run's data, created or reused; says how large it will grow. Raises UsageError."""
+    number_format = str(model.vision_encoder.dtype).removeprefix("torch.")
+    key = CacheKey(encoder, number_format, model.config.image_tokens, model.config.vision_hidden_size)
+    try:
+        cache = FeatureCache(config.features_folder, key, samples)
+    except (DataError, OSError) as error:
+        raise UsageError(f"--cache_features 1: {error}") from error
+    if cache.rebuilt_because:
+        ranks.warn(f"notice: the feature cache in {cache.folder} starts from scratch: {cache.rebuilt_because}")
+    ranks.print(f"feature cache: {cache.folder}, {cache.count:,} images, {cache.count * cache.image_bytes / 1e9:.2f} GB"
+                f" when full; {cache.filled():,} filled")  # fmt: skip
+    return cache
 
 
 def make_sampler(config: TrainConfig, ranks: Ranks, samples: SampleSource, image_tokens: int, size: int,
@@ -221,14 +203,24 @@ def make_sampler(config: TrainConfig, ranks: Ranks, samples: SampleSource, image
     )  # fmt: skip
 
 
-def first_named_picture(samples: SampleSource, most: int = 100) -> str | None:
-    """What the first sample says that shows a picture by name, among the first `most`; None when there is none."""
-    for index in range(min(len(samples), most)):
-        with contextlib.suppress(SampleError):  # training names it
-            sample = samples[index]
-            if names := [ref for ref in sample.images if isinstance(ref, str)]:
-                return f"{sample.where} shows {names[0]!r}"
-    return None
+def warn_of_small_steps(config: TrainConfig, ranks: Ranks, updates: int) -> None:
+    """A notice where all updates together can move a weight by less than a tenth of its size at initialization.
+
+    An update of AdamW moves a weight by about the learning rate, which is 0.55 of its peak on average.
+    """
+    moved = 0.55 * config.learning_rate * updates
+    if moved < 0.1 * INITIAL_SIZE:
+        ranks.print(f"notice: {updates} updates at --learning_rate {config.learning_rate:g} can move a weight by {moved:.1g}, where weights"
+                    f" are about {INITIAL_SIZE} large: too little to learn much. Few images need a higher rate and more --epochs"
+                    " (5e-4 and 20 for a hundred images)")  # fmt: skip
+
+
+def worker_count(wanted: int, ranks: Ranks) -> int:
+    """Loader processes of this rank: at most its fraction of the machine's cores."""
+    most = max(1, cores() // ranks.local_size)
+    if wanted > most:
+        ranks.print(f"notice: --num_workers {wanted} capped to {most}: {cores()} cores here")
+    return min(wanted, most)
 
 
 class Loader:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from machine import LAUNCHER, allow_many_files
-from model.device import keep_freed_memory, usable_device
+from model.device import usable_device
 from model.errors import UsageError, first_line
 
 JOIN_SECONDS = 600  # that processes wait for one another at the start
@@ -51,7 +51,7 @@ class Ranks:
         """Element-wise sums over all ranks, in float64."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64)  # by gloo: the host's business does not wait for the device
+        tensor = torch.tensor(values, dtype=torch.float64)  # by gloo: what the host needs does not wait for the device
         dist.all_reduce(tensor)
         return tensor.tolist()
 
@@ -85,13 +85,13 @@ def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float) -> st
 def launched() -> tuple[int, int, int, int] | None:
     """Rank, size, local rank and local size, if torchrun started this process: then all of its variables are set.
 
-    Some of them, left in a shell or set by a scheduler, are told and passed over. Raises UsageError for a whole set that
+    Some of them, left in a shell or set by a scheduler, are ignored with a notice. Raises UsageError for a whole set that
     cannot be.
     """
-    told = ", ".join(f"{name}={os.environ[name]!r}" for name in LAUNCHER if name in os.environ)
+    present = ", ".join(f"{name}={os.environ[name]!r}" for name in LAUNCHER if name in os.environ)
     if missing := [name for name in LAUNCHER if not os.environ.get(name)]:
-        if told:
-            print(f"notice: one process alone: {told} without {', '.join(missing)} is not torchrun's doing, and is passed over",
+        if present:
+            print(f"notice: one process alone: {present} without {', '.join(missing)} is not torchrun's doing, and is ignored",
                   file=sys.stderr)  # fmt: skip
         return None
     try:
@@ -99,7 +99,7 @@ def launched() -> tuple[int, int, int, int] | None:
     except ValueError:
         port = 0
     if not (0 < port < 2**16 and 0 <= local_rank < local_size <= size and local_rank <= rank < size):
-        raise UsageError(f"{told} describe no group of processes. torchrun sets them; for one process alone: unset {' '.join(LAUNCHER)}")
+        raise UsageError(f"{present} describe no group of processes. torchrun sets them; for one process alone: unset {' '.join(LAUNCHER)}")
     return rank, size, local_rank, local_size
 
 
@@ -122,17 +122,14 @@ def start(device_name: str) -> Ranks:
     group = launched()
     rank, size, local_rank, local_size = group or (0, 1, 0, 1)
     device = usable_device(device_name)
-    if device.type == "cuda" and local_size > (there := torch.cuda.device_count()):
-        raise UsageError(f"--nproc_per_node {local_size}: this machine has {there} GPUs, and each process needs one of its own")
     allow_many_files()
-    if device.type == "cpu":
-        keep_freed_memory()
-    if group:
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
-        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, size, JOIN_SECONDS)
     if device.type == "cuda":
-        torch.accelerator.set_device_index(device.index or 0)
+        if local_size > (there := torch.cuda.device_count()):
+            raise UsageError(f"--nproc_per_node {local_size}: this machine has {there} GPUs, and each process needs one of its own")
+        device = torch.device("cuda", local_rank if group else device.index or 0)
+        torch.accelerator.set_device_index(device.index)
+    if group:
+        join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, size, JOIN_SECONDS)
     return Ranks(rank, size, local_size, device)
 
 

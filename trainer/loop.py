@@ -90,10 +90,8 @@ class Trainer:
         workers = worker_count(self.config.num_workers, self.ranks)
         self.loader = Loader(run, workers)
         self.validation = Validation(run, workers, compute_loss) if self.config.eval_data_path else None
-        self.waits_for_images = self.config.freeze_llm == 1
         self.began, self.began_update = time.monotonic(), self.state.update
         self.logged = self.began
-        self.bar_is_stale = 0.0  # on the first rank
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
         self.state.tracker_id = self.tracker.run_id
 
@@ -137,15 +135,13 @@ class Trainer:
         bad = [sample for batch in micro_batches for sample in batch.bad]
         truncated = [sample for batch in micro_batches for sample in batch.truncated]
         self.bad_samples.report(bad, truncated)
-        supervised, tokens, images, good, bad_count, truncated_count, signals, self.bar_is_stale = self.ranks.sum([
+        supervised, tokens, good, bad_count, truncated_count, signals = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
-            sum(len(batch.image_index) for batch in micro_batches), sum(len(batch.indices) for batch in micro_batches),
-            len(bad), len(truncated), stop.signum, self.tracker.is_stale,
+            sum(len(batch.indices) for batch in micro_batches), len(bad), len(truncated), stop.signum,
         ])  # fmt: skip
         if signals:  # these samples wait for the resume, which counts them then
             raise Stopped(stop.signum or signal.SIGTERM)  # 0: another rank was asked to stop
         state, new, read = self.state, int(bad_count), int(good + bad_count)
-        self.waits_for_images = self.waits_for_images and not images
         state.truncated += int(truncated_count)
         done = state.samples + read
         self.bad_samples.judge(new, state.epoch_bad + new, done, done >= self.run.sampler.size)
@@ -208,38 +204,29 @@ class Trainer:
         self.tracker.advance()
 
     def log_if_due(self, learning_rate: float) -> None:
-        """Logs the first update, every log_interval-th and the last; between them a progress bar is brought up to date."""
+        """Logs the first update, every log_interval-th and the last."""
         update = self.state.update
-        due = update in (1, self.total) or update % self.config.log_interval == 0
-        if not (due or self.bar_is_stale):
+        if update not in (1, self.total) and update % self.config.log_interval:
             return
         self.finite.read()
         loss, aux_loss, supervised, updates = self.interval.read(self.ranks)
         now = time.monotonic()
         per_update = (now - self.began) / (update - self.began_update)
         memory = torch.accelerator.max_memory_allocated() if self.ranks.device.type == "cuda" else peak_memory()
-        values = {
+        self.tracker.log({
             "update": update, "epoch": self.state.epoch + self.state.samples / self.run.sampler.size,
             # None: nothing was trained on, all samples were bad or no loss was finite.
             "loss": loss / supervised if supervised else None, "aux_loss": aux_loss / updates if updates else None,
             "learning_rate": learning_rate, "tokens_per_second": self.interval.tokens / max(now - self.logged, 1e-9),
             "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update), "peak_memory_mb": memory / 2**20,
             "bad_samples": self.state.bad, "truncated_samples": self.state.truncated,
-        }  # fmt: skip
-        if not due:
-            self.tracker.show(values)
-            return
-        self.tracker.log(values)
+        })  # fmt: skip
         self.logged = now
         self.interval.clear()
         if update == 1 and supervised:
             vocabulary = self.run.model.config.vocab_size
             self.tracker.message(f"first loss {loss / supervised:.2f}; a model that knows nothing has ln({vocabulary}) ="
                                  f" {math.log(vocabulary):.2f}")  # fmt: skip
-        if self.waits_for_images and update != 1:
-            self.waits_for_images = False
-            self.ranks.print("warning: no image so far, so nothing was learned: --freeze_llm 1 trains the projector alone,"
-                             " which sees images only. Use --freeze_llm 0 or 2 for text")  # fmt: skip
 
     def validate_if_due(self, stop: StopRequest) -> None:
         """Measures the loss on held-out data and keeps the weights when it is the lowest so far.

@@ -78,7 +78,7 @@ def epilogue(trainer: Trainer, stopped_by: int) -> str:
 
 
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
-    """What a failure at run time is told as, and what to do; None for a fault of the program. `began` tells a state that this
+    """The message for a failure at run time, with the remedy; None for a fault of the program. `began` tells a state that this
     run saved from an older one that lies there."""
     text = str(error).strip()
     if "in DataLoader worker process" in text:  # its traceback follows, and last what it died of
@@ -86,15 +86,16 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     text = " ".join(text.split()).rstrip(".") or type(error).__name__
     state = config.resume_file
     saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
-    go_on = f". Continue from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
+    rest = f". Continue from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
     if ran_out_of_memory(error):
         return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
-                f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{go_on}")  # fmt: skip
-    if remedy := loader_remedy(error):
+                f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{rest}")  # fmt: skip
+    remedy = loader_remedy(error)
+    if remedy:
         text += f". {remedy}"
     if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):  # the connection to it may be seen to break first
-        return f"a loader process died, for want of memory if it said nothing: {text}{go_on}, with fewer --num_workers if it comes again"
-    return text + go_on if remedy else None if isinstance(error, RuntimeError) else text
+        return f"a loader process died, for want of memory if it said nothing: {text}{rest}, with fewer --num_workers if it comes again"
+    return text + rest if remedy else None if isinstance(error, RuntimeError) else text
 
 
 def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:
@@ -104,7 +105,7 @@ def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:
         return []
     weights = [config.weight_file, *([config.best_file] if config.eval_data_path else [])]
     files = [config.resume_file, previous_state(config.resume_file), config.metrics_file,
-             *(file for weight in weights for file in (weight, weight.with_suffix(".json")))]  # fmt: skip
+             *weights, *(file.with_suffix(".json") for file in weights)]  # fmt: skip
     try:
         for file in files:
             check_writable(file)
@@ -119,42 +120,42 @@ def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:
 
 def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """torchrun that starts its workers again wants them to resume what this run saved, and nothing else: where it may do so,
-    a run from scratch first puts the state of an older run of the same name in the place of its previous one.
+    a run from scratch first moves the state of an older run of the same name to the previous one's place.
 
-    That it did so stands in the store of torchrun's agent, which outlives the workers: they may have died before. Without such
-    a store their restarts are counted, by all ranks together: a machine that came back counts its own from 0.
+    That it began is recorded in the store of torchrun's agent, which outlives the workers: they may have died before. Without
+    such a store all ranks' restarts are counted: a machine that came back counts its own from 0.
     """
     if config.from_resume or not dist.is_initialized():
         return config
     may_restart, restarts = ranks.sum([float(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("MAX_RESTARTS", "RESTART_COUNT")])
     if not may_restart:  # on none of the machines
         return config
-    began = restarts > 0
-    store, there = None, ranks.is_main and config.resume_file.is_file()
-    if ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        began = store.check([BEGAN])
-    if there and not began:
-        os.replace(config.resume_file, previous_state(config.resume_file))
-        ranks.print(f"notice: the training state of an older run is kept at {previous_state(config.resume_file)}")
-    if store:
-        store.set(BEGAN, "")
+    began, there = restarts > 0, False
+    if ranks.is_main:
+        there = config.resume_file.is_file()
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            began = store.check([BEGAN])
+            store.set(BEGAN, "")
+        if there and not began:
+            os.replace(config.resume_file, previous_state(config.resume_file))
+            ranks.print(f"notice: the training state of an older run is kept at {previous_state(config.resume_file)}")
     return dataclasses.replace(config, from_resume=int(ranks.sum([float(there and began)])[0]))
 
 
 class _Lossy(io.FileIO):
-    """A file that loses what it cannot write."""
+    """A file that loses what it cannot write: nobody reads it, the disk is full, the terminal is gone."""
 
     def write(self, data) -> int:
         try:
             return super().write(data) or len(data)  # None: a full pipe that does not wait
-        except OSError:  # nobody reads, the disk is full, the terminal is gone
+        except OSError:
             return len(data)
 
 
 def keep_talking() -> None:
-    """From now on no message can fail: what standard output and error do not take, and what they cannot spell, is lost, and the
-    work goes on. For work of hours; a short command may end with whoever reads it."""
+    """From now on no message can fail: what standard output and error cannot write or spell is lost, and the training, which
+    takes hours, continues."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed when the process started

@@ -27,7 +27,6 @@ from .config import TrainConfig
 
 MOST_QUEUED = 1000  # points that wait for SwanLab; one that finds the queue full is dropped
 FINISH_SECONDS = 30.0  # that SwanLab gets for its last points, once training has ended
-STALE_SECONDS = 5.0  # until a bar's figures are brought up to date
 THREAD = "swanlab"
 
 
@@ -47,20 +46,16 @@ class MetricsFile:
                         kept.append(line + b"\n")
         write_atomically(path, lambda file: file.write(b"".join(kept)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed in close)
-        self._truncated = self._warned = False
+        self._warned = False
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one line. A disk that refuses is reported once, and asked again for the next line."""
-        line = ("\n" * self._truncated + json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-        problem = None
         try:
-            self._truncated = self._file.write(line) < len(line)
-            problem = "the disk is full" if self._truncated else None
+            self._file.write((json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
         except OSError as error:
-            problem = error.strerror
-        if problem and not self._warned:
+            if not self._warned:
+                print(f"warning: {self._file.name} misses lines ({error.strerror}); training continues", file=sys.stderr, flush=True)
             self._warned = True
-            print(f"warning: {self._file.name} misses lines ({problem}); training continues", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Closes the file."""
@@ -139,7 +134,7 @@ class Tracker:
 
     def __init__(self, config: TrainConfig, is_main: bool, resume_update: int, total: int, run_id: str | None):
         self._is_main, self._total = is_main, total
-        self._on_terminal, self._shown = is_main and sys.stderr.isatty(), time.monotonic()
+        self._on_terminal = is_main and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=resume_update, unit="update", disable=not self._on_terminal,
                          dynamic_ncols=True)  # fmt: skip
         self._metrics = MetricsFile(config.metrics_file, resume_update) if is_main else None
@@ -151,28 +146,18 @@ class Tracker:
         """SwanLab's id of this run, to continue with it after a resume."""
         return self._swanlab.run_id if self._swanlab else None
 
-    @property
-    def is_stale(self) -> bool:
-        """Whether a bar shows figures of some time ago."""
-        return self._on_terminal and time.monotonic() > self._shown + STALE_SECONDS
-
     def advance(self) -> None:
         """One update is done."""
         self._bar.update()
 
     def log(self, values: dict[str, Any]) -> None:
-        """Writes the figures of an update everywhere."""
+        """Writes the figures of an update everywhere; for the person watching, on the bar or as a line."""
         self._record(values, values)
-        self.show(values)
-
-    def show(self, values: dict[str, Any]) -> None:
-        """Shows the figures of an update to the person watching, on the bar or as a line."""
         loss, aux_loss = values["loss"], values["aux_loss"]
         text = (("nothing trained" if loss is None else f"loss {loss:.4f}") + (f" aux {aux_loss:.4f}" if aux_loss else "")
                 + f" lr {values['learning_rate']:.3e} {values['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
         if self._on_terminal:
             self._bar.set_postfix_str(text)
-            self._shown = time.monotonic()
         else:
             self.message(f"epoch {values['epoch']:.3f} update {values['update']}/{self._total} {text}"
                          f" left {timedelta(seconds=round(values['seconds_left']))}")  # fmt: skip

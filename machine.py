@@ -86,14 +86,4 @@ def ran_out_of_memory(error: BaseException) -> bool:
         "out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed"))  # fmt: skip
 
 
-def settle_compiler() -> None:
-    """Passes over a cache folder of torch.compile that cannot be made: transformers, when it is loaded, would fail at it."""
-    try:
-        os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.curdir, exist_ok=True)
-    except OSError as error:
-        print(f"notice: TORCHINDUCTOR_CACHE_DIR is passed over: {error}", file=sys.stderr)
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-
-
 settle_threads()
-settle_compiler()

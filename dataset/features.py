@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -134,6 +135,7 @@ class FeatureCache:
                         raise OSError(f"{file.name}: the disk is full")
         except OSError as error:
             self.broken = error
+            print(f"warning: the feature cache keeps no more ({error}); training continues", file=sys.stderr, flush=True)
 
     def _prepare(self, samples: "SampleSource") -> str | None:
         """Makes the files unless they fit; returns why an older cache was thrown away, if one was."""

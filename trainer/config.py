@@ -13,7 +13,6 @@ import math
 import os
 import re
 import runpy
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,8 +97,6 @@ class TrainConfig:
         for name in ("num_workers", "eval_interval", "seed"):
             require(getattr(self, name) >= 0, name, "must not be negative")
         require(math.isfinite(self.learning_rate), "learning_rate", "must be finite")
-        require(self.seed < 2**63, "seed", "must be below 2^63")
-        require(self.batch_size * self.accumulation_steps <= 2**31, "batch_size", "an update takes at most 2^31 samples")
         for name in ("save_weight", "from_weight"):
             require(bool(getattr(self, name)) and os.sep not in getattr(self, name), name, "a name without folders; folders go to --save_dir")
         require(not self.save_weight.endswith("_best"), "save_weight", "names with _best are for the best weights of a run with validation")
@@ -155,16 +152,6 @@ class TrainConfig:
     def eval_fraction(self) -> float | None:
         """The fraction of the training samples to hold out; None where --eval_data_path names files or nothing."""
         return fraction_of(self.eval_data_path)
-
-    def next_command(self, weight: str) -> str:
-        """What a user does with the finished weights of that name: fine-tuning where the projector alone has learned, else
-        asking."""
-        script, *words = ("train_sft_vlm.py", "--from_weight") if self.freeze_llm == 1 else ("eval_vlm.py", "--weight")
-        words = ["python", script if Path.cwd() == REPOSITORY else inside(script), *words, weight]
-        for name in ("save_dir", "hidden_size", "num_hidden_layers", "use_moe", "vision_model_path", "tokenizer_path"):
-            if (value := getattr(self, name)) != getattr(TrainConfig, name):
-                words += [f"--{name}", str(value)]
-        return shlex.join(words)
 
 
 def fraction_of(eval_data_path: str | None) -> float | None:

@@ -27,7 +27,6 @@ from .build import Loader, Run, worker_count
 from .checkpoint import Interval, Saver, Schedule, TrainState, other_data, restore, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
-from .validation import Validation, better
 
 MOST_UNREAD = 100  # updates whose outcome may wait on the device
 
@@ -89,7 +88,11 @@ class Trainer:
         self.finite = FiniteGuard(self.ranks, run.dataset.samples.where, self.config.resume_file)
         workers = worker_count(self.config.num_workers, self.ranks)
         self.loader = Loader(run, workers)
-        self.validation = Validation(run, workers, compute_loss) if self.config.eval_data_path else None
+        self.validation = None
+        if self.config.eval_data_path:
+            from .validation import Validation  # most runs have none
+
+            self.validation = Validation(run, workers, compute_loss, encode)
         self.began, self.began_update = time.monotonic(), self.state.update
         self.logged = self.began
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
@@ -110,6 +113,10 @@ class Trainer:
                 raise TrainingFailed(f"{error}. {self.save_before_the_end()}") from error
             self.save_if_due(last=True)
             self.saver.wait()
+        best = f", those of the lowest validation loss in {self.config.best_file}" if self.state.best_loss is not None else ""
+        saved = "saved. To continue, repeat the command with --from_resume 1" if self.has_news else "nothing new to save"
+        self.ranks.print(f"stopped by {signal.Signals(stopped_by).name} after update {self.state.update} of {self.total}; {saved}"
+                         if stopped_by else f"done. The weights are in {self.config.weight_file}{best}")  # fmt: skip
         return stopped_by
 
     def train_epochs(self, until: int, stop: StopRequest) -> None:
@@ -238,7 +245,7 @@ class Trainer:
             return
         begin = time.monotonic()
         result = self.validation.measure(stop)  # stopped by a signal, a resume does it
-        best = better(result.loss, state.best_loss)
+        best = result.is_better_than(state.best_loss)
         state.validated, self.saved_update, self.has_news = state.update, -1, True
         if best:
             state.best_loss, state.best_update = result.loss, state.update

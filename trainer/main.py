@@ -43,9 +43,7 @@ def run(config: TrainConfig) -> int:
         ranks = distributed.start(config.device or default_device())
         locks = claim_outputs(config, ranks)
         config = resume_after_restart(config, ranks)
-        trainer = Trainer(build(config, ranks))
-        stopped_by = trainer.train()
-        ranks.print(epilogue(trainer, stopped_by))
+        stopped_by = Trainer(build(config, ranks)).train()
         distributed.stop()
         del locks
         return 128 + stopped_by if stopped_by in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) else 0
@@ -63,18 +61,6 @@ def run(config: TrainConfig) -> int:
     except KeyboardInterrupt:  # before the first update or after the last: training itself answers signals
         print("stopped; what was saved before is whole", file=sys.stderr)
         return 130
-
-
-def epilogue(trainer: Trainer, stopped_by: int) -> str:
-    """What a run says at its end: where the weights are, and what to do next."""
-    config, state = trainer.config, trainer.state
-    if stopped_by:
-        saved = "saved. To continue, repeat the command with --from_resume 1" if trainer.has_news else "nothing new to save"
-        return f"stopped by {signal.Signals(stopped_by).name} after update {state.update} of {trainer.total}; {saved}"
-    validated = state.best_loss is not None
-    best = f", those of the lowest validation loss in {config.best_file}" if validated else ""
-    command = config.next_command(config.save_weight + "_best" * validated)
-    return f"done. The weights are in {config.weight_file}{best}. Next:\n  {command}"
 
 
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:

@@ -14,10 +14,10 @@ import torch
 
 from dataset.images import open_images
 from dataset.sources import open_samples
-from dataset.vlm_dataset import BadSample, VLMDataset
+from dataset.vlm_dataset import BadSample, VLMDataset, collate
 from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import DataError, UsageError
-from model.vision import normalize, preprocess
+from model.model_minimind import IGNORE_INDEX
 
 from .build import Loader, Run, make_sampler, open_cache
 from .checkpoint import TrainState
@@ -34,19 +34,9 @@ class Result:
     loss: float
     samples: list[dict]
 
-
-@dataclass(frozen=True)
-class Question:
-    """A question that is asked at each validation, as the model reads it, and the record of it for the metrics file."""
-
-    ids: torch.Tensor  # int64 [1, T]
-    images: dict[str, torch.Tensor]  # image_features [N, P, W] and image_positions [N * P]; empty for text alone
-    record: dict
-
-
-def better(loss: float, best: float | None) -> bool:
-    """Whether a validation loss is the lowest so far."""
-    return math.isfinite(loss) and (best is None or loss < best)
+    def is_better_than(self, best: float | None) -> bool:
+        """Whether the loss is the lowest so far."""
+        return math.isfinite(self.loss) and (best is None or self.loss < best)
 
 
 def hold_out(run: Run) -> tuple[Run, np.ndarray]:
@@ -71,15 +61,14 @@ def hold_out(run: Run) -> tuple[Run, np.ndarray]:
 
 
 class Validation:
-    """Measures a run's model on held-out data. `compute_loss` is the training's."""
+    """Measures a run's model on held-out data; how losses and image features are computed comes from the training."""
 
-    def __init__(self, run: Run, workers: int, compute_loss: Callable):
+    def __init__(self, run: Run, workers: int, compute_loss: Callable, encode: Callable):
         self.run, numbers = hold_out(run)
         self.loader, self.interval = Loader(self.run, workers), run.config.eval_interval
-        self.compute_loss = compute_loss
+        self.compute_loss, self.encode = compute_loss, encode
         self.bad_samples = BadSampleGuard(run.ranks, run.config.on_bad_sample == "raise")
-        chosen = numbers[np.linspace(0, len(numbers) - 1, min(ASKED, len(numbers))).astype(int)].tolist()
-        self.questions = [q for number in chosen if (q := self.first_question(number))] if run.ranks.is_main else []
+        self.asked = numbers[np.linspace(0, len(numbers) - 1, min(ASKED, len(numbers))).astype(int)].tolist()
         when = f"every {self.interval} updates and at the end" if self.interval else "after every epoch"
         run.ranks.print(f"validation: {len(numbers)} samples, {when}; the best weights go to {run.config.best_file}")
 
@@ -94,7 +83,8 @@ class Validation:
         """Loss and answers. Raises Stopped when a signal comes meanwhile to any rank."""
         self.run.model.eval()
         try:
-            return Result(self.loss(stop), [{**question.record, "answer": self.answer(question)} for question in self.questions])
+            loss = self.loss(stop)
+            return Result(loss, [answer for number in self.asked if (answer := self.ask(number))] if self.run.ranks.is_main else [])
         finally:
             self.run.model.train()
 
@@ -120,36 +110,29 @@ class Validation:
         self.bad_samples.judge(int(bad), int(bad), int(read), done=True)
         return total / supervised
 
-    def first_question(self, number: int) -> Question | None:
-        """The conversation of a sample up to its first answer; None for a bad sample, and where nobody asks before it."""
-        dataset = self.run.dataset
-        if isinstance(dataset[number], BadSample):
+    def ask(self, number: int) -> dict | None:
+        """What the model answers to the first question of a sample; None for a bad sample, and where nobody asks first."""
+        dataset, config, tokenizer = self.run.dataset, self.run.model.config, self.run.dataset.renderer.tokenizer
+        example = dataset[number]
+        if isinstance(example, BadSample):
             return None
         sample = dataset.samples[number]
-        at = next(number for number, turn in enumerate(sample.turns) if turn.role == "assistant")
-        turns = sample.turns[:at]
-        if not turns or turns[-1].role != "user":
+        at = next(place for place, turn in enumerate(sample.turns) if turn.role == "assistant")
+        if at == 0 or sample.turns[at - 1].role != "user":
             return None
-        prompt = dataset.renderer.render_prompt(turns)
-        refs = sample.images[: len(prompt.image_starts)]
-        record = {"question": turns[-1].content.replace(IMAGE_PLACEHOLDER, "").strip(),
-                  "image": ", ".join(ref for ref in refs if isinstance(ref, str)), "where": sample.where,
-                  "reference": sample.turns[at].content}  # fmt: skip
-        images, device = {}, self.run.ranks.device
-        if refs:
-            pixels = torch.stack([preprocess(dataset.images.load(ref, sample.where)) for ref in refs])
-            patches = torch.arange(self.run.model.config.image_tokens)
-            features = self.run.model.encode_images(normalize(pixels.to(device))).to(torch.bfloat16)  # rounded as in training
-            images = {"image_features": features.to(self.run.dtype),
-                      "image_positions": torch.cat([start + patches for start in prompt.image_starts]).to(device)}  # fmt: skip
-        return Question(torch.from_numpy(prompt.ids)[None].to(device), images, record)
-
-    def answer(self, question: Question) -> str:
-        """The model's greedy answer, by transformers' generate."""
-        tokenizer = self.run.dataset.renderer.tokenizer
+        end = int((example.labels != IGNORE_INDEX).argmax())  # where the first answer begins
+        batch = collate([example], config.pad_token_id, config.image_tokens).to(self.run.ranks.device)
+        ids, images = batch.ids[:, :end], sum(start < end for start in example.image_starts)
         with self.run.autocast(), torch.compiler.set_stance("force_eager"):
-            ids = self.run.model.generate(
-                question.ids, attention_mask=torch.ones_like(question.ids), max_new_tokens=ANSWER_TOKENS, do_sample=False,
-                eos_token_id=self.run.dataset.renderer.im_end, pad_token_id=tokenizer.pad_token_id, **question.images,
-            )  # fmt: skip
-        return tokenizer.decode(ids[0, question.ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
+            answer = self.run.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False,
+                eos_token_id=dataset.renderer.im_end, pad_token_id=config.pad_token_id,
+                image_features=self.encode(self.run, batch)[:images] if images else None,
+                image_positions=batch.image_positions[: images * config.image_tokens] if images else None,
+            )[0, end:]  # fmt: skip
+        return {
+            "question": sample.turns[at - 1].content.replace(IMAGE_PLACEHOLDER, "").strip(),
+            "image": ", ".join(ref for ref in sample.images[:images] if isinstance(ref, str)), "where": sample.where,
+            "reference": sample.turns[at].content,
+            "answer": tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd"),  # cut within a character
+        }  # fmt: skip

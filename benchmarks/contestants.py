@@ -127,8 +127,6 @@ def real_turns(spec: dict) -> Iterator[dict]:
     } | spec.get("flags", {})  # fmt: skip
     flags |= {"bf16": {"dtype": "float32"}, "compile": {"use_compile": 0},
               "checkpointing": {"gradient_checkpointing": 1}}.get(off, {})  # fmt: skip
-    if off == "kept_memory":
-        distributed.keep_freed_memory = lambda: None
     begin = time.perf_counter()
     config = TrainConfig(**flags)
     run = build.build(config, distributed.start(config.device))

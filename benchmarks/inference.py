@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model.conversation import IMAGE_PLACEHOLDER, Renderer, Turn, load_tokenizer
-from model.device import bf16_is_fast, keep_freed_memory
+from model.device import bf16_is_fast
 from model.inference.assistant import Assistant
 from model.inference.generation import Memory, Sampling, generate_batch, generate_stream
 from model.layers import rope_tables
@@ -150,7 +150,6 @@ def make_plain() -> Plain:
 
 def make_real() -> Real:
     """Ours on the same, with the settings and the dtype of `load_assistant`."""
-    keep_freed_memory(huge_pages=True)
     dtype = torch.bfloat16 if bf16_is_fast(torch.device("cpu")) else torch.float32
     return Real(Assistant(make_model(MiniMindVLM).to(dtype), load_tokenizer(str(REPOSITORY / "model"))))
 

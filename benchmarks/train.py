@@ -26,7 +26,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model.conversation import load_tokenizer
-from model.device import default_device, keep_freed_memory
+from model.device import default_device
 from model.errors import UsageError, print_anything
 from model.moe import MOEFeedForward
 from model.storage import REPOSITORY, check_output, check_plot, home_for_tilde
@@ -261,8 +261,6 @@ def main() -> int:
         check_plot(args.plot)
     except UsageError as error:
         parser.error(str(error))
-    if torch.device(args.device).type == "cpu":
-        keep_freed_memory()
 
     def save(rows: list[dict]) -> None:
         if args.json:

@@ -1,7 +1,5 @@
 """The device that computes, and how it does so best."""
 
-import ctypes
-import os
 import time
 
 import torch
@@ -15,33 +13,6 @@ def default_device() -> str:
         kind = torch.accelerator.current_accelerator().type
         return "cuda:0" if kind == "cuda" else kind
     return "cpu"
-
-
-def keep_freed_memory(huge_pages: bool = False) -> None:
-    """Settings of memory for work on a CPU; to be called before the first tensor is made.
-
-    glibc's malloc keeps what tensors free instead of handing it back to the system. By default every large tensor is
-    mapped anew and each of its pages faults on first touch; an update allocates hundreds of them, and spent a quarter of
-    its time there. Other C libraries are left alone.
-
-    oneDNN keeps the compiled kernels of fewer shapes than its own 1,024: with batches of all lengths these took half a
-    gigabyte, and compiling one again costs next to nothing.
-
-    `huge_pages` asks for them for tensors of 2 MB and more: weights that are read once a token stream up to a tenth faster.
-    Training's tensors, of all sizes, would only take a fifth more memory by their alignment.
-    """
-    if huge_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks once, at its first tensor of any size
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_ARENA_MAX, 1)  # what the backward's thread frees serves the forward's, and the other way round
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def usable_device(name: str) -> torch.device:

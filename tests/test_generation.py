@@ -2,12 +2,9 @@
 
 import copy
 import math
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +26,7 @@ from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
 from model.inference.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.inference.packed import PackedDecoder, pack_vision_encoder
-from tests.conftest import REPOSITORY, make_model, make_vision_encoder
+from tests.conftest import make_model, make_vision_encoder
 
 P = 196
 NEVER = -1  # no token: answers go on to max_new_tokens
@@ -204,24 +201,6 @@ def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
     assert torch.allclose(own, original, atol=1e-4) and type(packed.encoder.layers[0].mlp.fc1) is not torch.nn.Linear
     assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
     assert tower.config._attn_implementation == attention == "sdpa"
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
-def test_weights_that_answer_are_meant_for_huge_pages():
-    """Torch asks for the setting once, at its first tensor: none may be made where the modules are imported.
-
-    What counts is what the system was asked for (hg: madvise(MADV_HUGEPAGE)); whether it has such pages is its own affair.
-    """
-    program = """if True:
-        import re
-        from model.inference import assistant
-        assistant.keep_freed_memory(huge_pages=True)
-        import torch
-        weights = torch.zeros(2**26)
-        regions = re.findall(r"(?s)\\nSize: +(\\d+) kB.*?\\nVmFlags:([^\\n]*)", open("/proc/self/smaps").read())
-        print(sum(int(size) for size, flags in regions if "hg" in flags.split()))"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True, timeout=120, check=True)
-    assert int(done.stdout) >= 2**18, "KiB of the tensor"
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

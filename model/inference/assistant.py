@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from model.conversation import Rendered, Renderer, Turn
-from model.device import bf16_is_fast, keep_freed_memory, usable_device
+from model.device import bf16_is_fast, usable_device
 from model.errors import UsageError
 from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder, pack_vision_encoder
@@ -93,8 +93,6 @@ def load_assistant(
     Raises UsageError for anything missing or not fitting.
     """
     usable_device(device)
-    if device == "cpu":
-        keep_freed_memory(huge_pages=True)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if bf16_is_fast(torch.device(device)) else torch.float32

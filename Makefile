@@ -18,11 +18,11 @@ storm: .venv/dev
 	$(BIN)/python -m tests.storm --kills $(KILLS)
 
 bench: .venv/dev
-	$(BIN)/python -m benchmarks train --json out/benchmark.json
+	$(BIN)/python -m benchmarks --json out/benchmark.json
 
-# The README's pictures, from what the demo leaves; those of speed and of the page have commands of their own.
+# The README's plots, from what the demo leaves. Its diagrams are docs/figures/*.svg, the image of the page has a command of its own.
 figures: .venv/dev
-	for picture in structure sample loss attention; do $(BIN)/python -m docs.figures $$picture || exit 2; done
+	for plot in loss attention; do $(BIN)/python -m docs.figures $$plot || exit 2; done
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"

@@ -4,7 +4,6 @@ import copy
 import math
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from benchmarks.inference import Plain, PlainVLM, Real
 from chat.chat import Chat
 from chat.scoring import Question, answer_in_batches
 from model.conversation import IMAGE_PLACEHOLDER, Turn
@@ -134,16 +132,6 @@ def test_what_prompts_share_is_read_once(small):
         decoder.calls.clear()
         assert stream(decoder, prompt, memory) == by_full_forwards(small, prompt)
         assert decoder.calls[0] == (1, read), "another picture in the same place is another prefix"
-
-
-def test_the_benchmarks_plain_way_gives_the_same_tokens(renderer):
-    tower = make_vision_encoder()
-    assistant = Assistant(make_model(tower=tower, hidden_size=64, initializer_range=0.3), renderer.tokenizer)
-    plain = PlainVLM(assistant.model.config, tower).eval()
-    plain.load_state_dict(assistant.model.state_dict())
-    turns, picture = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), Image.new("RGB", (224, 224), "red")
-    real = Real(assistant).ask(turns, Memory(assistant.decoder.new_cache()), picture, [])
-    assert Plain(plain, assistant.renderer).ask(turns, picture, 6)[0] == list(islice(real, 6))
 
 
 def test_an_interrupted_step_leaves_a_memory_that_can_be_used(small):

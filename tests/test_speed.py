@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks import train as benchmark
 from benchmarks.synthetic import write_data
+from benchmarks.train import mix_experts
 from dataset.features import CacheKey, FeatureCache
 from dataset.images import FolderImages
 from dataset.jsonl import JsonlSamples
@@ -35,7 +35,7 @@ from tests.conftest import (
 )
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer.guards import StopRequest
-from trainer.plain import mix_experts, plain_forward, plain_loss
+from trainer.plain import plain_forward, plain_loss
 from trainer.sampler import ResumableSampler
 
 
@@ -126,7 +126,7 @@ def test_experts_sorted_looped_and_grouped_agree(tokens):
     layer = MOEFeedForward(MiniMindConfig(hidden_size=64, use_moe=True), FeedForward).train()
     x, weight = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
     found = []
-    for way in (lambda: layer(x), lambda: mix_experts(layer, x, None), "grouped"):
+    for way in (lambda: layer(x), lambda: mix_experts(layer, x), "grouped"):
         if way == "grouped":
             layer.run_apart, way = layer.run_grouped, lambda: layer(x)
         out, aux_loss = way()
@@ -161,7 +161,7 @@ def test_compiled_training_is_the_same_and_does_not_compile_again_and_again(data
 
 @pytest.mark.parametrize(("stage", "batch_size"), [("pretrain", 16), ("sft", 4)])
 def test_padding_is_at_most_a_twentieth(tmp_path, tokenizer, renderer, stage, batch_size):
-    path, pictures = write_data(tmp_path, stage, 1500, tokenizer, pictures=2)
+    path, pictures = write_data(tmp_path, stage, 1500, tokenizer, images=2)
     samples = JsonlSamples(path)
     dataset = VLMDataset(samples, FolderImages(pictures), renderer, 1536)
     sampler = ResumableSampler(1500, batch_size, 1, seed=0, lengths=lambda indices: samples.lengths(indices, 196))
@@ -369,13 +369,3 @@ def test_one_placeholder_tokenized_stands_for_all(tokenizer):
     for text in ("<image>", "a@<image>@@ b", "<image><image>\n?", "!<image>!<image>?", "@@<image>é 你<image>\t@ <image>"):
         a, b = (renderer.render_prompt((Turn("user", text),)) for renderer in (short, long))
         assert a.ids.tolist() == b.ids.tolist() and a.image_starts == b.image_starts
-
-
-@pytest.mark.parametrize("flag, name", [("--json", ""), ("--json", "file/x.json"), ("--plot", "x.xyz"), ("--plot", "file/x.png")])
-def test_files_of_the_benchmark_are_looked_at_first(flag, name, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(sys, "argv", ["benchmark", "growth", flag, str(tmp_path / name)])
-    monkeypatch.setattr(benchmark.tempfile, "mkdtemp", lambda **_: pytest.fail("work before the look"))
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main()
-    assert f"error: {flag} {tmp_path / name}: " in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""The pictures of the README, each by its command: `python -m docs.figures --help`."""
+"""Diagrams (svg) and plots (programs) of the README: `python -m docs.figures --help`."""

@@ -1,0 +1,57 @@
+"""The benchmark: a run of a few seconds gives all its figures, and answers that are compared are the same answers."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import __main__ as benchmark
+from benchmarks.inference import QUESTION, Real, ask_plain
+from docs import minimal_vlm
+from model.inference.assistant import Assistant
+from tests.conftest import REPOSITORY, make_model, make_vision_encoder
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
+    return benchmark.main()
+
+
+def test_a_tiny_run_gives_the_figures_of_the_rows_asked_for(tmp_path, monkeypatch, capsys):
+    names = ["sft_first_epoch", "sft_cached", "moe", "decode_single", "decode_batch32", "jsonl_later_start"]
+    assert run(monkeypatch, "--tiny", "--rounds", 1, "--rows", ",".join(names), "--json", tmp_path / "a.json", "--against", REPOSITORY) == 0
+    rows = {row.pop("name"): row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == names
+    for name in names[:2]:
+        for contestant in ("", "plain_", "against_"):
+            assert rows[name][f"{contestant}samples_per_second"] > 0 and rows[name][f"{contestant}peak_memory_mb"] > 100
+        assert rows[name]["plain_ratio"] == pytest.approx(rows[name]["samples_per_second"] / rows[name]["plain_samples_per_second"])
+    assert rows["decode_batch32"]["tokens_per_second"] > 0 and rows["jsonl_later_start"]["seconds"] > 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(tuple(names))] == names
+
+
+def test_both_contestants_answer_the_same(renderer, tmp_path):
+    encoder = make_vision_encoder()
+    real = Real(Assistant(make_model(0, encoder, hidden_size=64, initializer_range=0.3), renderer.tokenizer))
+    config = minimal_vlm.Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vision_hidden_size=24)
+    plain = minimal_vlm.MiniVLM(config)
+    plain.load_state_dict(real.assistant.model.state_dict())
+    plain.vision_encoder = encoder
+    Image.new("RGB", (300, 224), "red").save(tmp_path / "red.png")
+    tokens = ask_plain(plain, minimal_vlm.load_tokenizer(), [QUESTION], tmp_path / "red.png", 6)
+    assert real.ask([QUESTION], tmp_path / "red.png", 6) == tokens == real.ask_all([tmp_path / "red.png"] * 2, 6)[1]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--json", "."], "--json .: "), (["--json", "file/x.json"], "--json file/x.json: no file can be written there"),
+    (["trian"], "no suite or row of it: trian"), (["data", "--rows", "sft_cached"], "no suite or row of it: sft_cached"),
+])  # fmt: skip
+def test_mistakes_are_told_before_the_work(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(benchmark.tempfile, "TemporaryDirectory", lambda **_: pytest.fail("work before the look"))
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *flags)
+    assert f"error: {message}" in capsys.readouterr().err

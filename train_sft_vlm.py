@@ -1,11 +1,11 @@
-"""Supervised fine-tuning: teaches the whole model to answer questions about pictures.
+"""Supervised fine-tuning: the projector and the whole decoder learn to answer questions about images.
 
     python train_sft_vlm.py --epochs 2 --from_weight pretrain_vlm
     torchrun --standalone --nproc_per_node 2 train_sft_vlm.py --epochs 2 --from_weight pretrain_vlm
 
 Reads   out/pretrain_vlm_512.pth, dataset/sft_data.jsonl, dataset/sft_images/, model/vision_model/clip-vit-base-patch16/
 Writes  out/sft_vlm_512.pth (+ .json, .metrics.jsonl), checkpoints/sft_vlm_512_resume.pth
-Ctrl-C saves and ends; the same command with --from_resume 1 goes on. All flags: --help.
+Ctrl-C saves and ends; the same command with --from_resume 1 resumes. All flags: --help.
 """
 
 import sys

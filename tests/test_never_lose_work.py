@@ -267,7 +267,7 @@ def test_mended_data_go_on_and_others_start_from_the_saved_weights(data, encoder
         return make_trainer((write_jsonl(tmp_path / "data.jsonl", lines), data[1]), encoder_folder, tmp_path, save_weight="sft_vlm", **flags)
 
     def stopped():
-        with pytest.raises(TrainingFailed, match=r"a line for a line, and go on with --from_resume 1; .*--from_weight sft_vlm without"):
+        with pytest.raises(TrainingFailed, match=r"a line for a line, and continue with --from_resume 1; .*--from_weight sft_vlm without"):
             trainer([*rows, *[bad] * 11]).train()
 
     stopped()
@@ -406,7 +406,7 @@ def test_a_full_disk_is_reported_and_later_saves_make_up_for_it(data, encoder_fo
     process = start_on_disk(data, encoder_folder, tmp_path / "part", {"DISK_FULL": str(full), "DISK_DELAY": "0.03"}, **flags)
     read_until(process, "update 10/")
     full.touch()
-    read_until(process, "a save failed, training goes on: cannot write in")
+    read_until(process, "a save failed, training continues: cannot write in")
     full.unlink()
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error

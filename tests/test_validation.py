@@ -204,10 +204,10 @@ def test_cached_pictures_of_the_validation_are_encoded_once(data, held_out_data,
 def run_here(data, encoder_folder, out, before_validation=None, after_update: int = 0, **flags) -> int:
     """A whole run in this process. `after_update`: a SIGINT comes then; `before_validation`: or in the n-th validation."""
     trainer = make_trainer(data, encoder_folder, out, **{**EVERY, **flags})
-    advance, measure, count = trainer.advance, trainer.validation.measure, 0
+    log, measure, count = trainer.log_if_due, trainer.validation.measure, 0
 
-    def advancing():
-        advance()
+    def logging(learning_rate):
+        log(learning_rate)
         if trainer.state.update == after_update:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -218,7 +218,7 @@ def run_here(data, encoder_folder, out, before_validation=None, after_update: in
             os.kill(os.getpid(), signal.SIGINT)
         return measure(stop)
 
-    trainer.advance, trainer.validation.measure = advancing, measuring
+    trainer.log_if_due, trainer.validation.measure = logging, measuring
     trainer.train()
     return trainer.state.update
 
@@ -258,14 +258,14 @@ def run_by_default(data, encoder_folder, out, **flags) -> Trainer:
     settings = {"save_weight": "sft_vlm", "epochs": 2} | flags
     config = parse_config("", {}, training_flags(data, encoder_folder, out, num_workers=0, **settings))
     trainer = Trainer(build(replace(config, dtype=None), distributed.start("cpu")))
-    advance = trainer.advance
+    log = trainer.log_if_due
 
-    def advancing():
-        advance()
+    def logging(learning_rate):
+        log(learning_rate)
         if trainer.state.update == after_update:
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer.advance = advancing
+    trainer.log_if_due = logging
     trainer.train()
     return trainer
 
@@ -288,10 +288,10 @@ def test_a_resume_keeps_the_number_format_whatever_the_machine_measures(data, en
     again = run_by_default(data, encoder_folder, part, cache_features=1, after_update=1)
     told = capsys.readouterr().err
     assert again.run.config.dtype == name and again.run.cache.filled() == filled > 0
-    assert f"notice: {name}, as the pictures in the feature cache" in told and "anew:" not in told and "not what" not in told
+    assert f"notice: {name}, as the images in the feature cache" in told and "from scratch:" not in told and "not what" not in told
     other = "float32" if fast else "bfloat16"
     assert make_trainer(data, encoder_folder, part, dtype=other, cache_features=1).run.cache.filled() == 0
-    assert "starts anew: it was made with another encoder or format: {'tower'" in (told := capsys.readouterr().err) and name in told
+    assert "starts from scratch: it was made with another encoder or format: {'encoder'" in (told := capsys.readouterr().err) and name in told
     assert make_trainer(data, encoder_folder, part, dtype=other, from_resume=1, save_weight="sft_vlm").run.config.dtype == other
     assert f"--dtype {name} -> {other}" in capsys.readouterr().err
 

@@ -52,6 +52,13 @@ class TrainState:
     best_loss: float | None = None  # the lowest validation loss, and its update
     best_update: int = 0
 
+    def advance(self, sampler: ResumableSampler) -> None:
+        """Counts the update just finished."""
+        self.update += 1
+        self.samples = min(sampler.size, self.samples + sampler.samples_per_update)
+        if self.samples == sampler.size:
+            self.epoch, self.samples, self.epoch_bad = self.epoch + 1, 0, 0
+
 
 class Interval:
     """Sums over the updates since the last log line. They stay on the device until somebody reads them.

@@ -4,7 +4,7 @@ What is exact here, and tested: a loss is the mean over the supervised tokens of
 spread over micro-batches and ranks; every sample of an epoch is trained on once, across interruptions; a resumed run
 ends bit for bit (on a CPU) where an uninterrupted one does.
 
-Shapes: B rows of T tokens in a micro-batch, N different images among them, each P patch vectors of width W.
+Shapes: B rows of T tokens in a micro-batch, S of them supervised; N different images, each P patch vectors of width W.
 """
 
 import contextlib
@@ -43,7 +43,9 @@ def compute_loss(run: Run, model: torch.nn.Module, batch: Batch) -> tuple[torch.
     """
     batch = batch.to(run.ranks.device)
     features = encode(run, batch)
-    with run.autocast():  # the decoder computes in bf16 or fp16; its weights and their gradients stay in fp32
+    # The decoder computes in bf16 or fp16; its weights, their gradients and the optimizer's averages stay in fp32: an update
+    # of a thousandth of a weight would be lost in bf16, which keeps eight bits.
+    with run.autocast():
         out = model(
             batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, use_cache=False, image_features=features,
             # Rows are padded on the right: causal attention needs no mask, only the routers' loss does.
@@ -79,10 +81,11 @@ class Trainer:
         if self.config.from_resume:
             self.state, self.interval, self.schedule = restore(run)
         self.total = self.schedule.total
+        # Unchanged weights are not saved again, and what is on disk is never replaced by less.
         self.saver, self.saved_update = Saver(bool(self.config.from_resume)), self.state.update
-        self.has_news = False  # trained or validated since the start: what is on disk is never replaced by less
+        self.has_news = False  # trained or validated since the start
         self.model = run.model
-        if self.ranks.size > 1:
+        if self.ranks.size > 1:  # from here on a backward averages the gradients of all ranks
             self.model = DistributedDataParallel(run.model, forward_sync_buffers=False)
         self.bad_samples = BadSampleGuard(self.ranks, self.config.on_bad_sample == "raise")
         self.finite = FiniteGuard(self.ranks, run.dataset.samples.where, self.config.resume_file)
@@ -124,10 +127,12 @@ class Trainer:
         for epoch in range(self.state.epoch, until):
             for micro_batches in self.loader.epoch(epoch, skip=self.state.samples):
                 supervised, tokens = self.agree(micro_batches, stop)
+                # All that follows counts finished things: update u, counted from 0, is done at the rate of u finished ones.
                 learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
                 if supervised:  # else all its samples were bad, and decay and momentum would move the weights all the same
                     self.update(micro_batches, learning_rate, supervised, tokens)
-                self.advance()
+                self.state.advance(self.run.sampler)
+                self.tracker.advance()
                 self.log_if_due(learning_rate)
                 self.validate_if_due(stop)
                 self.save_if_due()
@@ -160,6 +165,7 @@ class Trainer:
         self.has_news = True
         for group in self.run.optimizer.param_groups:
             group["lr"] = learning_rate
+        # Sums stay on the device: to ask for a number (.item()) is to wait for everything that was queued before it.
         loss_sum = aux_sum = torch.zeros((), device=self.ranks.device)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
@@ -186,11 +192,12 @@ class Trainer:
         An fp16 overflow, which the scaler handles itself, is no error.
         """
         optimizer, scaler = self.run.optimizer, self.run.scaler
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # gradients were scaled up, to lie within fp16's range; the norm is that of the true ones
+        # One bad batch must not throw the weights far away: gradients whose common length exceeds grad_clip are shortened to it.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         broken = (~torch.isfinite(loss if scaler.is_enabled() else loss + norm)).float()
         if self.ranks.size > 1:
-            dist.all_reduce(broken, dist.ReduceOp.MAX)
+            dist.all_reduce(broken, dist.ReduceOp.MAX)  # one rank's is everybody's: weights must stay the same on all
         if scaler.is_enabled():
             scaler.step(optimizer)  # leaves out a step with a non-finite gradient
             scaler.update()
@@ -200,15 +207,6 @@ class Trainer:
             del optimizer.found_inf
         optimizer.zero_grad()
         return broken
-
-    def advance(self) -> None:
-        """Counts the update just finished."""
-        sampler, state = self.run.sampler, self.state
-        state.update += 1
-        state.samples = min(sampler.size, state.samples + sampler.samples_per_update)
-        if state.samples == sampler.size:
-            state.epoch, state.samples, state.epoch_bad = state.epoch + 1, 0, 0
-        self.tracker.advance()
 
     def log_if_due(self, learning_rate: float) -> None:
         """Logs the first update, every log_interval-th and the last."""
@@ -231,6 +229,7 @@ class Trainer:
         self.logged = now
         self.interval.clear()
         if update == 1 and supervised:
+            # Who guesses evenly among V tokens has a cross-entropy of ln(V): far above it, something is wrong from the start.
             vocabulary = self.run.model.config.vocab_size
             self.tracker.message(f"first loss {loss / supervised:.2f}; a model that knows nothing has ln({vocabulary}) ="
                                  f" {math.log(vocabulary):.2f}")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -38,8 +39,8 @@ from tests.conftest import (
     write_jsonl,
 )
 from trainer import checkpoint, distributed
-from trainer.build import build, freeze
-from trainer.config import parse_config
+from trainer.build import build, freeze, warn_of_small_steps
+from trainer.config import TrainConfig, parse_config
 from trainer.guards import StopRequest, TrainingFailed
 from trainer.loop import Trainer, cosine
 from trainer.main import main
@@ -165,6 +166,30 @@ def test_bad_flags_end_with_code_2(flags, capsys):
     with pytest.raises(SystemExit) as end:
         parse_config("", {}, flags)
     assert end.value.code == 2 and flags[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_several_files_may_be_given_apart_or_with_commas_between():
+    apart = parse_config("", {}, ["--data_path", "a.jsonl", "b.jsonl:0.3", "--images_path", "a", "b.zip", "--eval_data_path", "0.1"])
+    assert apart == parse_config("", {}, ["--data_path", "a.jsonl,b.jsonl:0.3", "--images_path", "a,b.zip", "--eval_data_path=0.1"])
+
+
+@pytest.mark.parametrize(("samples", "batch_size", "rate", "epochs", "told"), [
+    (84, 4, 1e-6, 2, True), (84, 4, 5e-4, 20, False),  # a few images of one's own, by the defaults and as it should be
+    (595_000, 16, 4e-4, 4, False), (300_000, 4, 1e-6, 2, False),  # the published data and defaults
+    (4_000, 16, 4e-3, 1, False), (4_000, 16, 5e-4, 1, False),  # the demo
+])  # fmt: skip
+def test_too_few_updates_to_learn_are_told_at_the_start(samples, batch_size, rate, epochs, told, capsys):
+    config = TrainConfig(batch_size=batch_size, learning_rate=rate, epochs=epochs)
+    warn_of_small_steps(config, distributed.Ranks(0, 1, 1, torch.device("cpu")), epochs * -(-samples // batch_size))
+    assert ("too little to learn" in capsys.readouterr().err) == told
+
+
+def test_the_table_of_flags_is_printed_with_the_defaults_of_both_scripts():
+    done = subprocess.run([sys.executable, "-m", "trainer.config"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines()[2:])
+    assert set(rows) == {f"--{item.name}" for item in dataclasses.fields(TrainConfig)}
+    assert rows["--epochs"].startswith("4 (2) | ") and rows["--data_path"].startswith("dataset/pretrain_data.jsonl (dataset/sft_data.jsonl) | ")
+    assert str(REPOSITORY) not in done.stdout
 
 
 def test_a_tilde_is_the_home_folder_in_every_command(tmp_path, monkeypatch, capsys):

@@ -69,7 +69,8 @@ class TrainConfig:
     from_resume: int = setting(0, "1: resume from the last training state of the same save_weight", (0, 1))
     freeze_llm: int = setting(1, "what is trained: 0: projector and decoder, 1: the projector, 2: projector and the decoder's last"
                               " block; the vision encoder never is", (0, 1, 2))
-    use_wandb: bool = setting(False, "track the run with SwanLab, in the mode of its own settings (SWANLAB_MODE)")
+    use_wandb: bool = setting(False, "track the run with SwanLab, in the mode of its own settings (SWANLAB_MODE=cloud; local needs"
+                             " swanlab[dashboard]; offline needs no account)")
     wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
     vision_model_path: str = setting(inside("model", "vision_model", "clip-vit-base-patch16"), "folder of a CLIP vision encoder in"

@@ -20,18 +20,22 @@ storm: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m benchmarks --json out/benchmark.json
 
-# The README's plots, from what the demo leaves. Its diagrams are docs/figures/*.svg, the image of the page has a command of its own.
+# The README's plots, from what the demo leaves, and its diagrams, by Chromium from docs/figures/*.svg. The image of the page has
+# a command of its own: python -m tests.screenshot
 figures: .venv/dev
 	for plot in loss attention; do $(BIN)/python -m docs.figures $$plot || exit 2; done
+	for name in structure sample; do chromium --headless --no-sandbox --hide-scrollbars --force-device-scale-factor=1.8 \
+		--window-size=1000,832 --screenshot=images/$$name.png docs/figures/$$name.svg || exit 2; done
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	$(PYTHON) -m venv .venv
 
 .venv/demo: requirements.txt .venv/bin/python
-	$(BIN)/pip install --quiet -r requirements.txt easy-vqa==1.0
+	@echo 'Installing into .venv; torch is the largest package'
+	$(BIN)/pip install -r requirements.txt easy-vqa==1.0
 	touch $@
 
 .venv/dev: requirements.txt requirements-dev.txt requirements-video.txt .venv/bin/python
-	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install -r requirements.txt -r requirements-dev.txt
 	touch $@

@@ -4,8 +4,7 @@
     python -m dataset.demo --prepare_only  # the data alone
 
 Reads   the PyPI package `easy-vqa` (MIT): 5,000 images of one coloured shape each, 48,248 questions, official split
-Writes  dataset/demo/ (jsonl files, images) and, by the project's own scripts, out/{llm,pretrain_vlm,sft_vlm}_256.*,
-        out/demo_predictions.jsonl and out/demo_report.json
+Writes  dataset/demo/ (jsonl files, images), out/{llm,pretrain_vlm,sft_vlm}_256.*, out/demo_predictions.jsonl, out/demo_report.json
 """
 
 import argparse
@@ -146,14 +145,13 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
 
 def run_stage(number: int, name: str, data: str, script: str, flags: str, teaches: str, minutes: float, first_loss: str) -> None:
     """Runs one of the project's scripts and says what for, how long, and what came of it; ends the demo when it fails."""
-    print(f"\nstage {number} of {len(STAGES)}: {teaches}; about {minutes} minutes on two cores")
     command, data, images = [script, *flags.split(), "--hidden_size", "256"], str(FOLDER / data), str(FOLDER / "images")
     if name == "score":
         command += ["--score", data, "--image_dir", images, "--predictions", str(PREDICTIONS)]
     else:
         command += ["--num_hidden_layers", "4", "--save_weight", name, "--data_path", data, "--images_path", images,
                     "--vision_model_path", str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), "--num_workers", "1", "--log_interval", "50"]  # fmt: skip
-    print(f"$ python {' '.join(command)}", flush=True)
+    print(f"\nstage {number} of {len(STAGES)}: {teaches}; about {minutes} minutes on two cores\n$ python {' '.join(command)}", flush=True)
     done = subprocess.run([sys.executable, str(REPOSITORY / script), *command[1:]], check=False)
     if done.returncode:
         raise SystemExit(f"demo: {script} ended with exit code {done.returncode}")

@@ -3,8 +3,8 @@
     python -m docs.figures loss        # loss curves of the demo, or of the metrics files named
     python -m docs.figures attention   # where the demo's model looked, or another one
 
-Writes images/{name}.png, or --out. Needs requirements-dev.txt. The diagrams structure.svg and sample.svg, next to this
-file, are written by hand; a test compares their numbers with the model.
+Writes images/{name}.png, or --out. Needs requirements-dev.txt. The diagrams of the same folder come from structure.svg and
+sample.svg, next to this file, which are written by hand: a test compares their numbers with the model.
 """
 
 import argparse

@@ -35,14 +35,14 @@ class Storm:
         self.counts = Counter(kills=0, unreadable=0, differing=0, repeated=0, skipped=0)
         self.launches = 0
         self.data = make_data(folder / "data", SAMPLES)
-        make_vision_encoder().save_pretrained(folder / "tower")
+        make_vision_encoder().save_pretrained(folder / "encoder")
 
     def start(self, out: Path, resume: bool, processes: int) -> subprocess.Popen:
         """The training run in processes of its own."""
         flags = {"epochs": EPOCHS, "save_interval": 1, "from_resume": int(resume), "cache_features": 1, "num_workers": 1}
         launcher = [sys.executable] if processes == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]  # fmt: skip
-        command = [*launcher, str(Path(__file__).with_name("slow_disk.py")), *training_flags(self.data, self.folder / "tower", out, **flags)]
+        command = [*launcher, str(Path(__file__).with_name("slow_disk.py")), *training_flags(self.data, self.folder / "encoder", out, **flags)]
         self.launches += 1
         log = out / f"trained_{self.launches:05}"
         out.mkdir(exist_ok=True)

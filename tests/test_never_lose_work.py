@@ -1,4 +1,4 @@
-"""Interrupted, torn, refused, resized: whatever happens, what was done is not lost."""
+"""Interrupted, corrupt, refused, resized: whatever happens, what was done is not lost."""
 
 import contextlib
 import errno
@@ -194,7 +194,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_before_the_first_update(data, 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
 def test_a_file_system_without_locks_is_warned_of(data, encoder_folder, tmp_path, monkeypatch, capsys, number):
-    """NFS, Lustre: training, the feature cache and indices go on."""
+    """NFS, Lustre: training, the feature cache and indices continue."""
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
@@ -248,18 +248,18 @@ def test_data_that_let_a_run_down_cost_none_of_it(encoder_folder, tmp_path):
     order = list(make_trainer(data, encoder_folder, tmp_path / "order").run.sampler.updates(0))
     at, sample = next((at, number) for at, ((*numbers,),) in enumerate(order) if at > 3 for number in numbers
                       if (data[1] / f"{number}_0.png").exists())  # fmt: skip
-    picture = data[1] / f"{sample}_0.png"
-    content = picture.read_bytes()
-    picture.write_bytes(b"no picture")
+    image = data[1] / f"{sample}_0.png"
+    content = image.read_bytes()
+    image.write_bytes(b"no image")
     flags = training_flags(data, encoder_folder, tmp_path / "part", on_bad_sample="raise")
     done = run_script("train_sft_vlm.py", *flags)
     assert done.returncode == 1 and f"until update {at} is saved" in done.stderr and "Traceback" not in done.stderr
-    picture.write_bytes(content)
+    image.write_bytes(content)
     train(data, encoder_folder, tmp_path / "part", from_resume=1)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
-def test_mended_data_go_on_and_others_start_from_the_saved_weights(data, encoder_folder, tmp_path, capsys):
+def test_mended_data_continue_and_others_start_from_the_saved_weights(data, encoder_folder, tmp_path, capsys):
     """What a run says that stopped for its data is what works."""
     rows, bad = data[0].read_text().splitlines(), '{"conversations": 3}'
 
@@ -359,7 +359,7 @@ def test_a_lock_left_behind_is_no_obstacle(tmp_path):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, encoder_folder, tmp_path):
+def test_a_corrupt_newest_state_is_reported_and_the_previous_used(data, encoder_folder, tmp_path):
     flags = {"epochs": 2, "save_interval": 1}
     train(data, encoder_folder, tmp_path / "whole", **flags)
     part = tmp_path / "part"
@@ -381,8 +381,8 @@ def test_a_torn_newest_state_is_reported_and_the_one_before_used(data, encoder_f
     assert done.returncode == 2 and "no training state can be read" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_after_a_torn_state_weights_and_state_are_of_one_update_again(data, encoder_folder, tmp_path):
-    """Resumed with nothing left to do: still the torn update's weights must not stay beside the state before it."""
+def test_after_a_corrupt_state_weights_and_state_are_of_one_update_again(data, encoder_folder, tmp_path):
+    """Resumed with nothing left to do: still the corrupt update's weights must not stay next to the previous checkpoint."""
     train(data, encoder_folder, tmp_path, save_interval=5, epochs=2)
     state = tmp_path / "checkpoints" / STATE
     state.write_bytes(state.read_bytes()[:-100])
@@ -514,7 +514,7 @@ def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_sched
         assert "samples now, not" in error
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_group_goes_on(data, encoder_folder, tmp_path):
+def test_torchrun_restarts_a_killed_worker_and_the_group_continues(data, encoder_folder, tmp_path):
     flags = {"epochs": 6, "save_interval": 1}
     train(data, encoder_folder, tmp_path / "whole", processes=2, **flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
@@ -580,7 +580,7 @@ def test_every_start_of_a_group_has_a_name_of_its_own():
         agree_on_name(torch.distributed.HashStore(), 0, 2, 0.1)
 
 
-def test_the_learning_rate_goes_on_unbroken():
+def test_the_learning_rate_continues_without_a_jump():
     schedule = Schedule(100)
     assert [schedule.progress(u) for u in (0, 50, 100)] == [0, 0.5, 1] and cosine(0, 2.0) == 2.0
     other = schedule.continued(40, 70)

@@ -1,4 +1,4 @@
-"""Every measure that makes training faster computes what the plain way computes."""
+"""Every optimization of training computes what the baseline computes."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def assert_close(a: dict, b: dict, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture
 def batch(data, renderer):
-    """Eight samples, with none, one or two pictures each, some rows padded."""
+    """Eight samples, with none, one or two images each, some rows padded."""
     dataset = VLMDataset(JsonlSamples(data[0]), FolderImages(data[1]), renderer, 640)
     return collate(dataset.__getitems__(list(range(8))), 0, 196)
 
@@ -161,9 +161,9 @@ def test_compiled_training_is_the_same_and_does_not_compile_again_and_again(data
 
 @pytest.mark.parametrize(("stage", "batch_size"), [("pretrain", 16), ("sft", 4)])
 def test_padding_is_at_most_a_twentieth(tmp_path, tokenizer, renderer, stage, batch_size):
-    path, pictures = write_data(tmp_path, stage, 1500, tokenizer, images=2)
+    path, images = write_data(tmp_path, stage, 1500, tokenizer, images=2)
     samples = JsonlSamples(path)
-    dataset = VLMDataset(samples, FolderImages(pictures), renderer, 1536)
+    dataset = VLMDataset(samples, FolderImages(images), renderer, 1536)
     sampler = ResumableSampler(1500, batch_size, 1, seed=0, lengths=lambda indices: samples.lengths(indices, 196))
     real = cells = 0
     for (micro_batch,) in list(sampler.updates(0))[:60]:
@@ -205,7 +205,7 @@ def test_pixels_are_normalised_as_by_the_formula():
     assert torch.allclose(normalize(pixels), (pixels / 255 - mean) / std, atol=1e-6)
 
 
-def test_a_picture_shown_twice_in_a_batch_is_encoded_once(tmp_path, renderer):
+def test_an_image_shown_twice_in_a_batch_is_encoded_once(tmp_path, renderer):
     make_data(tmp_path, 4)
     Image.new("RGB", (30, 20), "red").save(tmp_path / "pictures" / "a.png")
     Image.new("RGB", (30, 20), "blue").save(tmp_path / "pictures" / "b.png")
@@ -235,7 +235,7 @@ def test_later_epochs_neither_encode_nor_decode(data, encoder_folder, tmp_path, 
     trainer.train_epochs(1, StopRequest())
 
     def forbidden(*_):
-        raise AssertionError("a picture was read or encoded again")
+        raise AssertionError("an image was read or encoded again")
 
     trainer.run.cache.flush()
     monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
@@ -288,7 +288,7 @@ def test_cache_gives_back_what_it_got_and_only_for_the_same_file(data, tmp_path)
         assert reader.read(0, 7) is None, "the file looks otherwise now"
         assert reader.read(1, 8) is None, "never filled"
     assert again.filled() == 3 and again.rebuilt_because is None
-    with open(tmp_path / "c" / "features.bin", "r+b") as file:  # torn by a power cut
+    with open(tmp_path / "c" / "features.bin", "r+b") as file:  # corrupted by a power cut
         file.seek(5 * cache.image_bytes + 3)
         file.write(b"\0\1\2")
     assert again.read(5, 9) is None and again.read(2, 7) is not None
@@ -296,7 +296,7 @@ def test_cache_gives_back_what_it_got_and_only_for_the_same_file(data, tmp_path)
 
 @pytest.mark.parametrize("name", ["features.bin", "filled.bin", "starts.npy", "slots.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "junk"])
-def test_a_damaged_cache_is_made_anew(data, tmp_path, name, damage):
+def test_a_damaged_cache_is_made_again(data, tmp_path, name, damage):
     cache, path = open_small(tmp_path / "c", data), tmp_path / "c" / name
     expected = [cache.slots_of(index) for index in range(22)]
     content = path.read_bytes()
@@ -310,13 +310,13 @@ def test_a_damaged_cache_is_made_anew(data, tmp_path, name, damage):
     assert torch.equal(again.read(0, 1), torch.ones(4, 8).bfloat16())
 
 
-def test_cache_starts_anew_when_anything_in_its_key_changes(data, tmp_path):
+def test_cache_starts_again_when_anything_in_its_key_changes(data, tmp_path):
     cache = open_small(tmp_path / "c", data)
     cache.write([0], [1], torch.ones(1, 4, 8).bfloat16())
     cache.flush()
     rows = data[0].read_text().splitlines()
-    same_pictures = write_jsonl(tmp_path / "other.jsonl", [*rows, rows[0]])
-    kept = open_small(tmp_path / "c", (same_pictures, data[1]))
+    same_images = write_jsonl(tmp_path / "other.jsonl", [*rows, rows[0]])
+    kept = open_small(tmp_path / "c", (same_images, data[1]))
     assert kept.filled() == 1 and len(kept.starts) == 24 and kept.slots_of(22) == kept.slots_of(0)
     for change in ({"encoder": "u"}, {"dtype": "bfloat16"}, {"preprocessing": 99}):
         made = open_small(tmp_path / "c", data, **change)
@@ -328,7 +328,7 @@ def test_cache_starts_anew_when_anything_in_its_key_changes(data, tmp_path):
     assert made.filled() == 0 and "images" in made.rebuilt_because
 
 
-def test_a_changed_picture_is_encoded_again(encoder_folder, tmp_path):
+def test_a_changed_image_is_encoded_again(encoder_folder, tmp_path):
     data = make_data(tmp_path, 6)
     flags = {"epochs": 1, "cache_features": 1}
     make_trainer(data, encoder_folder, tmp_path, **flags).train_epochs(1, StopRequest())
@@ -348,7 +348,7 @@ def test_cache_refuses_a_disk_too_small(data, tmp_path, monkeypatch):
         open_small(tmp_path / "c", data)
 
 
-def test_training_goes_on_when_the_cache_cannot_be_written(data, encoder_folder, tmp_path, monkeypatch, capsys):
+def test_training_continues_when_the_cache_cannot_be_written(data, encoder_folder, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -99,7 +99,7 @@ def test_a_full_disk_is_reported_once_and_asked_again(tmp_path, capsys):
     assert (tmp_path / "m.jsonl").read_text() == '{"update": 3}\n'
 
 
-def test_a_resumed_metrics_file_goes_on_where_the_state_left_off(tmp_path):
+def test_a_resumed_metrics_file_continues_where_the_state_left_off(tmp_path):
     path = tmp_path / "m.jsonl"
     first = MetricsFile(path, 0)
     for update in (1, 2, 3):

@@ -286,8 +286,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(data, encoder
         assert (tensor.float() - weights(tmp_path / "two")[name].float()).abs().max() < 2e-3, name
 
 
-def test_a_rank_without_pictures_does_not_hang(encoder_folder, tmp_path):
-    """Of two samples in each update one has a picture: one of two ranks never sees any at a time."""
+def test_a_rank_without_images_does_not_hang(encoder_folder, tmp_path):
+    """Of two samples in each update one has an image: one of two ranks never sees any at a time."""
     make_data(tmp_path, 12)
     rows = []
     for number in range(8):
@@ -352,7 +352,7 @@ def test_a_bad_sample_is_skipped_named_and_counted(data, encoder_folder, tmp_pat
     assert "plain.jsonl:1" in done.stderr and read_metrics(tmp_path / "c", NAME)[-1]["bad_samples"] == 1
 
 
-def test_a_truncated_picture_is_used_named_once_and_counted(encoder_folder, tmp_path):
+def test_a_truncated_image_is_used_named_once_and_counted(encoder_folder, tmp_path):
     for name in ("whole.jpg", "cut.jpg"):
         Image.effect_noise((90, 60), 40).save(tmp_path / name)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-5])
@@ -562,7 +562,7 @@ class Evil:
         return os.system, ("touch /tmp/minimind_v_was_here",)
 
 
-def test_torn_and_malicious_files_are_refused(tmp_path):
+def test_corrupt_and_malicious_files_are_refused(tmp_path):
     model, path = make_model(), tmp_path / "w.pth"
     save_weights(path, model, {})
     path.write_bytes(path.read_bytes()[:-500])

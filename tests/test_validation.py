@@ -147,7 +147,7 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
         assert question["content"].replace("<image>", "").strip() == answer["question"]
         assert (reference["content"], image) == (answer["reference"], answer["image"])
         prompt = dataset.renderer.render_prompt(dataset.samples[number].turns[:1])
-        pixels = [picture.pixels for picture in dataset[number].images]
+        pixels = [image.pixels for image in dataset[number].images]
         images = {"image_features": model.encode_images(normalize(torch.stack(pixels))).bfloat16().float(),
                   "image_positions": torch.cat([torch.arange(196) + start for start in prompt.image_starts])} if pixels else {}  # fmt: skip
         ids = model.generate(torch.from_numpy(prompt.ids)[None], max_new_tokens=32, do_sample=False, pad_token_id=0,
@@ -185,13 +185,13 @@ def test_training_with_validation_is_training_without_it(data, held_out_data, en
         assert_same(one, other)
 
 
-def test_cached_pictures_of_the_validation_are_encoded_once(data, held_out_data, encoder_folder, tmp_path, monkeypatch):
+def test_cached_images_of_the_validation_are_encoded_once(data, held_out_data, encoder_folder, tmp_path, monkeypatch):
     trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
                            cache_features=1)  # fmt: skip
     first = trainer.validation.loss(StopRequest())
 
     def forbidden(*_):
-        raise AssertionError("a picture was read or encoded again")
+        raise AssertionError("an image was read or encoded again")
 
     monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
     monkeypatch.setattr(FolderImages, "load", forbidden)
@@ -245,7 +245,7 @@ def test_a_resumed_run_validates_as_an_uninterrupted_one(data, encoder_folder, t
     assert_same(weights(tmp_path / "whole", BEST), weights(part, BEST))
 
 
-def test_a_resume_with_another_share_is_refused(data, encoder_folder, tmp_path):
+def test_a_resume_with_another_fraction_is_refused(data, encoder_folder, tmp_path):
     run_here(data, encoder_folder, tmp_path, after_update=2)
     for value in ("0.31", data[0]):
         with pytest.raises(UsageError, match="samples would be held out and trained on"):

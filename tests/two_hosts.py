@@ -4,7 +4,7 @@
 
 Each host is a namespace with its own address on a veth pair, and runs `torchrun --nnodes 2 --nproc_per_node 1` with the
 c10d rendezvous, gloo, and one shared folder for the output. The second host is killed in the middle; the first waits for
-it; after its return both go on from the last state. Prints last "two hosts: same" or what differs; ends with code 0 or 1.
+it; after its return both continue from the last state. Prints last "two hosts: same" or what differs; ends with code 0 or 1.
 """
 
 import os
@@ -80,12 +80,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="two_hosts_") as name:
         folder = Path(name)
         data = make_data(folder / "data", 22)
-        make_vision_encoder().save_pretrained(folder / "tower")
+        make_vision_encoder().save_pretrained(folder / "encoder")
         settings = {"epochs": 40, "save_interval": 1}
-        whole = run_script("train_sft_vlm.py", *training_flags(data, folder / "tower", folder / "whole", **settings), processes=2)
+        whole = run_script("train_sft_vlm.py", *training_flags(data, folder / "encoder", folder / "whole", **settings), processes=2)
         if whole.returncode:
             raise RuntimeError(whole.stderr)
-        flags, hosts = training_flags(data, folder / "tower", folder / "two", **settings), []
+        flags, hosts = training_flags(data, folder / "encoder", folder / "two", **settings), []
         logs = [folder / f"{name}.log" for name in NAMES]
         remove_hosts()
         try:
@@ -98,7 +98,7 @@ def main() -> int:
             time.sleep(3)
             hosts[1] = start_host(1, flags, logs[1])
             wait_for_text(logs[0], "resumed from", 180)
-            print("second host is back, training goes on", flush=True)
+            print("second host is back, training continues", flush=True)
             codes = [host.wait(timeout=300) for host in hosts]
             if any(codes):
                 raise RuntimeError(f"exit codes {codes}:\n{logs[0].read_text()[-3000:]}")

@@ -60,26 +60,6 @@ class TrainState:
             self.epoch, self.samples, self.epoch_bad = self.epoch + 1, 0, 0
 
 
-class Interval:
-    """Sums over the updates since the last log line. They stay on the device until somebody reads them.
-
-    `sums` [4]: cross-entropy over supervised tokens and auxiliary loss, of this rank; supervised tokens and updates, of
-    all. `tokens` are those of all ranks, padding apart.
-    """
-
-    def __init__(self, device: torch.device, sums: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), tokens: float = 0.0):
-        self.sums, self.tokens = torch.tensor(sums, device=device), tokens
-
-    def read(self, ranks: Ranks) -> list[float]:
-        """The sums over all ranks; waits for the device."""
-        loss, aux_loss, supervised, updates = self.sums.tolist()
-        return [*ranks.sum([loss, aux_loss]), supervised, updates]
-
-    def clear(self) -> None:
-        """Starts from zero."""
-        self.sums, self.tokens = torch.zeros_like(self.sums), 0.0
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How far along the learning rate's curve an update is, without a jump where a resumed run has other updates to do.
@@ -108,8 +88,8 @@ def previous_state(path: Path) -> Path:
     return path.with_name(f"{path.stem}_previous{path.suffix}")
 
 
-def snapshot(run: "Run", state: dict, interval: dict, schedule: Schedule) -> dict[str, Any]:
-    """The whole content of a training state. `interval` holds the sums over all ranks."""
+def snapshot(run: "Run", state: dict, interval: list[float], schedule: Schedule) -> dict[str, Any]:
+    """The whole content of a training state. `interval` are the sums since the last log line, over all ranks."""
     return copy_to_cpu({
         "version": STATE_VERSION, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "state": state, "interval": interval, "schedule": asdict(schedule),
@@ -205,7 +185,7 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
     raise UsageError(f"no training state can be read: {'; '.join(problems)}. Start again, without --from_resume 1.")
 
 
-def restore(run: "Run") -> tuple[TrainState, Interval, Schedule]:
+def restore(run: "Run") -> tuple[TrainState, torch.Tensor, Schedule]:
     """Brings model, optimizer, scaler and sampler back to the saved state, and returns the rest of it; raises UsageError
     when flags or files do not allow an exact resume."""
     config, sampler, ranks, path = run.config, run.sampler, run.ranks, run.config.resume_file
@@ -228,9 +208,9 @@ def restore(run: "Run") -> tuple[TrainState, Interval, Schedule]:
     total = state.update + sampler.count_updates(config.epochs, state.epoch, state.samples)
     if schedule.total != total:
         schedule = schedule.continued(state.update, total)
-    interval = Interval(ranks.device, **content["interval"])
-    if not ranks.is_main:  # the first rank has the sums of all
-        interval.sums[:2] = 0.0
+    interval = torch.tensor(content["interval"], device=ranks.device)
+    if not ranks.is_main:  # the first rank has the losses of all
+        interval[:2] = 0.0
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     left = (config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(f"resumed from {path} (saved {saved}): {state.update} updates done, epoch {state.epoch + 1},"

@@ -24,7 +24,7 @@ from model.storage import StorageError
 from model.vision import normalize
 
 from .build import Loader, Run, worker_count
-from .checkpoint import Interval, Saver, Schedule, TrainState, other_data, restore, snapshot
+from .checkpoint import Saver, Schedule, TrainState, other_data, restore, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
 
@@ -76,14 +76,15 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.config, self.ranks = run, run.config, run.ranks
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-        self.state, self.interval = TrainState(), Interval(run.ranks.device)
+        self.state = TrainState()
+        # Sums since the last log line: this rank's cross-entropy and auxiliary loss; all ranks' supervised tokens, updates, tokens.
+        self.interval = torch.zeros(5, device=run.ranks.device)
         self.schedule = Schedule(run.config.epochs * run.sampler.updates_per_epoch)
         if self.config.from_resume:
             self.state, self.interval, self.schedule = restore(run)
         self.total = self.schedule.total
-        # Unchanged weights are not saved again, and what is on disk is never replaced by less.
-        self.saver, self.saved_update = Saver(bool(self.config.from_resume)), self.state.update
-        self.has_news = False  # trained or validated since the start
+        self.saver = Saver(resumed=bool(self.config.from_resume))
+        self.saved_update, self.has_news = self.state.update, False  # news of this start: what is on disk is never replaced by less
         self.model = run.model
         if self.ranks.size > 1:  # from here on a backward averages the gradients of all ranks
             self.model = DistributedDataParallel(run.model, forward_sync_buffers=False)
@@ -96,8 +97,8 @@ class Trainer:
             from .validation import Validation  # most runs have none
 
             self.validation = Validation(run, workers, compute_loss, encode)
-        self.began, self.began_update = time.monotonic(), self.state.update
-        self.logged = self.began
+        self.logged = self.began = time.monotonic()
+        self.began_update = self.state.update
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
         self.state.tracker_id = self.tracker.run_id
 
@@ -127,7 +128,6 @@ class Trainer:
         for epoch in range(self.state.epoch, until):
             for micro_batches in self.loader.epoch(epoch, skip=self.state.samples):
                 supervised, tokens = self.agree(micro_batches, stop)
-                # All that follows counts finished things: update u, counted from 0, is done at the rate of u finished ones.
                 learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
                 if supervised:  # else all its samples were bad, and decay and momentum would move the weights all the same
                     self.update(micro_batches, learning_rate, supervised, tokens)
@@ -182,9 +182,8 @@ class Trainer:
         self.finite.add(broken, [index for batch in micro_batches for index in batch.indices])
         if self.ranks.device.type == "cpu" or len(self.finite.unread) == MOST_UNREAD:
             self.finite.read()
-        sums = torch.stack([loss_sum, aux_sum, loss_sum.new_full((), supervised), loss_sum.new_ones(())])
-        self.interval.sums += torch.where(broken > 0, 0.0, sums)
-        self.interval.tokens += tokens
+        counts = [loss_sum.new_full((), value) for value in (supervised, 1, tokens)]  # filled on the device, not copied there
+        self.interval += torch.where(broken > 0, 0.0, torch.stack([loss_sum, aux_sum, *counts]))
 
     def step(self, loss: torch.Tensor) -> torch.Tensor:
         """Clips and steps. A loss or gradient that is not finite changes nothing; returns a tensor that is then 1.
@@ -214,7 +213,7 @@ class Trainer:
         if update not in (1, self.total) and update % self.config.log_interval:
             return
         self.finite.read()
-        loss, aux_loss, supervised, updates = self.interval.read(self.ranks)
+        loss, aux_loss, supervised, updates, tokens = self.interval_sums()
         now = time.monotonic()
         per_update = (now - self.began) / (update - self.began_update)
         memory = torch.accelerator.max_memory_allocated() if self.ranks.device.type == "cuda" else peak_memory()
@@ -222,12 +221,12 @@ class Trainer:
             "update": update, "epoch": self.state.epoch + self.state.samples / self.run.sampler.size,
             # None: nothing was trained on, all samples were bad or no loss was finite.
             "loss": loss / supervised if supervised else None, "aux_loss": aux_loss / updates if updates else None,
-            "learning_rate": learning_rate, "tokens_per_second": self.interval.tokens / max(now - self.logged, 1e-9),
+            "learning_rate": learning_rate, "tokens_per_second": tokens / max(now - self.logged, 1e-9),
             "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update), "peak_memory_mb": memory / 2**20,
             "bad_samples": self.state.bad, "truncated_samples": self.state.truncated,
         })  # fmt: skip
         self.logged = now
-        self.interval.clear()
+        self.interval.zero_()
         if update == 1 and supervised:
             # Who guesses evenly among V tokens has a cross-entropy of ln(V): far above it, something is wrong from the start.
             vocabulary = self.run.model.config.vocab_size
@@ -262,11 +261,10 @@ class Trainer:
             return
         self.finite.read()
         self.saved_update = self.state.update
-        sums = self.interval.read(self.ranks)
+        interval = self.interval_sums()
         if self.ranks.is_main:
             if self.run.cache:
                 self.run.cache.flush()
-            interval = {"sums": sums, "tokens": self.interval.tokens}
             self.save_weights(self.config.weight_file, snapshot(self.run, self.progress(), interval, self.schedule))
 
     def save_weights(self, weight_file: Path, content: dict | None = None) -> None:
@@ -281,6 +279,11 @@ class Trainer:
             self.saver.save(weight_file, self.run.model, sidecar, self.config.resume_file if content else None, content)
         except StorageError as error:
             self.ranks.warn(f"warning: a save failed, training continues: {error}")
+
+    def interval_sums(self) -> list[float]:
+        """`interval`, with the losses of all ranks; waits for the device."""
+        loss, aux_loss, *rest = self.interval.tolist()
+        return [*self.ranks.sum([loss, aux_loss]), *rest]
 
     def progress(self) -> dict:
         """The state as it is saved: with the time spent until now."""

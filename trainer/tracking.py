@@ -5,6 +5,7 @@ A tracker that fails is dropped with one warning; training continues.
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -80,6 +81,8 @@ class SwanLab:
         start = {"project": config.wandb_project, "name": name, "config": settings, "id": self.run_id, "resume": "allow"}
         # The lowest in rank of SwanLab's ways to choose a folder: the user's own setting wins.
         os.environ.setdefault("SWANLAB_LOGDIR", str(Path(config.save_dir).resolve() / "swanlog"))
+        with contextlib.suppress(Exception, SystemExit):  # the thread says what is wrong
+            importlib.import_module("swanlab")  # not there: loader processes that are forked meanwhile would inherit half an import
         self._thread = threading.Thread(target=self._send, args=(start,), name=THREAD, daemon=True)
         self._thread.start()
 
@@ -101,7 +104,7 @@ class SwanLab:
             self._warn(f"did not finish within {FINISH_SECONDS:.0f} s, points may be missing")
 
     def _send(self, start: dict[str, Any]) -> None:
-        """The thread: everything that SwanLab does, from its import to the end of the run."""
+        """The thread: everything that SwanLab does, until the end of the run."""
         try:
             import swanlab
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from dataset.images import FolderImages
@@ -15,6 +16,8 @@ from docs import minimal_vlm as minimal
 from model.conversation import Renderer, parse_turns
 from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder
+from model.model_minimind import FeedForward
+from model.moe import MOEFeedForward
 from model.vision import normalize
 from model.weights import load_weights, save_weights
 from tests.conftest import FIXTURES, make_model, make_vision_encoder, training_flags, write_jsonl
@@ -50,9 +53,21 @@ def plain_model(model):
     sizes = minimal.Config(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.vocab_size,
                            c.vision_hidden_size)  # fmt: skip
     plain = minimal.MiniVLM(sizes)
+    for layer in plain.model.layers if c.use_moe else ():
+        layer.mlp = PlainExperts(c, FeedForward)
     plain.load_state_dict(model.state_dict())
     plain.vision_encoder = model.vision_encoder
     return plain
+
+
+class PlainExperts(MOEFeedForward):
+    """Mixture of Experts by its definition: every expert reads every token, and counts where it was chosen."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, weights, self.aux_loss = self.gate(x, self.token_mask)
+        mix = torch.zeros(len(chosen), len(self.experts)).scatter(1, chosen, weights)
+        routed = sum(expert(x) * mix[:, number].view(*x.shape[:2], 1) for number, expert in enumerate(self.experts))
+        return routed + sum(expert(x) for expert in self.shared_experts)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -116,28 +131,33 @@ def test_pixels_are_the_same_but_for_rounding(tmp_path, size):
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("images", "count"), [(0, 1), (1, 1), (2, 1), (None, 6)], ids=["text", "image", "images", "padded"])
-def test_logits_loss_and_gradients_are_the_same(square_data, renderer, plain_tokenizer, images, count):
+@pytest.mark.parametrize(("images", "count", "moe"), [(0, 1, False), (1, 1, False), (2, 1, False), (None, 6, False), (None, 6, True)],
+                         ids=["text", "image", "images", "padded", "padded with experts"])  # fmt: skip
+def test_logits_loss_and_gradients_are_the_same(square_data, renderer, plain_tokenizer, images, count, moe):
     numbers = list(range(count)) if images is None else by_images(square_data, images, count)
     dataset = VLMDataset(JsonlSamples(square_data[0]), FolderImages(square_data[1]), renderer, 640)
     batch = collate(dataset.__getitems__(numbers), 0, 196)
-    model = make_model(tower=make_vision_encoder(), num_hidden_layers=3).train()
+    model = make_model(tower=make_vision_encoder(), num_hidden_layers=3, use_moe=moe).train()
     features = model.encode_images(normalize(batch.pixels))[batch.image_index] if len(batch.pixels) else None
     inputs = {"image_features": features, "image_positions": batch.image_positions}
-    out = model(batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, **inputs)
-    out.loss.backward()
+    out = model(batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, token_mask=batch.attention_mask, **inputs)
+    (out.loss + (out.aux_loss if moe else 0)).backward()
 
     plain = plain_model(model).train()
     samples = minimal.Conversations(*square_data, plain_tokenizer)
     own = minimal.collate([samples[number] for number in numbers], length=640)  # padded more than the real batch
+    routers = [layer.mlp for layer in plain.model.layers if moe]
+    for router in routers:
+        router.token_mask = F.pad(batch.attention_mask, (0, 640 - batch.ids.shape[1]))
     loss = minimal.train_loss(plain, own)
-    loss.backward()
+    aux_loss = sum(router.aux_loss for router in routers)
+    (loss + aux_loss).backward()
     with torch.no_grad():
         logits = model(batch.ids, **inputs).logits
         theirs = plain.lm_head(plain(plain.embed(own.ids, own.pixels, own.image_positions), plain.new_caches()))
     real = batch.attention_mask.bool()
     torch.testing.assert_close(theirs[:, : real.shape[1]][real], logits[real], atol=1e-5, rtol=1e-5)
-    assert abs(out.loss - loss) < 1e-5
+    assert abs(out.loss - loss) < 1e-5 and (not moe or abs(out.aux_loss - aux_loss) < 1e-5)
     ours = gradients(model)
     own = gradients(plain)
     assert ours.keys() == own.keys()

@@ -35,7 +35,6 @@ from tests.conftest import (
 )
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer.guards import StopRequest
-from trainer.plain import plain_forward, plain_loss
 from trainer.sampler import ResumableSampler
 
 
@@ -63,26 +62,6 @@ def forward(model, batch, **more):
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("moe", [False, True])
-def test_loss_and_gradients_are_those_of_the_plain_way(batch, moe):
-    """Unpadded, on supervised positions only, with attention in blocks: against the textbook's."""
-    model = make_model(tower=make_vision_encoder(), use_moe=moe, num_hidden_layers=3).train()
-    out = forward(model, batch)
-    (out.loss + (out.aux_loss if moe else 0)).backward()
-    ours = gradients(model)
-    model.zero_grad()
-
-    T, L = batch.ids.shape[1], 640
-    ids, mask = F.pad(batch.ids, (0, L - T)), F.pad(batch.attention_mask, (0, L - T)).float()
-    positions = batch.image_positions // T * L + batch.image_positions % T
-    features = model.encode_images(normalize(batch.pixels))[batch.image_index]
-    logits, aux_loss = plain_forward(model, ids, features, positions, mask)
-    loss = plain_loss(logits, F.pad(batch.labels, (0, L - T), value=-100))
-    (loss + aux_loss).backward()
-    assert abs(out.loss - loss) < 1e-5 and (not moe or abs(out.aux_loss - aux_loss) < 1e-5)
-    assert_close(ours, gradients(model))
 
 
 @pytest.mark.parametrize("T", [1, 7, 128, 129, 300])

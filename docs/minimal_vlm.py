@@ -4,9 +4,8 @@
     python docs/minimal_vlm.py                        # trains in three stages, then answers 500 held-out questions
     python docs/minimal_vlm.py out/sft_vlm_256.pth    # only answers; reads the weights of the real scripts, too
 
-Read it from top to bottom: 1 the language model, 2 how it is made to see, 3 how a conversation becomes numbers, 4 training,
-5 answering, 6 the run. The idea (LLaVA, arXiv 2304.08485): a language model reads vectors and does not care where they come
-from, so an image may enter as vectors in the places of words.
+Read it from top to bottom. The idea (LLaVA, arXiv 2304.08485): a language model reads vectors and does not care where
+they come from, so an image may enter as vectors in the places of words.
 
 Legend of shapes, for all comments below:
     B rows of a batch     T tokens of a row            D width of the decoder        V = 6400 tokens of the vocabulary
@@ -52,8 +51,8 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """Each vector divided by its root mean square, then scaled channel by channel (arXiv 1910.07467). However long the sum
-    of many layers' outputs has grown, every layer reads numbers of the same size: that keeps training stable."""
+    """Each vector divided by its root mean square, then scaled channel by channel (arXiv 1910.07467). However large the
+    sum of many layers' outputs has grown, every layer reads numbers of the same size: training stays stable."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -65,11 +64,9 @@ class RMSNorm(nn.Module):
 
 def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
     """Rotary positions (arXiv 2104.09864) for x [B, heads, T, d], whose first token is number `start` of its row.
-
-    Channels i and i + d/2 are a point in a plane; the token at position p turns it by p * theta^(-2i/d). A dot product of
-    two turned vectors depends on the difference of their angles alone, so attention learns "three tokens back" rather than
-    "token 57". The first pair turns once in six tokens, the last once in millions: near and far can both be told apart.
-    """
+    Channels i and i + d/2 are a point in a plane, which position p turns by p * theta^(-2i/d). A dot product of two
+    turned vectors depends on the difference of their angles alone, so attention learns "three tokens back" rather than
+    "token 57". The first pair turns once in six tokens, the last once in millions: near and far can be told apart."""
     T, d = x.shape[2:]
     speed = 1 / theta ** (torch.arange(0, d, 2, device=x.device) / d)  # [d/2], radians a token
     angle = torch.outer(torch.arange(start, start + T, device=x.device), speed)  # [T, d/2]
@@ -80,37 +77,36 @@ def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
 
 class Attention(nn.Module):
     """Where tokens exchange information: each looks back at all before it and takes a weighted mean of what they offer.
-
-    Grouped queries (arXiv 2305.13245): H heads ask, but H/G of them share one key and value, which makes the cache of past
-    keys and values H/G times smaller.
-    """
+    Grouped queries (arXiv 2305.13245): H/G heads share a key and a value, which makes their cache H/G times smaller."""
 
     def __init__(self, config: Config):
         super().__init__()
-        D, self.H, self.G, self.theta = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.rope_theta
+        self.H, self.G, self.theta = config.num_attention_heads, config.num_key_value_heads, config.rope_theta
+        D = config.hidden_size
         self.q_proj = nn.Linear(D, D, bias=False)  # what am I looking for?
         self.k_proj = nn.Linear(D, D // self.H * self.G, bias=False)  # what can I be found by?
         self.v_proj = nn.Linear(D, D // self.H * self.G, bias=False)  # what do I tell those who look at me?
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x: torch.Tensor, cache: dict) -> torch.Tensor:
-        """x [B, T, D] -> [B, T, D]. `cache` holds keys and values of the tokens before x, and then those of x as well."""
+        """x [B, T, D] -> [B, T, D]. `cache` holds keys and values of the tokens before x, and afterwards of x, too."""
         B, T, D = x.shape
-        q, k, v = (project(x).view(B, T, -1, D // self.H).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.view(B, T, -1, D // self.H).transpose(1, 2) for y in (q, k, v))  # [B, H or G, T, d]
         past = cache["k"].shape[2] if cache else 0
-        q, k = rotate(q, past, self.theta), rotate(k, past, self.theta)  # q [B, H, T, d]; k, v [B, G, T, d]
+        q, k = rotate(q, past, self.theta), rotate(k, past, self.theta)
         if past:
             k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
         cache.update(k=k, v=v)
         k, v = (y.repeat_interleave(self.H // self.G, dim=1) for y in (k, v))  # [B, H, past + T, d]
-        # softmax(q k^T / sqrt(d)) v. In training all next tokens of a row are predicted at once, and none may see its own
+        # softmax(q k^T / sqrt(d)) v. In training all next tokens of a row are predicted at once, and none may see its
         # answer: token i looks at tokens 0..i (causal). A single token after a cache may look at everything.
         out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
 
 
 class FeedForward(nn.Module):
-    """Where a token thinks by itself: SwiGLU (arXiv 2002.05202), a wide layer half of which opens and closes the other half.
+    """Where a token thinks by itself: SwiGLU (arXiv 2002.05202), a wide layer half of which opens and closes the other.
     Three matrices of width 8/3 D cost what the classic two of 4 D do; multiples of 64 suit the hardware."""
 
     def __init__(self, config: Config):
@@ -124,7 +120,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward. Both only add to x, so gradients reach the first block undiminished (arXiv 1512.03385)."""
+    """Attention, then feed-forward. Both only add to x: gradients reach the first block undiminished (1512.03385)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -137,72 +133,56 @@ class Block(nn.Module):
 
 
 # ---- 2. The vision-language model ------------------------------------------------------------------------------------
-# CLIP (arXiv 2103.00020) learned which caption belongs to which image, so what it sees is what people speak of. Its encoder,
-# a vision transformer (arXiv 2010.11929), cuts 224 x 224 pixels into 14 x 14 patches of 16 x 16: P = 196 vectors, which look
-# at one another as tokens do. We read all of them, for it matters where something is.
+# CLIP (arXiv 2103.00020) learned which caption belongs to which image, so what it sees is what people speak of. Its
+# encoder, a vision transformer (2010.11929), cuts 224 x 224 pixels into 14 x 14 patches of 16 x 16: P = 196 vectors,
+# which look at one another as tokens do. We read all of them, for it matters where something is.
 
 IMAGE_SIZE, IMAGE_TOKENS = 224, 196
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training pixels
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its pixels
 
 
 def load_image(path: Path) -> torch.Tensor:
     """The middle square of an image file, resized: pixels uint8 [3, 224, 224]."""
     image = ImageOps.fit(Image.open(path).convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1)
-
-
-def load_encoder(folder: Path) -> CLIPVisionModel:
-    """A CLIP vision encoder. It is frozen: it has seen far more images than we can show it."""
-    return CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size, 3).permute(2, 0, 1)
 
 
 class MiniVLM(nn.Module):
-    """Vision encoder, projector, decoder, and the head that scores tokens; modules are named as in the published weights."""
+    """Vision encoder, projector, decoder, and the head that scores V tokens, by the names of the published weights."""
 
     def __init__(self, config: Config, vision_encoder: CLIPVisionModel | None = None):
         super().__init__()
         D = config.hidden_size
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, D),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config),
-        })  # fmt: skip
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(config.vocab_size, D)})
+        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model["norm"] = RMSNorm(config)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.lm_head.weight = self.model.embed_tokens.weight  # one matrix to read a word and to say it (arXiv 1608.05859)
-        # The projector, a single linear layer, translates from the encoder's vectors to the decoder's.
+        self.lm_head.weight = self.model.embed_tokens.weight  # one matrix to read a word and to say it (1608.05859)
         self.vision_proj = nn.ModuleDict({"vision_proj": nn.Sequential(nn.Linear(config.vision_hidden_size, D))})
-        for parameter in self.parameters():
-            if parameter.ndim == 2:  # matrices; a sum of D products with numbers near 1 is then near 1 as well
-                nn.init.normal_(parameter, std=D**-0.5)
-        nn.init.zeros_(self.vision_proj.vision_proj[0].bias)
+        for matrix in (parameter for parameter in self.parameters() if parameter.ndim == 2):
+            nn.init.normal_(matrix, std=D**-0.5)  # a sum of D products with numbers near 1 is near 1 again
         self.vision_encoder = vision_encoder
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, 3, 224, 224] -> patch vectors [N, P, W]."""
+        """uint8 [N, 3, 224, 224] -> patch vectors [N, P, W]. Frozen: CLIP saw more images than we could show it."""
         if len(pixels) == 0:  # text only
             return torch.zeros(0, IMAGE_TOKENS, self.vision_proj.vision_proj[0].in_features, device=pixels.device)
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-        hidden = self.vision_encoder(pixel_values=(pixels / 255 - mean) / std).last_hidden_state  # [N, 1 + P, W]
-        return hidden[:, 1:]  # without the class token, which sums up the image
+        return self.vision_encoder(pixel_values=(pixels / 255 - mean) / std).last_hidden_state[:, 1:]  # no class token
 
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor, image_positions: torch.Tensor) -> torch.Tensor:
-        """ids [B, T], images, and their positions (int64 [N * P], indices into B * T) -> what the decoder reads [B, T, D].
-
-        Here a language model becomes a vision-language model: patch vectors replace the placeholders' embeddings.
-        """
+        """ids [B, T], images, their positions (int64 [N * P], indices into B * T) -> what the decoder reads [B, T, D].
+        Here a language model becomes a vision-language model: patch vectors replace the placeholders' embeddings."""
         x = self.model.embed_tokens(ids)
         projected = self.vision_proj.vision_proj(self.encode(pixels))  # [N, P, D]
         return x.flatten(0, 1).index_copy(0, image_positions, projected.flatten(0, 1)).view_as(x)
 
-    def forward(self, x: torch.Tensor, caches: list[dict]) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D], of which `lm_head` makes the logits [B, T, V]. `caches` are the blocks' (see Attention)."""
-        for layer, cache in zip(self.model.layers, caches, strict=True):
-            x = layer(x, cache)
+    def forward(self, x: torch.Tensor, caches: list[dict] | None = None) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D], of which `lm_head` makes logits [B, T, V]. `caches`: one for each block."""
+        for number, layer in enumerate(self.model.layers):
+            x = layer(x, caches[number] if caches else {})
         return self.model.norm(x)
-
-    def new_caches(self) -> list[dict]:
-        return [{} for _ in self.model.layers]
 
 
 def save_weights(path: Path, model: MiniVLM) -> None:
@@ -212,27 +192,25 @@ def save_weights(path: Path, model: MiniVLM) -> None:
 
 
 def load_weights(path: Path, vision_encoder: CLIPVisionModel | None) -> MiniVLM:
-    """The model in a weight file; the shapes tell its sizes. load_state_dict is strict, as it should be: a model that lacks
-    a few weights still talks, only badly, and nobody notices."""
+    """The model in a weight file; the shapes tell its sizes."""
     state = torch.load(path, weights_only=True)
     (V, D), (_, W) = state["model.embed_tokens.weight"].shape, state["vision_proj.vision_proj.0.weight"].shape
     layers = sum(name.endswith("input_layernorm.weight") for name in state)
     model = MiniVLM(Config(hidden_size=D, num_hidden_layers=layers, vocab_size=V, vision_hidden_size=W))
-    model.load_state_dict(state)
+    model.load_state_dict(state)  # strictly: a model without some of its weights still talks, and nobody notices
     model.vision_encoder = vision_encoder
     return model
 
 
 # ---- 3. From conversations to numbers --------------------------------------------------------------------------------
-# A line of the data, {"conversations": [{"role": "user", "content": "What is this?\n<image>"}, ...], "image": "cat.jpg"}, is
-# written as ChatML, "<image>" as 196 placeholders. Loss is on what the assistant says, since that is what it shall learn:
-#
+# A line {"conversations": [{"role": "user", "content": "What is this?\n<image>"}, ...], "image": "cat.jpg"} of the data
+# is written as ChatML, <image> as 196 placeholders. Loss is on what the assistant says, which is what it shall learn:
 #   <|im_start|>system\nYou are a helpful assistant<|im_end|>\n
 #   <|im_start|>user\nWhat is this?\n@@@...@<|im_end|>\n
 #   <|im_start|>assistant\nA cat.<|im_end|>\n                 <- "A cat.<|im_end|>\n" has labels, nothing else
 
-IGNORE = -100  # the label of a token without loss
 PAD, IM_START, IM_END, PLACEHOLDER = 0, 1, 2, 34  # ids in model/tokenizer.json; the placeholder is "@"
+IGNORE = -100  # the label of a token without loss
 
 
 def load_tokenizer(folder: Path = REPOSITORY / "model") -> Tokenizer:
@@ -243,23 +221,19 @@ def load_tokenizer(folder: Path = REPOSITORY / "model") -> Tokenizer:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a text with 196 placeholders for each "<image>", and the index of each image's first.
-
-    Images are found by their characters, not by searching ids for placeholders: people type "@" as well.
-    """
+    """Ids of a text with 196 placeholders for each "<image>", and the index of each image's first. Images are found by
+    their characters, not by searching the ids for placeholders: people type "@" as well."""
     parts = text.split("<image>")
-    begins = {sum(map(len, parts[:number])) + number - 1 for number in range(1, len(parts))}  # where joining puts an "@"
-    encoding = tokenizer.encode("@".join(parts))
-    ids, starts = [], []
+    begins = {len("@".join(parts[:number])) for number in range(1, len(parts))}  # characters where joining puts an "@"
+    encoding, ids, starts = tokenizer.encode("@".join(parts)), [], []
     for token, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True):
-        if begin in begins:
-            starts.append(len(ids))
+        starts += [len(ids)] if begin in begins else []
         ids += [PLACEHOLDER] * IMAGE_TOKENS if begin in begins else [token]
     return ids, starts
 
 
 def render(tokenizer: Tokenizer, turns: list[dict], answer: bool = False) -> tuple[list[int], list[int], list[int]]:
-    """A conversation as ids [T], labels [T] and its images' starts; with `answer`, up to where the assistant's begins."""
+    """A conversation as ids [T], labels [T] and its images' starts; with `answer`, opened for the assistant's next."""
     if turns[0]["role"] != "system":
         turns = [{"role": "system", "content": "You are a helpful assistant"}, *turns]
     newline, header = tokenizer.encode("\n").ids, [IM_START, *tokenizer.encode("assistant\n").ids]
@@ -278,9 +252,7 @@ def render(tokenizer: Tokenizer, turns: list[dict], answer: bool = False) -> tup
 
 
 @dataclass
-class Example:
-    """One conversation in numbers."""
-
+class Example:  # one conversation in numbers
     ids: list[int]
     labels: list[int]  # equal to ids where there is loss, else IGNORE
     image_starts: list[int]
@@ -302,17 +274,15 @@ class Conversations(Dataset):
         ids, labels, starts = render(self.tokenizer, row["conversations"])
         if starts and starts[-1] + IMAGE_TOKENS > self.max_length:  # half an image is none
             raise ValueError(f"sample {index}: its images do not fit in {self.max_length} tokens")
-        names = [name.strip() for name in row["image"].split(",")] if row.get("image") else []
-        images = [load_image(self.image_folder / name) for name in names]
+        names = row["image"].split(",") if row.get("image") else []
+        images = [load_image(self.image_folder / name.strip()) for name in names]
         return Example(ids[: self.max_length], labels[: self.max_length], starts, images)
 
 
 @dataclass
 class Batch:
-    """Rows filled up on the right. Images of all rows lie flat one after another, so a row may have none, one or several.
-
-    Nothing needs to mask the padding: no token looks to its right, and padding has no labels.
-    """
+    """Rows filled up on the right. The images of all rows lie flat one after another: a row may have any number.
+    Nothing needs to mask the padding: no token looks to its right, and padding has no labels."""
 
     ids: torch.Tensor  # int64 [B, T]
     labels: torch.Tensor  # int64 [B, T]
@@ -337,27 +307,22 @@ def collate(examples: list[Example], length: int | None = None, device: str = "c
 
 
 def train_loss(model: MiniVLM, batch: Batch) -> torch.Tensor:
-    """Mean of -log p(the token that comes) over all tokens with a label.
-
-    Before training all V tokens are about equally likely, so the first loss is near ln 6400 = 8.76. One that stays there
-    has learned nothing.
-    """
-    hidden = model(model.embed(batch.ids, batch.pixels, batch.image_positions), model.new_caches())
+    """Mean of -log p(the token that comes) over all tokens with a label. Before training all V tokens are about equally
+    likely, so the first loss is near ln 6400 = 8.76. If it stays there, nothing is learned."""
+    hidden = model(model.embed(batch.ids, batch.pixels, batch.image_positions))
     targets = batch.labels[:, 1:]  # position t predicts token t + 1
-    supervised = targets != IGNORE  # V logits cost as much as a block: they are made only where there is something to learn
+    supervised = targets != IGNORE  # the head is the largest matrix; it runs only where there is something to learn
     return F.cross_entropy(model.lm_head(hidden[:, :-1][supervised]), targets[supervised])
 
 
 def cosine(done: float, peak: float) -> float:
-    """The learning rate (arXiv 1608.03983) after a fraction `done` of all updates: from `peak` down to a tenth of it. Long
-    steps find the valley, short ones its floor."""
+    """The learning rate (arXiv 1608.03983) after a fraction `done` of all updates: from `peak` to a tenth of it."""
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def update(model: MiniVLM, batch: Batch, optimizer: torch.optim.Optimizer, learning_rate: float) -> float:
     """One step of training; returns the loss before it."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = learning_rate
     loss = train_loss(model, batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch shall not throw the weights far (1211.5063)
@@ -366,11 +331,9 @@ def update(model: MiniVLM, batch: Batch, optimizer: torch.optim.Optimizer, learn
     return loss.item()
 
 
-# Three stages, each of which learns one thing from what works already:
-# - The language model, on text: to read a description and to answer ("a blue circle\nis it red?" "no").
-# - The projector alone, on captions. The decoder can talk, so the only way to a lower loss is to make patch vectors mean
-#   "blue" and "circle" to it. Were it free as well, the noise of an untrained projector would first unlearn it.
-# - Everything, on questions about images.
+# Each stage learns one thing from what works already. First the language model, on text: to read a description and to
+# answer ("a blue circle\nis it red?" "no"). Then the projector alone, on captions: the decoder can talk, so loss falls
+# only when patch vectors mean "blue" and "circle" to it, and untrained noise does not unsettle it. Then everything.
 STAGES = (  # file, samples a batch, peak of the learning rate, whether the projector learns alone
     ("llm.jsonl", 32, 1e-3, False),
     ("captions.jsonl", 16, 4e-3, True),
@@ -378,12 +341,11 @@ STAGES = (  # file, samples a batch, peak of the learning rate, whether the proj
 )
 
 
-def train(model: MiniVLM, data: Dataset, batch_size: int, learning_rate: float, projector_only: bool, device: str) -> None:
+def train(model: MiniVLM, data: Dataset, batch_size: int, learning_rate: float, projector_only: bool, device: str):
     """One epoch, by AdamW (arXiv 1711.05101), which scales a weight's step by the size of its recent gradients."""
-    model.requires_grad_(False)
-    learning = [model.vision_proj] if projector_only else [model.model, model.vision_proj]
-    parameters = [parameter for module in learning for parameter in module.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    model.requires_grad_(not projector_only)
+    model.vision_proj.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # passes over what gets no gradient
     loader = DataLoader(data, batch_size, shuffle=True, collate_fn=lambda examples: collate(examples, device=device))
     for done, batch in enumerate(loader):
         loss = update(model, batch, optimizer, cosine(done / len(loader), learning_rate))
@@ -391,16 +353,15 @@ def train(model: MiniVLM, data: Dataset, batch_size: int, learning_rate: float, 
             print(f"update {done + 1} of {len(loader)}, loss {loss:.3f}", flush=True)
 
 
-# ---- 5. Answering ----------------------------------------------------------------------------------------------------
+# ---- 5. Answering, and the whole run ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def generate(model: MiniVLM, prompt: Batch, max_new_tokens: int = 64, stop: int | None = IM_END) -> list[int]:
-    """The tokens that follow a prompt of one row, always the likeliest (greedy), up to `stop`.
-
-    Keys and values of a token do not depend on later ones, so they are kept: each step reads the newest token alone.
-    """
-    x, caches, tokens = model.embed(prompt.ids, prompt.pixels, prompt.image_positions), model.new_caches(), []
+    """The tokens that follow a prompt of one row, always the likeliest (greedy), up to `stop`. Keys and values of a
+    token do not depend on later ones, so they are kept, and each step reads the newest token alone."""
+    x, caches = model.embed(prompt.ids, prompt.pixels, prompt.image_positions), [{} for _ in model.model.layers]
+    tokens: list[int] = []
     while len(tokens) < max_new_tokens:
         token = model.lm_head(model(x, caches)[:, -1]).argmax(-1)  # int64 [1]
         if token.item() == stop:
@@ -410,35 +371,25 @@ def generate(model: MiniVLM, prompt: Batch, max_new_tokens: int = 64, stop: int 
     return tokens
 
 
-def ask(model: MiniVLM, tokenizer: Tokenizer, turns: list[dict], images: list[torch.Tensor], device: str = "cpu") -> str:
-    """The assistant's answer to a conversation that ends with a user's turn."""
-    ids, labels, starts = render(tokenizer, turns, answer=True)
-    return tokenizer.decode(generate(model, collate([Example(ids, labels, starts, images)], device=device)))
-
-
-# ---- 6. The run ------------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     if not (DEMO / "test.jsonl").is_file():
         raise SystemExit(f"no data in {DEMO}. Make them first: python -m dataset.demo --prepare_only")
     torch.manual_seed(42)
     begin, device, tokenizer = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu", load_tokenizer()
-    encoder = load_encoder(REPOSITORY / "model" / "vision_model" / "tiny-clip")
+    encoder = CLIPVisionModel.from_pretrained(REPOSITORY / "model" / "vision_model" / "tiny-clip", dtype=torch.float32)
     if sys.argv[1:]:
         model = load_weights(Path(sys.argv[1]), encoder).to(device)
     else:
-        sizes = Config(hidden_size=256, num_hidden_layers=4, vision_hidden_size=encoder.config.hidden_size)
-        model = MiniVLM(sizes, encoder).to(device)
+        model = MiniVLM(Config(256, 4, vision_hidden_size=encoder.config.hidden_size), encoder).to(device)
         for file, *settings in STAGES:
             print(f"{file}, {time.monotonic() - begin:.0f} s")
             train(model, Conversations(DEMO / file, DEMO / "images", tokenizer), *settings, device)
         save_weights(REPOSITORY / "out" / "minimal_256.pth", model)
-        print(f"out/minimal_256.pth, {time.monotonic() - begin:.0f} s")
     test, right = Conversations(DEMO / "test.jsonl", DEMO / "images", tokenizer), 0
     for number, index in enumerate(random.Random(0).sample(range(len(test)), 500)):
         question, answer = test.rows[index]["conversations"]
-        said = ask(model, tokenizer, [question], test[index].images, device)
+        prompt = collate([Example(*render(tokenizer, [question], answer=True), test[index].images)], device=device)
+        said = tokenizer.decode(generate(model, prompt))
         right += said == answer["content"]
         if number < 8:
             print(f"{test.rows[index]['image']}: {question['content']!r} -> {said!r}, expected {answer['content']!r}")

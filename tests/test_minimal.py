@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import CLIPVisionModel
 
 from dataset.images import FolderImages
 from dataset.jsonl import JsonlSamples
@@ -154,9 +155,9 @@ def test_logits_loss_and_gradients_are_the_same(square_data, renderer, plain_tok
     (loss + aux_loss).backward()
     with torch.no_grad():
         logits = model(batch.ids, **inputs).logits
-        theirs = plain.lm_head(plain(plain.embed(own.ids, own.pixels, own.image_positions), plain.new_caches()))
+        theirs = plain.lm_head(plain(plain.embed(own.ids, own.pixels, own.image_positions)))
     real = batch.attention_mask.bool()
-    torch.testing.assert_close(theirs[:, : real.shape[1]][real], logits[real], atol=1e-5, rtol=1e-5)
+    assert (theirs[:, : real.shape[1]] - logits)[real].abs().max() < 1e-5 * logits.abs().max()
     assert abs(out.loss - loss) < 1e-5 and (not moe or abs(out.aux_loss - aux_loss) < 1e-5)
     ours = gradients(model)
     own = gradients(plain)
@@ -201,7 +202,7 @@ def test_the_first_updates_of_fine_tuning_have_the_same_losses(square_data, plai
     assert main("", {}, flags) == 0
     real = [line["loss"] for line in map(json.loads, (tmp_path / "sft_vlm_32.metrics.jsonl").read_text().splitlines())]
 
-    plain = minimal.load_weights(tmp_path / "llm_32.pth", minimal.load_encoder(tmp_path / "encoder"))
+    plain = minimal.load_weights(tmp_path / "llm_32.pth", CLIPVisionModel.from_pretrained(tmp_path / "encoder"))
     # A run rounds the encoder's output to bf16, as its feature cache keeps it.
     exact = plain.encode
     plain.encode = lambda pixels: exact(pixels).bfloat16().float()

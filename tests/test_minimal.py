@@ -115,7 +115,7 @@ def test_samples_are_the_same_and_images_do_not_fit_by_halves(square_data, rende
         own, theirs = plain[number], real[number]
         assert own.ids == theirs.ids.tolist() and own.labels == theirs.labels.tolist()
         assert tuple(own.image_starts) == theirs.image_starts
-        assert all(torch.equal(a, b.pixels) for a, b in zip(own.images, theirs.pictures, strict=True))
+        assert all(torch.equal(a, b.pixels) for a, b in zip(own.images, theirs.images, strict=True))
         compared += 1
     assert compared > 25
 
@@ -176,7 +176,7 @@ def test_greedy_answers_are_the_same(square_data, renderer, plain_tokenizer):
     for number in range(8):
         turns = samples.rows[number]["conversations"][:1]
         rendered = renderer.render_prompt(parse_turns(turns))
-        pixels = [picture.pixels for picture in dataset[number].pictures]
+        pixels = [image.pixels for image in dataset[number].images]
         numbers = tuple(range(len(features), len(features) + len(pixels)))
         features += list(model.encode_images(normalize(torch.stack(pixels)))) if pixels else []
         prompts.append(Prompt(rendered.ids, rendered.image_starts, numbers, 196))

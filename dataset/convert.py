@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import os
 import sys
@@ -29,13 +28,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.conversation import is_text
-from model.errors import DataError, NoSamples, SampleError, UsageError, print_anything, reason
+from model.errors import DataError, SampleError, UsageError, print_anything, reason
 from model.storage import REPOSITORY, home_for_tilde
 from model.vision import to_rgb
 
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .images import ImageSource, load_image, on_disk, open_images
-from .parquet import IMAGE_COLUMNS, arrow_file, cells_of, find_columns, read_batches, row_of
+from .parquet import IMAGE_COLUMNS, cells_of, count_rows, find_columns, read_batches, read_schema, row_of
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import counted
 from .vlm_dataset import parse_images, parse_sample
@@ -62,20 +61,13 @@ def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]],
     if path.suffix.lower() != ".parquet":
         source = open_file(path)
         return len(source), ((source.where(number), partial(source.row, number)) for number in range(len(source))), None
-    try:
-        with parquet.ParquetFile(arrow_file(path)) as file:
-            count, schema = file.metadata.num_rows, file.schema_arrow
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"{path} is no readable parquet file: {error}") from error
-    if not count:
-        raise NoSamples(f"{path} holds no samples")
-    own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema)
+    schema = read_schema(path)
+    own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema.names)
     kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *IMAGE_COLUMNS) or "binary" not in str(schema.field(name).type)]
     if lost := [name for name in schema.names if name not in kept]:
         print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
-    places = map(f"{path}:{{}}".format, itertools.count(1))
-    rows = ((batch, number, next(places)) for batch in read_batches(path, kept) for number in range(len(batch)))
-    return count, ((row[2], partial(cells_of, *row, texts=own[:1] if own else TEXT_COLUMNS)) for row in rows), own
+    rows = ((batch, number, f"{path}:{first + number + 1}") for batch, first in read_batches(path, kept) for number in range(len(batch)))
+    return count_rows(path), ((row[2], partial(cells_of, *row, texts=own[:1] if own else TEXT_COLUMNS)) for row in rows), own
 
 
 def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, images: ImageSource, where: str) -> Row:
@@ -142,7 +134,7 @@ class ParquetShards:
 
     def _write_group(self) -> None:
         if self._writer is None:
-            self._file = arrow_file(self.out / f"{self.shards:05}.tmp", "wb")
+            self._file = open(self.out / f"{self.shards:05}.tmp", "wb")  # noqa: SIM115  (closed in close)
             self._writer = parquet.ParquetWriter(self._file, SCHEMA, compression=self.COMPRESSION)
         self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
         self._shard_count, self._shard_bytes = self._shard_count + len(self._rows), self._shard_bytes + self._bytes

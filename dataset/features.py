@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from model.errors import DataError, SampleError
-from model.storage import hold, write_at
+from model.storage import hold
 
 if TYPE_CHECKING:  # which imports this module
     from .vlm_dataset import SampleSource
@@ -131,7 +131,8 @@ class FeatureCache:
                     return
                 record = np.array((signature, zlib.crc32(row)), dtype=RECORD)
                 for file, data in zip(self._files, (row.tobytes(), record.tobytes()), strict=True):
-                    if write_at(file, data, slot * len(data)) != len(data):
+                    file.seek(slot * len(data))
+                    if file.write(data) != len(data):
                         raise OSError(f"{file.name}: the disk is full")
         except OSError as error:
             self.broken = error

@@ -1,4 +1,4 @@
-"""Where samples come from: jsonl and parquet files, one or many, mixed by weights.
+"""Where samples come from: jsonl and parquet files, one or many, mixed by weights; and their order in an epoch.
 
 A sample source is anything with `len()`, `[i] -> Sample` (raising SampleError) and the methods of SampleSource. Other
 formats join here, in `open_file`.
@@ -25,7 +25,6 @@ from .vlm_dataset import Sample, SampleSource
 
 FILES = (".jsonl", ".ndjson", ".parquet")  # taken from a folder; .json, too, when it is named
 MOST_WEIGHT = 1000
-WINDOW_BYTES = 64 * 2**20  # of row groups whose samples are shuffled together; each loader process keeps twice as much
 T = TypeVar("T")
 HOLD_OUT = 1  # in a key of random numbers: the choice of held-out samples is no order of an epoch
 
@@ -44,14 +43,18 @@ class Mixture:
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
+    def _sizes(self) -> list[int]:
+        """Samples of each source that are not held out."""
+        held_out = np.diff(np.searchsorted(self.held_out, self.bounds))
+        return [len(source) - int(count) for source, count in zip(self.sources, held_out, strict=True)]
+
     @property
     def epoch_size(self) -> int:
         """Samples of an epoch, weights considered."""
-        sizes = [int(blocks[-1]) for blocks in self._blocks()]
-        return sum(share(size, weight) for size, weight in zip(sizes, self.weights, strict=True))
+        return sum(map(samples_per_epoch, self._sizes(), self.weights))
 
     def hold_out(self, part: float, seed: int) -> np.ndarray:
-        """Takes this part of every source's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
+        """Takes this fraction of every source's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
 
         One choice for a seed; at least one sample of each source stays.
         """
@@ -62,23 +65,9 @@ class Mixture:
         self.held_out = np.sort(np.concatenate(chosen))
         return self.held_out
 
-    def _blocks(self) -> list[np.ndarray]:
-        """The sources' blocks, in a numbering without the samples held out."""
-        if not len(self.held_out):
-            return [source.blocks for source in self.sources]
-        found = []
-        for begin, source in zip(self.bounds, self.sources, strict=False):
-            before = np.searchsorted(self.held_out, begin + source.blocks)
-            found.append(np.unique(source.blocks - before + before[0]))
-        return found
-
     def order(self, seed: int, epoch: int) -> Order:
-        """The epoch's order of samples, without its batches' likeness of lengths."""
-        sizes = [source.block_bytes for source in self.sources]
-        window = max(1, WINDOW_BYTES // max(1, *sizes))
-        order = EpochOrder(self._blocks(), [size > 0 for size in sizes], self.weights, seed, epoch, window)
-        if not len(self.held_out):
-            return order
+        """The epoch's order of samples, before the sampler puts those of similar lengths together."""
+        order = EpochOrder(self._sizes(), self.weights, seed, epoch)
         skipped = self.held_out - np.arange(len(self.held_out))  # of each held-out sample: how many others come before it
         return lambda places: (numbers := order(places)) + np.searchsorted(skipped, numbers, side="right")
 
@@ -242,94 +231,38 @@ def scramble(bits: np.ndarray) -> np.ndarray:
     return bits ^ bits >> np.uint64(31)
 
 
-class ShuffledBlocks:
-    """Whole blocks in a shuffled order, the samples of each in their own.
-
-    `starts` int64 [blocks + 1]: where the blocks begin, and the end of the last.
-    """
-
-    def __init__(self, starts: np.ndarray, key: tuple[int, ...]):
-        blocks = Permutation(len(starts) - 1, key)(np.arange(len(starts) - 1))
-        self.begins, sizes = starts[blocks], np.diff(starts)[blocks]
-        self.bounds = np.concatenate([[0], np.cumsum(sizes)])  # of the shuffled blocks, in places
-
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        block = np.searchsorted(self.bounds, places, side="right") - 1
-        return self.begins[block] + places - self.bounds[block]
-
-
-class BlockOrder:
-    """An order for samples that are read in blocks, such as parquet's row groups: blocks are shuffled, and the samples
-    of `window` blocks that follow each other. So a loader process reads each block once, and keeps few at a time."""
-
-    def __init__(self, starts: np.ndarray, key: tuple[int, ...], window: int):
-        self.key, self.blocks = key, ShuffledBlocks(starts, key)
-        bounds = self.blocks.bounds
-        self.windows = np.unique(np.concatenate([bounds[::window], bounds[-1:]]))
-
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        window = np.searchsorted(self.windows, places, side="right") - 1
-        shuffled = np.empty_like(places)
-        for number in np.unique(window):
-            begin, end = self.windows[number : number + 2].tolist()
-            own = window == number
-            shuffled[own] = Permutation(end - begin, (*self.key, int(number)))(places[own] - begin) + begin
-        return self.blocks(shuffled)
-
-
 class EpochOrder:
     """The order of one epoch over several sources, source s taking part with `weights[s]` times its samples.
 
-    `starts` holds the bounds of each source's blocks, and `blocked` whether it is read in blocks at all. With a weight other
-    than 1 a source goes on where it stopped the epoch before: no sample comes again until all have come.
-    Sources with blocks are mixed with the others in stretches of a block's size; samples are shuffled within `window`
-    blocks or stretches.
+    With a weight other than 1 a source continues where it stopped the epoch before: no sample is repeated until all have come.
     """
 
-    def __init__(self, starts: list[np.ndarray], blocked: list[bool], weights: list[float], seed: int, epoch: int, window: int = 1):
-        self.starts, self.blocked, self.weights, self.seed, self.epoch = starts, blocked, weights, seed, epoch
-        self.sizes = [int(own[-1]) for own in starts]
-        self.shares = [share(size, weight) for size, weight in zip(self.sizes, weights, strict=True)]
-        self.bounds = np.concatenate([[0], np.cumsum(self.shares)])
-        self.begins = np.concatenate([[0], np.cumsum(self.sizes)])  # of the sources, in samples' numbers
-        if not any(blocked):
-            self.outer = Permutation(int(self.bounds[-1]), (seed, epoch))
-        else:
-            self.outer = BlockOrder(self._stretches(), (seed, epoch), window)
-
-    def _stretches(self) -> np.ndarray:
-        steps = [max(1, size // (len(own) - 1)) for size, own in zip(self.sizes, self.starts, strict=True)]
-        usual = max(step for step, blocked in zip(steps, self.blocked, strict=True) if blocked)
-        parts = []
-        for s, own in enumerate(self.starts):
-            step = steps[s] if self.blocked[s] else usual
-            whole = self.weights[s] == 1 and self.blocked[s]
-            parts.append(self.bounds[s] + (own[:-1] if whole else np.arange(0, self.shares[s], step)))
-        return np.concatenate([*parts, self.bounds[-1:]])
+    def __init__(self, sizes: list[int], weights: list[float], seed: int, epoch: int):
+        self.sizes, self.weights, self.seed, self.epoch = sizes, weights, seed, epoch
+        self.counts = [samples_per_epoch(size, weight) for size, weight in zip(sizes, weights, strict=True)]
+        self.bounds, self.begins = (np.concatenate([[0], np.cumsum(values)]) for values in (self.counts, sizes))
+        self.shuffled = Permutation(int(self.bounds[-1]), (seed, epoch))
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        mixed = self.outer(places)
-        if len(self.starts) == 1 and self.weights[0] == 1:
-            return mixed
+        mixed = self.shuffled(places)
         source, numbers = np.searchsorted(self.bounds, mixed, side="right") - 1, np.empty_like(mixed)
         for s in np.unique(source):
             own = source == s
-            numbers[own] = self.begins[s] + self._inside(int(s), mixed[own] - self.bounds[s])
+            numbers[own] = self.begins[s] + self._within(int(s), mixed[own] - self.bounds[s])
         return numbers
 
-    def _inside(self, s: int, places: np.ndarray) -> np.ndarray:
-        """Places of a source's share of the epoch to its samples."""
+    def _within(self, s: int, places: np.ndarray) -> np.ndarray:
+        """The samples of source s at places among those it gives to the epoch."""
         if self.weights[s] == 1:
             return places
-        running, numbers = places + self.epoch * self.shares[s], np.empty_like(places)
+        running, numbers = places + self.epoch * self.counts[s], np.empty_like(places)
         passes = running // self.sizes[s]
         for number in np.unique(passes):
-            own, key = passes == number, (self.seed, s, int(number))
-            order = ShuffledBlocks(self.starts[s], key) if self.blocked[s] else Permutation(self.sizes[s], key)
-            numbers[own] = order(running[own] % self.sizes[s])
+            own = passes == number
+            numbers[own] = Permutation(self.sizes[s], (self.seed, s, int(number)))(running[own] % self.sizes[s])
         return numbers
 
 
-def share(size: int, weight: float) -> int:
+def samples_per_epoch(size: int, weight: float) -> int:
     """Samples that a source of `size` with `weight` gives to each epoch; at least one."""
     return max(1, round(size * weight))

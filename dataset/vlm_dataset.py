@@ -87,15 +87,6 @@ class SampleSource(Protocol):
     def fingerprint(self) -> str:
         """Another one whenever the samples are others."""
 
-    @property
-    def blocks(self) -> np.ndarray:
-        """int64 [blocks + 1]: where the stretches begin that are read as a whole, and n. [0, n] where any sample is as
-        quick to read as the next."""
-
-    @property
-    def block_bytes(self) -> int:
-        """Size of the largest block in memory; 0 where there are none."""
-
 
 @dataclass(frozen=True, eq=False)
 class ImageInput:

@@ -14,7 +14,6 @@ import torch
 import machine
 from dataset import validate
 from model.device import why_not_compile
-from model.storage import read_at, write_at
 from tests.conftest import REPOSITORY, run_script, training_flags
 from trainer import distributed
 from trainer.build import worker_count
@@ -350,16 +349,3 @@ def test_samples_are_looked_at_without_fork(monkeypatch):
     monkeypatch.setattr(validate, "get_all_start_methods", lambda: ["spawn"])
     checker = types.SimpleNamespace(samples=range(3), check=lambda span: list(span))
     assert list(validate.check_all(checker, 4)) == [[0, 1, 2]]
-
-
-def test_places_in_files_without_pread(tmp_path, monkeypatch):
-    """As on Windows: the same bytes, and the same count."""
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789")
-    with open(path, "r+b", buffering=0) as file:
-        there = [(read_at(file, 4, 3), write_at(file, b"ab", 8), read_at(file, 9, 5), read_at(file, 4, 50))]
-        for name in ("pread", "pwrite"):
-            monkeypatch.delattr(os, name)
-        path.write_bytes(b"0123456789")
-        there.append((read_at(file, 4, 3), write_at(file, b"ab", 8), read_at(file, 9, 5), read_at(file, 4, 50)))
-    assert there == [(b"3456", 2, b"567ab", b"")] * 2

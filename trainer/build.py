@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.features import CacheKey, FeatureCache, format_of
-from dataset.images import ImageSource, NoImages, open_images
+from dataset.images import ImageSource, open_images
 from dataset.sources import Mixture, Order, open_samples
 from dataset.vlm_dataset import Batch, SampleSource, VLMDataset, collate
 from machine import cores
@@ -107,7 +107,7 @@ def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizer
         samples, images = open_samples(config.data_path), open_images(config.images_path)
         if config.eval_fraction and not len(samples.hold_out(config.eval_fraction, config.seed)):
             problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger fraction")
-        if isinstance(images, NoImages) and any(isinstance(ref, str) for ref in samples[0].images):
+        if images.missing and any(isinstance(ref, str) for ref in samples[0].images):
             problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {samples.where(0)} names"
                             f" {samples[0].images[0]!r}")  # fmt: skip
     except DataError as error:

@@ -1,0 +1,134 @@
+"""Images in a zip or a tar, read in place."""
+
+import contextlib
+import hashlib
+import io
+import os
+import posixpath
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from model.errors import DataError, SampleError, check_fetched, reason, shown
+from model.storage import read_index
+
+from .images import IMAGE_SUFFIXES, MAX_BYTES, ImageRefused, ImageSource, likeness
+
+IN_TAR, ENCRYPTED = 2**16, 2**16 + 1  # in place of a zip's method
+
+
+class ArchiveImages(ImageSource):
+    """Images in a zip or a tar, read where they are, by an index of 80 bytes an image that processes share.
+
+    When all lie in one folder of it, as in the published ones, names may leave that folder out. Raises DataError for what is no
+    zip and no tar.
+    """
+
+    ENTRY = np.dtype([("like", "<u8"), ("name", "<u8"), ("offset", "<i8"), ("size", "<u4"), ("unpacked", "<u4"), ("crc", "<u4"),
+                      ("method", "<u4")])  # fmt: skip
+    HEADER = struct.Struct("<4s22xHH")  # of a file in a zip: signature, lengths of name and extra field (APPNOTE.TXT 4.3.7)
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._entries = read_index(self.path, "index", self.ENTRY, self._write_index)
+            self._time = self.path.stat().st_mtime_ns
+        except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile, tarfile.TarError) as error:  # all by damaged ones
+            check_fetched(self.path)
+            raise DataError(f"{self.path} is no readable {self.path.suffix[1:]} of images: {error}") from error
+
+    def __reduce__(self):
+        return ArchiveImages, (self.path,)  # another process maps the index itself
+
+    def _write_index(self, index: BinaryIO) -> None:
+        """An ENTRY for every file by its name, and one by its name without the folder that holds all images."""
+        entries = dict(zip_entries(self.path) if self.path.suffix.lower() == ".zip" else tar_entries(self.path))
+        visible = [name for name in entries if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+        if not visible:
+            raise DataError(f"{self.path} holds no files")
+        images = [name for name in visible if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        folders = {os.path.dirname(name.replace("\\", "/") if name.isascii() else name) for name in images or visible}
+        root = os.path.commonpath(folders) + "/" if "" not in folders else ""
+        names = [(name, name) for name in entries] + [(name.removeprefix(root), name) for name in entries if root and name.startswith(root)]
+        most = 2**32 - 1  # larger ones are refused when they are wanted
+        found = [(name_hash(likeness(alias)), name_hash(alias), offset, min(most, size), min(most, unpacked), crc, method)
+                 for alias, (offset, size, unpacked, crc, method) in ((alias, entries[name]) for alias, name in names)]  # fmt: skip
+        index.write(np.sort(np.array(found, self.ENTRY), order="like").tobytes())
+
+    def lookup(self, name: str, where: str, loosely: bool = False) -> list[np.void]:
+        name = posixpath.normpath(name.replace("\\", "/") if loosely else name)
+        like = name_hash(likeness(name))
+        begin, end = (int(np.searchsorted(self._entries["like"], like, side)) for side in ("left", "right"))
+        found = [entry for entry in self._entries[begin:end] if loosely or entry["name"] == name_hash(name)]
+        return list({int(entry["offset"]): entry for entry in found}.values())
+
+    def open(self, name: str, where: str) -> BinaryIO:
+        """The unpacked file in memory, its checksum compared; raises SampleError."""
+        entry = self.find(name, where)
+        if entry["unpacked"] > MAX_BYTES or entry["size"] > MAX_BYTES:
+            raise SampleError(f"image {shown(name)} in {self.path} unfolds to {entry['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
+        try:
+            data = self._read(entry)
+            if len(data) != entry["unpacked"] or (entry["method"] != IN_TAR and zlib.crc32(data) != entry["crc"]):
+                raise ImageRefused("its checksum is wrong")
+        except (OSError, ImageRefused) as error:
+            raise SampleError(f"image {shown(name)} in {self.path} cannot be read: {reason(error)}", where) from error
+        except (struct.error, zlib.error) as error:
+            raise SampleError(f"image {shown(name)} cannot be read: {self.path} is corrupt there ({error})", where) from error
+        return io.BytesIO(data)
+
+    def _read(self, entry: np.void) -> bytes:
+        method, offset = int(entry["method"]), int(entry["offset"])
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, IN_TAR):
+            raise ImageRefused(f"it is {'encrypted' if method == ENCRYPTED else f'packed by method {method}'}; unpack the zip and name the folder")
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            if method != IN_TAR:
+                signature, name_size, extra_size = self.HEADER.unpack(file.read(self.HEADER.size))
+                if signature != b"PK\x03\x04":
+                    raise ImageRefused("the zip is corrupt there")
+                file.seek(name_size + extra_size, os.SEEK_CUR)
+            data = file.read(int(entry["size"]))
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(entry["unpacked"]) + 1) if method == zipfile.ZIP_DEFLATED else data
+
+    def state(self, name: str, where: str) -> bytes:
+        entry = self.find(name, where)
+        return entry.tobytes() + (b"%d" % self._time if entry["method"] == IN_TAR else b"")  # a tar has no checksums
+
+
+def zip_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names of the files in a zip, with offset, packed and unpacked size, checksum and method. Of entries of one name the last
+    counts, as everywhere. A name in UTF-8 that the zip does not declare so, as macOS writes them, is read as what it is."""
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if not entry.is_dir():
+                method, name = ENCRYPTED if entry.flag_bits & 1 else entry.compress_type, entry.filename
+                with contextlib.suppress(UnicodeError):
+                    name = name if entry.flag_bits & 0x800 else name.encode("cp437").decode()
+                yield posixpath.normpath(name), (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, method)
+
+
+def tar_entries(path: Path) -> dict[str, tuple[int, ...]]:
+    """The same for a tar that is not packed. A hard link is the file before it that it names."""
+    found: dict[str, tuple[int, ...]] = {}
+    with tarfile.open(path, "r:", encoding="utf-8") as file:
+        while entry := file.next():
+            file.members.clear()  # which the library would keep, a kilobyte each
+            name, target = posixpath.normpath(entry.name), posixpath.normpath(entry.linkname)
+            if entry.isreg() and not entry.issparse():
+                found[name] = (entry.offset_data, entry.size, entry.size, 0, IN_TAR)
+            elif entry.islnk() and target in found:
+                found[name] = found[target]
+    return found
+
+
+def name_hash(name: str) -> np.uint64:
+    """64 bits of a file name: among a million names, two are alike once in forty million data sets."""
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))

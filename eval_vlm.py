@@ -27,8 +27,9 @@ from model.device import default_device
 from model.errors import DataError, SampleError, UsageError, first_line, print_anything
 from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
+from model.load import find_weights
 from model.storage import REPOSITORY, StorageError, home_for_tilde
-from model.weights import find_weights, weight_name
+from model.weights import weight_name
 
 FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."
 

@@ -1,50 +1,54 @@
 """A whole model from its files, ready to use: native weights with their sidecar, or a folder in transformers format."""
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedTokenizerBase
-
-import model.hub  # noqa: F401 - AutoConfig then knows the family
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 from .conversation import load_tokenizer
 from .errors import UsageError, check_fetched, first_line
-from .model_vlm import MiniMindVLM, VLMConfig
+from .model_vlm import VISION_FOLDER, MiniMindVLM, VLMConfig
 from .vision import CLIP_FOLDER, load_vision_encoder
 from .weights import (
     check_fingerprints,
     fingerprints,
-    listed,
+    load_state,
     load_weights,
     parse_sidecar,
     read_sidecar,
     read_state,
-    refuse_non_finite,
-    refuse_untied,
-    sizes_of,
+    weight_files,
+    weight_name,
 )
 
 MODEL_FOLDER = Path(__file__).resolve().parent
-SIDECAR = "sidecar.json"  # of a folder: what stands in the sidecar beside native weights, but for the configuration
+SIDECAR = "sidecar.json"  # of a folder: the sidecar of native weights without the configuration
 
 
 @dataclass
 class Loaded:
-    """A model in fp32 around its tower, its tokenizer, and the sidecar but for the configuration."""
+    """A model in fp32 with its vision encoder, its tokenizer, and its sidecar without the configuration."""
 
     model: MiniMindVLM
     tokenizer: PreTrainedTokenizerBase
     record: dict
 
 
-def find_vision_encoder(path: str | Path | None, record: dict) -> CLIPVisionModel | None:
-    """The vision encoder in the folder at `path`; None: the one that the weights were trained with; "none": none. Raises
-    UsageError."""
-    folder = path or recorded(record, "vision_model_path", "config.json", CLIP_FOLDER)
-    return None if str(folder) == "none" else load_vision_encoder(folder)
+def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: int | None) -> Path:
+    """The weight file of that name and, where they are given, size and kind. Among several the published size, 512, dense,
+    is meant; raises UsageError when it is none of them. Whether the file returned exists is for its reader to say."""
+    size, kind = hidden_size or r"\d+", {None: "(_moe)?", 0: "", 1: "_moe"}[use_moe]
+    fitting = [path for path in weight_files(folder) if re.fullmatch(f"{re.escape(weight)}_{size}{kind}", path.stem)]
+    published = folder / f"{weight_name(weight, hidden_size or 512, bool(use_moe))}.pth"
+    if len(fitting) > 1 and published not in fitting:
+        raise UsageError(f"--weight {weight}: there are several in {folder}: {', '.join(path.name for path in fitting)};"
+                         " choose one by --hidden_size and --use_moe")  # fmt: skip
+    return fitting[0] if len(fitting) == 1 else published
 
 
 def recorded(record: dict, name: str, file: str, default: Path) -> Path:
@@ -64,13 +68,42 @@ def find_tokenizer(path: str | Path | None, record: dict) -> PreTrainedTokenizer
     return load_tokenizer(path or recorded(record, "tokenizer_path", "tokenizer.json", MODEL_FOLDER))
 
 
+def find_vision_encoder(path: str | Path | None, record: dict) -> CLIPVisionModel | None:
+    """The vision encoder in the folder at `path`; None: the one that the weights were trained with; "none": none. Raises
+    UsageError."""
+    folder = path or recorded(record, "vision_model_path", "config.json", CLIP_FOLDER)
+    return None if str(folder) == "none" else load_vision_encoder(folder)
+
+
+def build_model(source: Path, settings: Any) -> MiniMindVLM:
+    """A randomly initialized model of the configuration that was read from `source`; raises UsageError when it is none."""
+    try:
+        return MiniMindVLM(VLMConfig.from_dict(settings))
+    except Exception as error:  # a damaged configuration raises errors of all kinds
+        raise UsageError(f"{source} is no configuration of this model: {type(error).__name__}: {first_line(error)}") from error
+
+
+def settings_of(state: dict[str, torch.Tensor]) -> dict:
+    """The configuration that names and shapes of published weights tell; the numbers of heads are the published ones."""
+    settings = {}
+    if (embedding := state.get("model.embed_tokens.weight")) is not None and embedding.dim() == 2:
+        settings |= {"vocab_size": embedding.shape[0], "hidden_size": embedding.shape[1]}
+    if (projector := state.get("vision_proj.vision_proj.0.weight")) is not None and projector.dim() == 2:
+        settings["vision_hidden_size"] = projector.shape[1]
+    if layers := {name.split(".")[2] for name in state if name.startswith("model.layers.")}:
+        settings["num_hidden_layers"] = len(layers)
+    if experts := {match[1] for name in state if (match := re.search(r"\.mlp\.experts\.(\d+)\.", name))}:
+        settings |= {"use_moe": True, "n_routed_experts": len(experts)}
+    return settings
+
+
 def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> dict[str, str]:
-    """The fingerprints of `tokenizer` and the model's tower; raises UsageError when one of them is not that which the
+    """The fingerprints of `tokenizer` and the model's vision encoder; raises UsageError when one of them is not what the
     weights at `path` were made with."""
     used = fingerprints(model, tokenizer)
     check_fingerprints(path, used, record.get("fingerprints", {}))
-    ours, theirs = ((model.config.vocab_size, model.config.image_token_id),
-                    (len(tokenizer), tokenizer.convert_tokens_to_ids("@")))  # fmt: skip
+    ours = (model.config.vocab_size, model.config.image_token_id)
+    theirs = (len(tokenizer), tokenizer.convert_tokens_to_ids("@"))
     if ours != theirs:
         raise UsageError(
             f"{path} was trained with another tokenizer, one with {ours[0]} tokens and '@' as number {ours[1]}; this one has"
@@ -79,43 +112,24 @@ def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenize
     return used
 
 
-def attach(path: Path, model: MiniMindVLM, tower: CLIPVisionModel | None) -> None:
-    """Gives the model its tower; raises UsageError when it does not fit the model of `path`."""
+def attach(path: Path, model: MiniMindVLM, encoder: CLIPVisionModel | None) -> None:
+    """Gives the model its vision encoder; raises UsageError when it does not fit the model of `path`."""
     try:
-        model.attach_vision_encoder(tower)
+        model.attach_vision_encoder(encoder)
     except ValueError as error:
         raise UsageError(f"{path}: {error}. Give the right one by --vision_model_path.") from error
 
 
-def native_model(path: Path, sidecar: dict) -> MiniMindVLM:
-    """A fresh model of the configuration in the sidecar, or of what the names and shapes of published weights tell."""
-    if "config" in sidecar:
-        source, settings = path.with_suffix(".json"), sidecar["config"]
-    else:
-        state = read_state(path)[0] if path.is_file() else {}  # load_weights says that it is missing
-        source, sizes = path, sizes_of(state)
-        names = {"vocabulary": "vocab_size", "--hidden_size": "hidden_size", "encoder width": "vision_hidden_size",
-                 "--num_hidden_layers": "num_hidden_layers"}  # fmt: skip
-        settings = {names[size]: value for size, value in sizes.items() if size in names}
-        if sizes.get("--use_moe"):
-            experts = {match[1] for name in state if (match := re.match(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.", name))}
-            settings |= {"use_moe": True, "n_routed_experts": len(experts)}
-    try:
-        return MiniMindVLM(VLMConfig(**settings))
-    except Exception as error:  # a damaged configuration fails anywhere, in all kinds of ways
-        raise UsageError(f"{source} is no configuration of a model: {type(error).__name__}: {first_line(error)}") from error
-
-
 def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
-    """Native weights at `path`; with no sidecar beside them, the published number of heads is taken for granted. Where no
-    tokenizer or vision encoder is given, it is that of the training, as the sidecar tells.
-
-    Raises UsageError for anything missing or not fitting.
-    """
+    """Native weights at `path`, with the tokenizer and vision encoder of the training, as the sidecar tells, where none are
+    given. Raises UsageError for anything missing or not fitting."""
     sidecar = read_sidecar(path) or {}
-    model = native_model(path, sidecar)
-    if fresh := load_weights(path, model):
-        raise UsageError(f"{path} holds a language model without projector ({', '.join(fresh)} missing)")
+    if "config" in sidecar:
+        model = build_model(path.with_suffix(".json"), sidecar["config"])
+    else:
+        model = build_model(path, settings_of(read_state(path)) if path.is_file() else {})  # load_weights says it is missing
+    if missing := load_weights(path, model):
+        raise UsageError(f"{path} holds a language model without projector ({', '.join(missing)} missing)")
     tokenizer = find_tokenizer(tokenizer_path, sidecar)
     attach(path, model, find_vision_encoder(vision_model_path, sidecar))
     record = {key: value for key, value in sidecar.items() if key not in ("config", "weights")}
@@ -128,51 +142,41 @@ def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_m
 
     The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
     """
-    config = read_config(folder)
-    record, brings = read_record(folder / SIDECAR), {"tokenizer": (folder / "tokenizer.json").is_file()}
+    model, record = build_model(folder / "config.json", read_config(folder)), read_record(folder / SIDECAR)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UsageError(f"{folder}: no model.safetensors and no pytorch_model.bin there; fetch the folder again")
+    state = {name: tensor for file in files for name, tensor in read_state(file).items()}
+    if missing := load_state(folder, model, state):
+        raise UsageError(f"{folder} holds a language model without projector ({', '.join(missing)} missing)")
+    brings = {"tokenizer": (folder / "tokenizer.json").is_file(),
+              "vision_encoder": (folder / VISION_FOLDER / "model.safetensors").is_file()}  # fmt: skip
     tokenizer = load_tokenizer(folder) if brings["tokenizer"] else find_tokenizer(tokenizer_path, record)
-    check_weight_files(folder)
-    try:
-        model = MiniMindVLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    except UsageError:
-        raise
-    except Exception as error:  # what is damaged fails anywhere, in all kinds of ways
-        check_fetched(folder)
-        raise UsageError(f"cannot load {folder}: {type(error).__name__}: {first_line(error)}") from error
-    refuse_untied(folder, model, model.state_dict())
-    refuse_non_finite(folder, model.state_dict())
-    brings["vision_encoder"] = model.vision_encoder is not None
-    if not brings["vision_encoder"]:
-        attach(folder, model, find_vision_encoder(vision_model_path, record))
+    encoder = find_vision_encoder(folder / VISION_FOLDER if brings["vision_encoder"] else vision_model_path, record)
+    attach(folder, model, encoder)
     used = check_made_for(folder, model, tokenizer, record)
     return Loaded(model, tokenizer, {"fingerprints": {kind: value for kind, value in used.items() if brings[kind]}, **record})
 
 
-def read_config(folder: Path) -> VLMConfig:
-    """The configuration in a folder; raises UsageError."""
+def read_config(folder: Path) -> dict:
+    """The settings in a folder's config.json; raises UsageError."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file, and a folder in transformers format is wanted; native weights (NAME_512.pth) are"
                          f" taken by --save_dir {folder.parent} --weight NAME")  # fmt: skip
-    if not (folder / "config.json").is_file():
-        there = listed(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        there = ", ".join(path.name for path in weight_files(folder)[:12])
         raise UsageError(f"{folder}: no config.json there; give a folder in transformers format"
-                         + (f". Native weights there are taken by --save_dir {folder} and, as --weight:{there}" if there else ""))  # fmt: skip
+                         + (f". Native weights (there are {there}) are taken by --save_dir {folder} --weight NAME" if there else ""))  # fmt: skip
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # as above
-        check_fetched(folder)
-        raise UsageError(f"{folder / 'config.json'} is no configuration of this model: {type(error).__name__}:"
-                         f" {first_line(error)}") from error  # fmt: skip
-    if config.model_type != VLMConfig.model_type:
-        raise UsageError(f"{folder} holds a model of type {config.model_type!r}, not {VLMConfig.model_type!r}")
-    return config
-
-
-def check_weight_files(folder: Path) -> None:
-    """Raises UsageError for a pickle that wants to do more than hold tensors, and for quantized weights, of which
-    transformers would make numbers without a word."""
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        read_state(file)
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings["model_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        check_fetched(file)
+        raise UsageError(f"{file} is no configuration of this model: {type(error).__name__}: {first_line(error)}") from error
+    if kind != VLMConfig.model_type:
+        raise UsageError(f"{folder} holds a model of type {kind!r}, not {VLMConfig.model_type!r}")
+    return settings
 
 
 def read_record(path: Path) -> dict:

@@ -1,10 +1,8 @@
-"""Files of weights: the state dict in fp16 and its sidecar, read strictly, and never by executing what they hold.
-"""
+"""Files of weights: the state dict in fp16 and its sidecar, read strictly and without executing what they hold."""
 
 import hashlib
 import json
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -33,22 +31,18 @@ def read_tensors(path: Path, what: str) -> Any:
                     raise ValueError(f"it is corrupt: the checksum of {broken} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and unpickling errors share no base class
-        if (wanted := foreign_globals(path)):
-            raise UsageError(
-                f"{path} is refused: a {what} holds tensors and plain values, this file wants to call"
-                f" {', '.join(wanted[:5])}. Nothing of it was run. Take the file from its maker again, or do without it."
-            ) from error
-        raise UsageError(
-            f"{path} is no readable {what}: {type(error).__name__}: {first_line(error)}. It is torn, of"
-            f" another kind, or holds more than tensors; fetch or make it again."
-        ) from error
+        if wanted := foreign_globals(path):
+            raise UsageError(f"{path} is refused: a {what} holds tensors and plain values, this file wants to call"
+                             f" {', '.join(wanted[:5])}. Nothing of it was run") from error  # fmt: skip
+        raise UsageError(f"{path} is no readable {what}: {type(error).__name__}: {first_line(error)}. It is corrupt, of"
+                         " another kind, or holds more than tensors; fetch or make it again") from error  # fmt: skip
 
 
 def foreign_globals(path: Path) -> list[str]:
     """Names of what a pickle would call or build beyond tensors and plain values; it is read, not run."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # torn, or no file of torch.save at all: the caller says so
+    except Exception:  # corrupt, or not written by torch.save: the caller says so
         return []
 
 
@@ -59,8 +53,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What weights depend on without containing it; no vision encoder where the model has none."""
-    tower = model.vision_encoder
-    return {"tokenizer": tokenizer_fingerprint(tokenizer)} | ({} if tower is None else {"vision_encoder": vision_encoder_fingerprint(tower)})
+    prints = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    if model.vision_encoder is not None:
+        prints["vision_encoder"] = vision_encoder_fingerprint(model.vision_encoder)
+    return prints
 
 
 def half_weights(model: MiniMindVLM) -> dict[str, torch.Tensor]:
@@ -89,9 +85,9 @@ def tensors_fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def vision_encoder_fingerprint(tower: CLIPVisionModel) -> str:
+def vision_encoder_fingerprint(encoder: CLIPVisionModel) -> str:
     """The fingerprint of a vision encoder, whatever release of transformers loaded it."""
-    return tensors_fingerprint({name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in tower.state_dict().items()})
+    return tensors_fingerprint({name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in encoder.state_dict().items()})
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict, before: str | None = None) -> str:
@@ -144,162 +140,94 @@ def parse_sidecar(path: Path) -> dict:
     return content
 
 
-def is_state_dict(content: Any) -> bool:
-    """Whether `content` holds names and tensors."""
-    return isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
-    )
-
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # keys of the weights in training states, others' and ours
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # keys of the weights in training states
 PREFIXES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 
 
-def read_state(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict in a weight file without the vision encoder, which is loaded from its own folder, and a notice of
-    what was left out to get it. Raises UsageError for a file without one, or with tensors that are no plain weights."""
-    state, kept = read_tensors(path, "weight file"), ""
-    while not is_state_dict(state) and (key := next((key for key in WRAPPERS if isinstance(state, dict) and isinstance(state.get(key), dict)), None)):
-        state, kept = state[key], f"{kept}[{key!r}]"
-    if not is_state_dict(state):
-        held = {str(name): type(value).__name__ for name, value in state.items() if not isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
-        raise UsageError(f"{path} is no state dict: it should hold names and tensors, not"
-                         f" {', '.join(f'{name} ({kind})' for name, kind in list(held.items())[:3]) or type(state).__name__}")
-    names = {name: PREFIXES.sub("", name) for name in state}
-    prefixed = next((name for name in names if names[name] != name), None)
-    notices = [f"of what it holds, only {kept} is taken"] if kept else []
-    notices += [f"names are read without their prefixes: {prefixed} as {names[prefixed]}"] if prefixed else []
-    state = {names[name]: tensor for name, tensor in state.items() if not names[name].startswith("vision_encoder.")}
-    refuse_odd_kinds(path, state)
-    for name, twin in (TIED, TIED[::-1]):  # one tensor, which some write once
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a weight file or a training state, without the vision encoder, which has a folder of its own.
+
+    Raises UsageError for a file without one, and for tensors whose numbers alone are not the weights (quantized, sparse).
+    """
+    state = read_tensors(path, "weight file")
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    entries = state.items() if isinstance(state, dict) else [(type(state).__name__, state)]
+    if odd := [name for name, value in entries if not (isinstance(name, str) and isinstance(value, torch.Tensor))]:
+        raise UsageError(f"{path} is no state dict: it should hold names and tensors, and holds {odd[0]}")
+    state = {PREFIXES.sub("", name): tensor for name, tensor in entries}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            kind = f"{'nested' if tensor.is_nested else tensor.layout} on {tensor.device}"
+            raise UsageError(f"{path}: the tensor {name} is of {tensor.dtype} ({kind}). Weights are read as dense float16, bfloat16,"
+                             " float32 or float64: take those from before the quantization")  # fmt: skip
+    for name, twin in (TIED, TIED[::-1]):  # one tensor, which some programs write once
         if name not in state and twin in state:
             state[name] = state[twin]
-    return state, "; ".join(notices)
+    return state
 
 
-def refuse_odd_kinds(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Raises UsageError for quantized, integer, fp8, sparse and other tensors, whose numbers alone are not the weights."""
-    for name, tensor in state.items():
-        kinds = {"nested": tensor.is_nested, f"{tensor.layout}": tensor.layout != torch.strided,
-                 "without numbers (of the meta device)": tensor.is_meta, f"of {tensor.dtype}": tensor.dtype not in FLOATS}  # fmt: skip
-        if odd := [kind for kind, is_so in kinds.items() if is_so]:
-            raise UsageError(f"{path}: the tensor {name} is {', '.join(odd)}. Weights are read as dense float16, bfloat16, float32 or"
-                             " float64: take those from before the quantization, or have its program write them back so")  # fmt: skip
+def load_state(path: Path, model: MiniMindVLM, state: dict[str, torch.Tensor]) -> list[str]:
+    """Loads the state dict that was read from `path` into `model`, strictly. Returns the names that stay randomly
+    initialized: the projector's, when the weights are a plain language model's.
 
-
-def refuse_untied(path: Path, model: MiniMindVLM, state: dict[str, torch.Tensor]) -> None:
-    """Raises UsageError when embedding and head differ, but are one tensor in the model."""
+    Raises UsageError for other names or shapes, and for weights that are not finite.
+    """
+    own = model.state_dict()
+    projector = [name for name in own if name not in state and name.startswith("vision_proj.")]
+    kinds = {
+        "missing": [name for name in own if name not in state and name not in projector],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [f"{name} {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
+                             for name, tensor in state.items() if name in own and tensor.shape != own[name].shape],
+    }  # fmt: skip
+    if problems := [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]:
+        raise UsageError(
+            f"{path} does not fit the model: weights {', '.join(problems)}. Give what it was trained with: --hidden_size,"
+            " --num_hidden_layers, --use_moe, --tokenizer_path, --vision_model_path. If that is so, fetch or make it again"
+        )
     if model.config.tie_word_embeddings and not torch.equal(*(state[name] for name in TIED)):
         raise UsageError(f"{path}: {' and '.join(TIED)} differ, and this model has one tensor for both")
-
-
-def weight_choices(folder: Path) -> dict[Path, tuple[str, int, bool]]:
-    """The weight files in a folder, by name, and what `weight_name` made each name of."""
-    found = {path: re.fullmatch(r"([^.].*)_(\d+)(_moe)?", path.stem) for path in sorted(folder.glob("*.pth")) if path.is_file()}
-    return {path: (match[1], int(match[2]), bool(match[3])) for path, match in found.items() if match}
-
-
-def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: int | None) -> Path:
-    """The weight file of that name and, where they are given, size and kind. Among several the published size, 512, dense,
-    is meant; raises UsageError when it is none of them. Whether the file returned exists is for its reader to say."""
-    fitting = [path for path, (name, width, moe) in weight_choices(folder).items()
-               if name == weight and hidden_size in (None, width) and use_moe in (None, moe)]  # fmt: skip
-    meant = folder / f"{weight_name(weight, hidden_size or 512, bool(use_moe))}.pth"
-    if len(fitting) > 1 and meant not in fitting:
-        raise UsageError(f"--weight {weight}: there are several in {folder}; choose one:{listed(folder, weight)}")
-    if len(fitting) > 1 and hidden_size is None:
-        print(f"notice: {meant.name} is taken, the default; weights of that name are:{listed(folder, weight)}", file=sys.stderr)
-    return fitting[0] if len(fitting) == 1 else meant
-
-
-def listed(folder: Path, weight: str = "") -> str:
-    """The weight files in a folder, of this name if there are any, a line each with the flags that take it; at most 12."""
-    choices = weight_choices(folder)
-    named = {path: choice for path, choice in choices.items() if choice[0] == weight} or choices
-    return "".join(f"\n    {path.name}: {name} --hidden_size {width}{' --use_moe 1' if moe else ''}"
-                   for path, (name, width, moe) in list(named.items())[:12])  # fmt: skip
+    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]:
+        raise UsageError(f"{path} holds weights that are not finite ({len(broken)} of {len(state)} tensors, first {broken[0]}): the"
+                         " training that made it went wrong. Take weights from before that")  # fmt: skip
+    model.load_state_dict(state, strict=False)  # the differences are known by now
+    return projector
 
 
 def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None = None) -> list[str]:
-    """Loads the weights at `path` into `model`, strictly. Returns the names that stay at their fresh values: the
-    projector's, when the weights are a plain language model's.
+    """Loads the weights at `path` into `model`, as `load_state` does.
 
-    Names that others wrap weights in are taken off, with a notice on standard error.
-    Raises UsageError for a missing or torn file, other keys or shapes, weights that are quantized or not finite, and for a tokenizer or encoder other than the
-    ones trained with (`expected` holds those in use; see `fingerprints`).
+    Raises UsageError for a missing or corrupt file, for weights that `load_state` refuses or that are not those of the
+    sidecar, and for a tokenizer or encoder other than those trained with (`expected`: those in use, see `fingerprints`).
     """
     if not path.is_file():
-        there = listed(path.parent)
+        there = ", ".join(file.name for file in weight_files(path.parent)[:12])
         raise UsageError(
-            f"no weights at {path}." + (f" Those that are there, as --weight (of training: --from_weight) takes them:{there}\n" if there else " ")
-            + f"Published ones:\n    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
+            f"no weights at {path}." + (f" In that folder are {there}." if there else "") + " Published ones:\n"
+            f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
             f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
         )
     sidecar = read_sidecar(path) or {}
     check_fingerprints(path, expected or {}, sidecar.get("fingerprints", {}))
-    state, notice = read_state(path)
-    if notice:
-        print(f"notice: {path}: {notice}", file=sys.stderr)
-    theirs, ours = sizes_of(state), sizes_of(model.state_dict())
-    other = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
-    if other:
-        raise UsageError(
-            f"{path} is of a model with {', '.join(f'{name} {theirs[name]}' for name in other)}; this one has"
-            f" {', '.join(f'{name} {ours[name]}' for name in other)}. {REMEDIES.get(other[0], 'Give the same flags')}."
-        )
-    own = model.state_dict()
-    fresh = [name for name in own if name not in state and name.startswith("vision_proj.")]
-    missing = [name for name in own if name not in state and name not in fresh]
-    unexpected = [name for name in state if name not in own]
-    shapes = [f"{name} {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
-              for name in own if name in state and state[name].shape != own[name].shape]  # fmt: skip
-    problems = [f"{len(names)} {kind} (first: {names[0]})"
-                for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-                if names]  # fmt: skip
-    if problems:
-        raise UsageError(
-            f"{path} does not fit the model, though its size does: weights {'; '.join(problems)}. It was cut, or made"
-            f" by another program; fetch or make it again."
-        )
-    refuse_untied(path, model, state)
-    refuse_non_finite(path, state)
+    state = read_state(path)
+    projector = load_state(path, model, state)
     if "weights" in sidecar and tensors_fingerprint(state) not in sidecar["weights"]:
         raise UsageError(
-            f"{path.with_suffix('.json')} belongs to other weights than those in {path.name}: one of the two was exchanged, or a save was"
-            f" cut short. Put those together that belong together; training with --from_resume 1 writes both again."
+            f"{path.with_suffix('.json')} belongs to other weights than those in {path.name}: one of the two was exchanged,"
+            " or a save was cut short. Put those together that belong together; training with --from_resume 1 writes both"
         )
-    model.load_state_dict(state, strict=False)  # what strict would say is said above, and the fresh names are meant
-    return fresh
+    return projector
 
 
-def refuse_non_finite(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Raises UsageError for weights that are NaN or infinite: whatever is made of them is worth nothing."""
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
-    if broken:
-        raise UsageError(f"{path} holds weights that are not finite ({len(broken)} of {len(state)} tensors, first {broken[0]}): the"
-                         " training that made it went wrong. Take weights from before that")  # fmt: skip
-
-
-REMEDIES = {
-    "encoder width": "Give the encoder it was trained with by --vision_model_path",
-    "vocabulary": "Give the tokenizer it was trained with by --tokenizer_path",
-}
-
-
-def sizes_of(state: dict[str, torch.Tensor]) -> dict[str, int]:
-    """What the names and shapes of a model's weights tell of its flags; only what can be told."""
-    sizes = {}
-    if (embedding := state.get("model.embed_tokens.weight")) is not None and embedding.dim() == 2:
-        sizes |= {"vocabulary": embedding.shape[0], "--hidden_size": embedding.shape[1]}
-    if (projector := state.get("vision_proj.vision_proj.0.weight")) is not None and projector.dim() == 2:
-        sizes["encoder width"] = projector.shape[1]
-    layers = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
-    if layers:
-        sizes |= {"--num_hidden_layers": len(layers), "--use_moe": int(any(".experts." in name for name in state))}
-    return sizes
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files in a folder, by name."""
+    return [path for path in sorted(folder.glob("*.pth")) if path.is_file() and not path.name.startswith(".")]
 
 
 def check_fingerprints(path: Path, used: dict[str, str], recorded: dict[str, str]) -> None:

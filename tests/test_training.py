@@ -527,13 +527,13 @@ def test_weights_load_strictly(tmp_path):
     with pytest.raises(UsageError, match="another tokenizer"):
         load_weights(path, other, {"tokenizer": "xyz"})
     for wrong, message in [
-        ({"hidden_size": 64}, "--hidden_size 32; this one has --hidden_size 64. Give the same flags"),
-        ({"num_hidden_layers": 3}, "--num_hidden_layers 2; this one has --num_hidden_layers 3"),
-        ({"num_hidden_layers": 1}, "--num_hidden_layers 2; this one has --num_hidden_layers 1"),
-        ({"use_moe": True}, "--use_moe 0; this one has --use_moe 1"),
-        ({"vision_hidden_size": 16}, "encoder width 24; this one has encoder width 16. .*--vision_model_path"),
-        ({"vocab_size": 100}, "vocabulary 6400; this one has vocabulary 100. .*--tokenizer_path"),
-        ({"intermediate_size": 48}, "another shape .*It was cut, or made by another program"),
+        ({"hidden_size": 64}, r"embed_tokens.weight \(6400, 32\), the model has \(6400, 64\).*--hidden_size"),
+        ({"num_hidden_layers": 3}, r"missing \(first: model\.layers\.2\..*--num_hidden_layers"),
+        ({"num_hidden_layers": 1}, r"unexpected \(first: model\.layers\.1\."),
+        ({"use_moe": True}, r"missing \(first: .*experts.*--use_moe"),
+        ({"vision_hidden_size": 16}, r"vision_proj.* \(32, 24\), the model has \(32, 16\).*--vision_model_path"),
+        ({"vocab_size": 100}, r"\(6400, 32\), the model has \(100, 32\).*--tokenizer_path"),
+        ({"intermediate_size": 48}, "another shape .*fetch or make it again"),
     ]:
         with pytest.raises(UsageError, match=message):
             load_weights(path, make_model(**wrong))

@@ -155,7 +155,7 @@ class Saver:
 def fingerprint_on_disk(weight_file: Path) -> str | None:
     """The fingerprint of the weights in a file; None where they are missing, corrupt, or none that this project writes."""
     try:
-        return tensors_fingerprint(read_state(weight_file)[0])
+        return tensors_fingerprint(read_state(weight_file))
     except UsageError:
         return None
 

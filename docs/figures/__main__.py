@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from model.errors import SampleError, UsageError, print_anything
+from model.load import find_weights
 from model.storage import REPOSITORY, check_output, home_for_tilde
-from model.weights import find_weights, weight_name
+from model.weights import weight_name
 
 IMAGES = REPOSITORY / "dataset" / "eval_images"
 STAGES = ("llm", "pretrain_vlm", "sft_vlm")

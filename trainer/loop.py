@@ -43,19 +43,20 @@ def compute_loss(run: Run, model: torch.nn.Module, batch: Batch) -> tuple[torch.
     """
     batch = batch.to(run.ranks.device)
     features = encode(run, batch)
-    # The decoder computes in bf16 or fp16; its weights, their gradients and the optimizer's averages stay in fp32: an update
-    # of a thousandth of a weight would be lost in bf16, which keeps eight bits.
+    # The decoder computes in bf16 or fp16; its weights, their gradients and the optimizer's averages stay in fp32: bf16
+    # keeps eight bits, in which an update of a thousandth of a weight would be lost.
     with run.autocast():
         out = model(
-            batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, use_cache=False, image_features=features,
+            batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, use_cache=False,
+            image_features=features, image_positions=batch.image_positions,
             # Rows are padded on the right: causal attention needs no mask, only the routers' loss does.
-            image_positions=batch.image_positions, token_mask=batch.attention_mask if run.config.use_moe else None,
+            token_mask=batch.attention_mask if run.config.use_moe else None,
         )  # fmt: skip
     return out.loss, out.aux_loss if out.aux_loss is not None else out.loss.new_zeros(())
 
 
 def encode(run: Run, batch: Batch) -> torch.Tensor:
-    """Patch vectors [places of images in the batch, P, W]; each image is encoded once, those in the feature cache not at all.
+    """Patch vectors [images shown in the batch, P, W]. An image is encoded once, and not at all if it is in the cache.
 
     Rounded to bf16 whatever the run's format, as the cache keeps them: a run with the cache is the run without it.
     """
@@ -77,14 +78,15 @@ class Trainer:
         self.run, self.config, self.ranks = run, run.config, run.ranks
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
         self.state = TrainState()
-        # Sums since the last log line: this rank's cross-entropy and auxiliary loss; all ranks' supervised tokens, updates, tokens.
+        # Sums since the last log line: cross-entropy and auxiliary loss of this rank; supervised tokens, updates and
+        # tokens of all ranks.
         self.interval = torch.zeros(5, device=run.ranks.device)
         self.schedule = Schedule(run.config.epochs * run.sampler.updates_per_epoch)
         if self.config.from_resume:
             self.state, self.interval, self.schedule = restore(run)
         self.total = self.schedule.total
         self.saver = Saver(resumed=bool(self.config.from_resume))
-        self.saved_update, self.has_news = self.state.update, False  # news of this start: what is on disk is never replaced by less
+        self.saved_update, self.has_news = self.state.update, False  # without news, nothing on disk is replaced
         self.model = run.model
         if self.ranks.size > 1:  # from here on a backward averages the gradients of all ranks
             self.model = DistributedDataParallel(run.model, forward_sync_buffers=False)
@@ -117,10 +119,6 @@ class Trainer:
                 raise TrainingFailed(f"{error}. {self.save_before_the_end()}") from error
             self.save_if_due(last=True)
             self.saver.wait()
-        best = f", those of the lowest validation loss in {self.config.best_file}" if self.state.best_loss is not None else ""
-        saved = "saved. To continue, repeat the command with --from_resume 1" if self.has_news else "nothing new to save"
-        self.ranks.print(f"stopped by {signal.Signals(stopped_by).name} after update {self.state.update} of {self.total}; {saved}"
-                         if stopped_by else f"done. The weights are in {self.config.weight_file}{best}")  # fmt: skip
         return stopped_by
 
     def train_epochs(self, until: int, stop: StopRequest) -> None:
@@ -129,7 +127,7 @@ class Trainer:
             for micro_batches in self.loader.epoch(epoch, skip=self.state.samples):
                 supervised, tokens = self.agree(micro_batches, stop)
                 learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
-                if supervised:  # else all its samples were bad, and decay and momentum would move the weights all the same
+                if supervised:  # else all its samples were bad, and momentum would move the weights all the same
                     self.update(micro_batches, learning_rate, supervised, tokens)
                 self.state.advance(self.run.sampler)
                 self.tracker.advance()
@@ -172,7 +170,7 @@ class Trainer:
             # Gradients are exchanged between ranks once an update, during the backward of the last micro-batch.
             with contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync():
                 loss, aux_loss = compute_loss(self.run, self.model, batch)
-                # A mean over micro-batches of unequal lengths is not the mean over tokens: sum first, then divide by all.
+                # The mean of micro-batches' means is not the mean over tokens: sum first, then divide by all.
                 loss = loss * batch.supervised
                 aux_loss = aux_loss / (len(micro_batches) * self.ranks.size)
                 # DDP averages gradients over ranks; what we want is their sum.
@@ -182,7 +180,7 @@ class Trainer:
         self.finite.add(broken, [index for batch in micro_batches for index in batch.indices])
         if self.ranks.device.type == "cpu" or len(self.finite.unread) == MOST_UNREAD:
             self.finite.read()
-        counts = [loss_sum.new_full((), value) for value in (supervised, 1, tokens)]  # filled on the device, not copied there
+        counts = [loss_sum.new_full((), value) for value in (supervised, 1, tokens)]  # made on the device, not copied
         self.interval += torch.where(broken > 0, 0.0, torch.stack([loss_sum, aux_sum, *counts]))
 
     def step(self, loss: torch.Tensor) -> torch.Tensor:
@@ -191,8 +189,8 @@ class Trainer:
         An fp16 overflow, which the scaler handles itself, is no error.
         """
         optimizer, scaler = self.run.optimizer, self.run.scaler
-        scaler.unscale_(optimizer)  # gradients were scaled up, to lie within fp16's range; the norm is that of the true ones
-        # One bad batch must not throw the weights far away: gradients whose common length exceeds grad_clip are shortened to it.
+        scaler.unscale_(optimizer)  # scaled up, gradients lie within fp16's range; their norm is that of the true ones
+        # One odd batch must not throw the weights far away: gradients that are longer than grad_clip are shortened.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         broken = (~torch.isfinite(loss if scaler.is_enabled() else loss + norm)).float()
         if self.ranks.size > 1:
@@ -222,16 +220,16 @@ class Trainer:
             # None: nothing was trained on, all samples were bad or no loss was finite.
             "loss": loss / supervised if supervised else None, "aux_loss": aux_loss / updates if updates else None,
             "learning_rate": learning_rate, "tokens_per_second": tokens / max(now - self.logged, 1e-9),
-            "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update), "peak_memory_mb": memory / 2**20,
-            "bad_samples": self.state.bad, "truncated_samples": self.state.truncated,
+            "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update),
+            "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad, "truncated_samples": self.state.truncated,
         })  # fmt: skip
         self.logged = now
         self.interval.zero_()
         if update == 1 and supervised:
-            # Who guesses evenly among V tokens has a cross-entropy of ln(V): far above it, something is wrong from the start.
+            # To guess evenly among V tokens costs ln(V): a first loss far above that means that something is wrong.
             vocabulary = self.run.model.config.vocab_size
-            self.tracker.message(f"first loss {loss / supervised:.2f}; a model that knows nothing has ln({vocabulary}) ="
-                                 f" {math.log(vocabulary):.2f}")  # fmt: skip
+            self.tracker.message(f"first loss {loss / supervised:.2f}; a model that knows nothing has"
+                                 f" ln({vocabulary}) = {math.log(vocabulary):.2f}")  # fmt: skip
 
     def validate_if_due(self, stop: StopRequest) -> None:
         """Measures the loss on held-out data and keeps the weights when it is the lowest so far.
@@ -296,5 +294,5 @@ class Trainer:
         self.state.epoch_bad = 0  # a resume counts bad samples from there on
         self.save_if_due(last=True)
         self.saver.wait()
-        return (f"What was trained until update {self.state.update} is saved. Mend the data, a line for a line, and continue with"
-                f" --from_resume 1; where lines are added or removed, {other_data(self.config)}")  # fmt: skip
+        return (f"What was trained until update {self.state.update} is saved. Mend the data, a line for a line, and"
+                f" continue with --from_resume 1; where lines are added or removed, {other_data(self.config)}")  # fmt: skip

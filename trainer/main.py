@@ -43,7 +43,9 @@ def run(config: TrainConfig) -> int:
         ranks = distributed.start(config.device or default_device())
         locks = claim_outputs(config, ranks)
         config = resume_after_restart(config, ranks)
-        stopped_by = Trainer(build(config, ranks)).train()
+        trainer = Trainer(build(config, ranks))
+        stopped_by = trainer.train()
+        ranks.print(ending(trainer, stopped_by))
         distributed.stop()
         del locks
         return 128 + stopped_by if stopped_by in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) else 0
@@ -63,6 +65,16 @@ def run(config: TrainConfig) -> int:
         return 130
 
 
+def ending(trainer: Trainer, stopped_by: int) -> str:
+    """What a run says at its end: where the weights are, or how to continue."""
+    config, state = trainer.config, trainer.state
+    if stopped_by:
+        saved = "saved. To continue, repeat the command with --from_resume 1" if trainer.has_news else "nothing new to save"
+        return f"stopped by {signal.Signals(stopped_by).name} after update {state.update} of {trainer.total}; {saved}"
+    best = f", those of the lowest validation loss in {config.best_file}" if state.best_loss is not None else ""
+    return f"done. The weights are in {config.weight_file}{best}"
+
+
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     """The message for a failure at run time, with the remedy; None for a fault of the program. `began` tells a state that this
     run saved from an older one that lies there."""
@@ -79,8 +91,10 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     remedy = loader_remedy(error)
     if remedy:
         text += f". {remedy}"
-    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):  # the connection to it may be seen to break first
-        return f"a loader process died, for want of memory if it said nothing: {text}{rest}, with fewer --num_workers if it comes again"
+    # When a loader process dies, its connection may be seen to break first.
+    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+        return (f"a loader process died, for want of memory if it said nothing: {text}{rest}, with fewer --num_workers if it"
+                " comes again")  # fmt: skip
     return text + rest if remedy else None if isinstance(error, RuntimeError) else text
 
 
@@ -113,7 +127,8 @@ def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """
     if config.from_resume or not dist.is_initialized():
         return config
-    may_restart, restarts = ranks.sum([float(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("MAX_RESTARTS", "RESTART_COUNT")])
+    counts = [float(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("MAX_RESTARTS", "RESTART_COUNT")]
+    may_restart, restarts = ranks.sum(counts)
     if not may_restart:  # on none of the machines
         return config
     began, there = restarts > 0, False

@@ -182,13 +182,13 @@ def test_mistakes_are_named(processor, call, message):
         call(processor)
 
 
-def test_the_readmes_lora_trains_merges_and_comes_back_native(folder, tmp_path, monkeypatch):
-    code = re.search(r"(?s)```python\n(.*?get_peft_model.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"))[1]
+def test_the_tutorials_lora_trains_merges_and_comes_back_native(folder, tmp_path, monkeypatch):
+    code = re.search(r"(?s)```python\n(.*?get_peft_model.*?)```", (REPOSITORY / "docs" / "how-it-works.md").read_text(encoding="utf-8"))[1]
     (tmp_path / "minimind-v").symlink_to(folder)
     RED.save(tmp_path / "a.jpg")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile(code, "how-it-works.md", "exec"), scope)
     losses = scope["losses"]
     assert losses[-1] < 0.7 * losses[0]
     merged, batch = scope["merged"], {**scope["batch"], "labels": scope["labels"]}

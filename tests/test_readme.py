@@ -100,7 +100,7 @@ def test_links_lead_to_files_and_headings(name):
         target = (REPOSITORY / name).parent / file if file else REPOSITORY / name
         assert target.exists(), link
         assert not anchor or anchor in slugs(target.read_text(encoding="utf-8")), link
-    assert name == "docs/flags.md" or links
+    assert links or name not in (*READMES, *TUTORIALS)
 
 
 @pytest.mark.parametrize("pair", [READMES, TUTORIALS], ids=["README", "how-it-works"])
@@ -117,14 +117,6 @@ def test_both_languages_show_the_same_commands_images_and_sections(pair):
 @pytest.mark.parametrize("name", READMES)
 def test_the_readme_is_short(name):
     assert len(read(name).splitlines()) <= 250
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_the_reading_path_is_an_evenings(name):
-    path = re.findall(r"(?m)^\| \[([\w/]+\.py)\]", read(name))
-    assert len(path) == 8 and path[0] == "train_sft_vlm.py"
-    assert sum(len(read(file).splitlines()) for file in path) <= 1500
-    assert len(read("docs/minimal_vlm.py").splitlines()) <= 400
 
 
 @pytest.fixture

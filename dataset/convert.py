@@ -33,27 +33,16 @@ from model.storage import REPOSITORY, home_for_tilde
 from model.vision import to_rgb
 
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
-from .images import ImageSource, load_image, on_disk, open_images
-from .parquet import IMAGE_COLUMNS, cells_of, count_rows, find_columns, read_batches, read_schema, row_of
+from .images import ImageSource, load_image, open_images
+from .parquet import IMAGE_COLUMNS, cells_of, find_columns, read_batches, read_schema, row_of
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import counted
 from .vlm_dataset import parse_images, parse_sample
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "more": arrow.string()})  # fmt: skip
-GROUP_BYTES, SHARD_BYTES = 32 * 2**20, 512 * 2**20  # of images, of a row group and of a file at most
+GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 500, 32 * 2**20, 512 * 2**20  # at most; bytes are those of images
 Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its images
-
-
-@contextlib.contextmanager
-def noted(skip_bad: list[str] | None) -> Iterator[None]:
-    """Remembers a bad sample in `skip_bad`; without that list it is an error."""
-    try:
-        yield
-    except SampleError as error:
-        if skip_bad is None:
-            raise
-        skip_bad.append(str(error))
 
 
 def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]], tuple[str, str | None] | None]:
@@ -61,13 +50,13 @@ def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]],
     if path.suffix.lower() != ".parquet":
         source = open_file(path)
         return len(source), ((source.where(number), partial(source.row, number)) for number in range(len(source))), None
-    schema = read_schema(path)
+    schema, count = read_schema(path)
     own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema.names)
     kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *IMAGE_COLUMNS) or "binary" not in str(schema.field(name).type)]
     if lost := [name for name in schema.names if name not in kept]:
         print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
     rows = ((batch, number, f"{path}:{first + number + 1}") for batch, first in read_batches(path, kept) for number in range(len(batch)))
-    return count_rows(path), ((row[2], partial(cells_of, *row, texts=own[:1] if own else TEXT_COLUMNS)) for row in rows), own
+    return count, ((row[2], partial(cells_of, *row, texts=own[:1] if own else TEXT_COLUMNS)) for row in rows), own
 
 
 def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, images: ImageSource, where: str) -> Row:
@@ -114,30 +103,29 @@ class ParquetShards:
     # Image files do not shrink any further.
     COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
 
-    def __init__(self, out: Path, shard_rows: int, group_rows: int):
-        self.out, self.shard_rows, self.group_rows, self.shards = out, shard_rows, group_rows, 0
+    def __init__(self, out: Path, shard_rows: int):
+        self.out, self.shard_rows, self.shards = out, shard_rows, 0
         self._writer: parquet.ParquetWriter | None = None
         self._rows: list[dict[str, Any]] = []  # of the next row group
-        self._bytes = self._shard_count = self._shard_bytes = 0  # of the next row group's images; of the file so far
+        self._bytes = self._shard_count = self._shard_bytes = 0  # images of the next row group; rows and images of the file
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
         more = {key: value for key, value in row.items() if key != "conversations"}
         # Escaped: json can spell halves of characters, which UTF-8 cannot.
         self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "more": json.dumps(more, default=str)})
-        self._bytes += sum(map(len, blobs))
-        full = self._shard_count + len(self._rows) >= self.shard_rows or self._shard_bytes + self._bytes > SHARD_BYTES
-        if full or len(self._rows) >= self.group_rows or self._bytes > GROUP_BYTES:
-            self._write_group()
-        if full:
+        size = sum(map(len, blobs))
+        self._bytes, self._shard_bytes, self._shard_count = self._bytes + size, self._shard_bytes + size, self._shard_count + 1
+        if self._shard_count == self.shard_rows or self._shard_bytes > SHARD_BYTES:
             self.close()
+        elif len(self._rows) == GROUP_ROWS or self._bytes > GROUP_BYTES:
+            self._write_group()
 
     def _write_group(self) -> None:
         if self._writer is None:
             self._file = open(self.out / f"{self.shards:05}.tmp", "wb")  # noqa: SIM115  (closed in close)
             self._writer = parquet.ParquetWriter(self._file, SCHEMA, compression=self.COMPRESSION)
         self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
-        self._shard_count, self._shard_bytes = self._shard_count + len(self._rows), self._shard_bytes + self._bytes
         self._rows, self._bytes = [], 0
 
     def close(self) -> None:
@@ -171,7 +159,7 @@ class JsonlFolder:
         """Writes an image; its name, which is made of its content where the name leads out of the folder, can be no file's, or
         is that of a different image."""
         try:
-            path = (self.images / on_disk(name)).resolve()
+            path = (self.images / name).resolve()
             there = path.exists()
         except (OSError, ValueError):  # too long, a NUL
             return self._write(name_for(blob), blob)
@@ -227,25 +215,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
     parser.add_argument("--out", required=True, help="a new or empty folder")
     parser.add_argument("--shard_rows", type=int, default=20_000, help="samples of a parquet file")
-    parser.add_argument("--group_rows", type=int, default=500, help="samples of a row group")
     parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger images are made smaller, as JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
     args = parser.parse_args(home_for_tilde(argv))
-    if min(args.shard_rows, args.group_rows, 1 if args.resize is None else args.resize) < 1:
-        parser.error("--shard_rows, --group_rows and --resize are greater than 0")
-    out, skipped, count = Path(args.out), [] if args.skip_bad else None, 0
+    if min(args.shard_rows, 1 if args.resize is None else args.resize) < 1:
+        parser.error("--shard_rows and --resize are greater than 0")
+    out, skipped, count = Path(args.out), [], 0
     try:
         paths, images = files_of(args.data), open_images(args.images_path)
         to = args.to or ("jsonl" if paths[0].suffix.lower() == ".parquet" and not args.form else "parquet")
         sources = open_files(paths, open_rows)
         with claimed(out), tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
-            writer = ParquetShards(out, args.shard_rows, args.group_rows) if to == "parquet" else JsonlFolder(out)
+            writer = ParquetShards(out, args.shard_rows) if to == "parquet" else JsonlFolder(out)
             for where, read, own in ((where, read, own) for _, rows, own in sources for where, read in rows):
-                with noted(skipped):
-                    row, blobs = read_row(read(), args.form, own, images, where)
-                    writer.add(row, [resized(blob, args.resize) for blob in blobs] if args.resize else blobs)
-                    count += 1
                 bar.update()
+                try:
+                    row, blobs = read_row(read(), args.form, own, images, where)
+                    blobs = [resized(blob, args.resize) for blob in blobs] if args.resize else blobs
+                except SampleError as error:
+                    if not args.skip_bad:
+                        raise
+                    skipped.append(str(error))
+                    continue
+                writer.add(row, blobs)
+                count += 1
             writer.close()
     except (DataError, SampleError, UsageError, OSError, arrow.ArrowInvalid) as error:
         print(f"error: {error}" + (f"\n(what is in {out} is not all)" if count else ""), file=sys.stderr)

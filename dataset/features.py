@@ -32,7 +32,7 @@ from model.errors import DataError, SampleError
 from model.storage import hold
 
 if TYPE_CHECKING:  # which imports this module
-    from .vlm_dataset import SampleSource
+    from .sources import SampleSource
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
 MOST_PENDING = 16  # batches that wait to be written

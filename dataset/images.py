@@ -5,10 +5,8 @@ A sample names its images, or holds them (bytes of an image file, as parquet has
 
 import contextlib
 import io
-import mmap
 import os
 import re
-import sys
 import unicodedata
 import warnings
 import zlib
@@ -32,6 +30,7 @@ MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can un
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
 MOST_MISSING = 0.05  # fraction of an image that may be missing: of its pixels or rows
 PLUGINS = {"HEIC": ("HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif"), "JPEG XL": ("JXL", "pillow_jxl", "pillow-jxl-plugin")}
+Image.init()  # registers all formats
 CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
 FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
 IMAGE_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".mpo"} | {
@@ -85,10 +84,10 @@ class ImageSource:
 
     def find(self, name: str, where: str) -> Any:
         """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
+        if self.missing:
+            raise SampleError(f"image {shown(name)}: there is no folder {self.path}", where)
         places = self.lookup(name, where)
-        if not places and len(places := self.lookup(name, where, loosely=True)) == 1:
-            tell_once(f"notice: image {shown(name)}, and others perhaps, found in another spelling in {self.path}"
-                      " (Unicode form, slashes, capitals)")  # fmt: skip
+        places = places or self.lookup(name, where, loosely=True)
         if len(places) != 1:
             problem = f"could be any of {len(places)} files" if places else "is not"
             raise SampleError(f"image {shown(name)} {problem} in {self.path}", where)
@@ -117,7 +116,7 @@ class FolderImages(ImageSource):
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[str]:
         try:  # os.path is several times faster here than Path
-            path = os.path.normpath(os.path.join(self.path, on_disk(name.replace("\\", "/") if loosely else name)))
+            path = os.path.normpath(os.path.join(self.path, name.replace("\\", "/") if loosely else name))
             if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
                 raise SampleError(f"image {shown(name)} leads out of {self.path}", where)
             return [found for found in (self._alike(path) if loosely else [path]) if is_file(found)]
@@ -130,7 +129,7 @@ class FolderImages(ImageSource):
         """Paths below the folder that differ from this one in spelling alone."""
         parts, found = os.path.relpath(path, self.path).split(os.sep), [self.path]
         for part in parts:
-            found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(disk_likeness(part), [])]
+            found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(likeness(part), [])]
         return found + [os.path.join(self.path, "\\".join(parts))] * (len(parts) > 1)  # as some unpack a zip of Windows
 
     def _names(self, folder: str) -> dict[str, list[str]]:
@@ -138,7 +137,7 @@ class FolderImages(ImageSource):
             names = self._listings[folder] = {}
             with contextlib.suppress(OSError):  # no folder, or none that may be listed
                 for name in os.listdir(folder):
-                    names.setdefault(disk_likeness(name), []).append(name)
+                    names.setdefault(likeness(name), []).append(name)
         return self._listings[folder]
 
     def open(self, name: str, where: str) -> Path:
@@ -300,23 +299,3 @@ def is_file(path: str) -> bool:
 def likeness(name: str) -> str:
     """What spellings of a file name have in common: those of macOS (Unicode form), Windows (slashes) and either's capitals."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.replace("\\", "/")).casefold())
-
-
-def disk_likeness(name: str) -> str:
-    """The likeness of a name as the system gives it, which is UTF-8 whatever the locale."""
-    return likeness(name if name.isascii() else os.fsencode(name).decode(errors="surrogateescape"))
-
-
-def on_disk(name: str) -> str:
-    """A name in the data as this process has to spell it for the system to meet the UTF-8 name, whatever the locale."""
-    return os.fsdecode(name.encode(errors="surrogateescape"))
-
-
-_told = mmap.mmap(-1, 1)  # shared with the loader processes that are forked
-
-
-def tell_once(text: str) -> None:
-    """Prints a notice once in a run: one case of what it tells of is enough to know."""
-    if not _told[0]:
-        _told[0] = 1
-        print(text, file=sys.stderr, flush=True)

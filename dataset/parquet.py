@@ -29,7 +29,7 @@ from .vlm_dataset import Sample, parse_sample
 
 CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")  # the first that is there counts
 FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
-BATCH_ROWS, BATCH_BYTES = 1024, 32 * 2**20  # to read at a time, at most
+BATCH_ROWS = 64  # to read at a time: Arrow holds no list of more than 2 GB
 ROWS = arrow.schema([  # of the copy
     ("row", arrow.large_binary()),  # json text, as a line of jsonl has it
     ("images", arrow.list_(arrow.large_binary())), ("names", arrow.list_(arrow.large_string())),  # one or the other of each image
@@ -49,7 +49,7 @@ class ParquetSamples:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        names = read_schema(self.path).names
+        names = read_schema(self.path)[0].names
         self._text, self._images = find_columns(self.path, names)
         self._columns = [name for name in (self._text, self._images, *FURTHER) if name in names]
         copy = derived_file(self.path, "rows", self._write_copy)
@@ -115,8 +115,8 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
     return parquet.ParquetFile(arrow.OSFile(os.fsencode(path)), pre_buffer=False, buffer_size=2**20)
 
 
-def read_schema(path: Path) -> arrow.Schema:
-    """The columns of a file; raises DataError for one that is no parquet or holds no rows."""
+def read_schema(path: Path) -> tuple[arrow.Schema, int]:
+    """The columns of a file and the number of its rows; raises DataError for one that is no parquet or holds no rows."""
     try:
         with open_parquet(path) as file:
             count, schema = file.metadata.num_rows, file.schema_arrow
@@ -124,13 +124,7 @@ def read_schema(path: Path) -> arrow.Schema:
         raise DataError(f"{path} is no readable parquet file: {error}") from error
     if not count:
         raise NoSamples(f"{path} holds no samples")
-    return schema
-
-
-def count_rows(path: Path) -> int:
-    """Rows of a file."""
-    with open_parquet(path) as file:
-        return file.metadata.num_rows
+    return schema, count
 
 
 def find_columns(path: Path, names: list[str]) -> tuple[str, str | None]:
@@ -145,37 +139,16 @@ def find_columns(path: Path, names: list[str]) -> tuple[str, str | None]:
 def read_batches(path: Path, columns: list[str], doing: str = "") -> Iterator[tuple[arrow.RecordBatch, int]]:
     """All rows, some at a time, with the number of the first; with a progress bar on a terminal if it is called something. Memory
     does not depend on the row groups. Raises DataError."""
+    first = 0
     try:
-        with open_parquet(path) as file, tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3, disable=None if doing else True) as bar:
-            rows, done = batch_rows(file.metadata, columns), 0
-            while done < file.metadata.num_rows:
-                at = 0
-                try:
-                    for batch in file.iter_batches(rows, columns=columns, use_threads=False):
-                        begin, at = at, at + len(batch)
-                        if at > done:
-                            part = batch.slice(max(0, done - begin))
-                            yield part, at - len(part)
-                            bar.update(len(part))
-                            done = at
-                except arrow.ArrowNotImplementedError:  # lists of more than 2 GB: large rows that stand together
-                    if rows == 1:
-                        raise
-                    rows = max(1, rows // 16)
-    except (ValueError, OSError, arrow.ArrowException) as error:
+        with (open_parquet(path) as file,
+              tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3, disable=None if doing else True) as bar):  # fmt: skip
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+                yield batch, first
+                first += len(batch)
+                bar.update(len(batch))
+    except (ValueError, OSError, arrow.ArrowException) as error:  # ArrowInvalid is a ValueError
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def batch_rows(metadata: parquet.FileMetaData, columns: list[str]) -> int:
-    """Rows to read at a time, so that those of the average size fit in BATCH_BYTES."""
-    most = BATCH_ROWS
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = [group.column(place) for place in range(group.num_columns)]
-        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
-        if group.num_rows:
-            most = min(most, BATCH_BYTES * group.num_rows // max(1, size))
-    return max(1, most)
 
 
 def cells_of(rows: arrow.RecordBatch, number: int, where: str, texts: list[str]) -> dict[str, Any]:

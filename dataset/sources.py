@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from model.storage import is_regular
 
 from .images import split_names
 from .jsonl import UNPACK, JsonlSamples, is_packed, kind_of
-from .vlm_dataset import Sample, SampleSource
+from .vlm_dataset import Sample
 
 FILES = (".jsonl", ".ndjson", ".parquet")  # taken from a folder; .json, too, when it is named
 MOST_WEIGHT = 1000
@@ -30,6 +30,23 @@ HOLD_OUT = 1  # in a key of random numbers: the choice of held-out samples is no
 
 
 Order = Callable[[np.ndarray], np.ndarray]  # places in an epoch, int64 [k], to samples' numbers, int64 [k]
+
+
+class SampleSource(Protocol):
+    """Checked samples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def where(self, index: int) -> str:
+        """file:line of a sample."""
+
+    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
+        """Tokens of samples, estimated without reading them again."""
+
+    def fingerprint(self) -> str:
+        """Another one whenever the samples are others."""
 
 
 class Mixture:

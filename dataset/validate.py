@@ -4,7 +4,7 @@
     python -m dataset.validate "shards/*.parquet" --plot lengths.png
 
 Every sample is checked, tokenized and its images decoded, in several processes. Prints what is wrong by kind, with the
-first places of each; what is odd about good ones; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
+first places of each; which images are truncated; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
 and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
 """
 
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import pairwise
 from multiprocessing import get_all_start_methods, get_context
 from operator import iadd
 
@@ -28,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from machine import cores
-from model.conversation import Renderer, Turn, load_tokenizer
+from model.conversation import Renderer, load_tokenizer
 from model.errors import DataError, SampleError, UsageError, print_anything
 from model.storage import REPOSITORY, check_plot, home_for_tilde
 
@@ -38,7 +37,6 @@ from .sources import Mixture, open_samples
 CHUNK = 256  # samples that a process checks at a time
 SHOWN = 5  # places named for each kind of trouble
 STAGES = {640: "train_pretrain_vlm.py", 1536: "train_sft_vlm.py"}  # by their --max_seq_len
-WIDTH = 50  # characters of the longest bar
 
 
 @dataclass
@@ -85,18 +83,6 @@ def kind_of(error: SampleError) -> str:
     return re.sub(r"\S*/[^:]*|\d+", lambda found: found[0] if "/" in found[0] else "N", problem)[:100]
 
 
-def oddities(turns: tuple[Turn, ...]) -> Iterator[str]:
-    """What is trained on as it stands, though it is seldom meant."""
-    roles = [turn.role for turn in turns if turn.role != "system"]
-    if roles[0] == "assistant":
-        yield "the assistant speaks first"
-    for role in ("user", "assistant"):
-        if (role, role) in pairwise(roles):
-            yield f"two turns of the {role} in a row"
-    if any(turn.role == "assistant" and not turn.content.strip() for turn in turns):
-        yield "an empty answer"
-
-
 class Checker:
     """Checks samples as training reads them."""
 
@@ -117,7 +103,6 @@ class Checker:
             except SampleError as error:
                 report.note(report.bad, kind_of(error), 1, [str(error)])
                 continue
-            notes += (SampleError(kind, sample.where) for kind in oddities(sample.turns))
             for note in notes:
                 report.note(report.remarks, kind_of(note), 1, [str(note)])
             report.images += len(sample.images)
@@ -150,15 +135,8 @@ def check_all(checker: Checker, processes: int) -> Iterator[Report]:
         yield from pool.map(_check, spans)
 
 
-def histogram(lengths: np.ndarray) -> str:
-    """Lengths in at most 20 bins, as bars of characters."""
-    counts, edges = np.histogram(lengths, bins=min(20, len(np.unique(lengths))))
-    return "\n".join(f"{low:7.0f} - {high:6.0f} {'#' * round(WIDTH * count / counts.max())} {count}"
-                     for count, low, high in zip(counts, edges, edges[1:], strict=False))  # fmt: skip
-
-
 def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
-    """The histogram as an image."""
+    """A histogram of the lengths, as an image file."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -178,11 +156,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a person would use."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    """In hours or minutes."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.1f} minutes"
 
 
 def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
@@ -199,7 +174,6 @@ def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
     middle, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
     print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest}; {report.supervised / report.used:.1%}"
           " of those trained on carry loss")  # fmt: skip
-    print(histogram(lengths))
     for limit in sorted({*STAGES, args.max_seq_len}):
         cut = int((lengths > limit).sum())
         print(f"--max_seq_len {limit} cuts {cut:,} of them ({cut / len(lengths):.2%})" + (f", the default of {STAGES[limit]}" if limit in STAGES else ""))

@@ -4,8 +4,9 @@ Legend: B rows, T' tokens of a row of the batch, S supervised tokens, N images o
 placeholders and patch vectors of an image, W width of the vision encoder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,23 +72,6 @@ def parse_images(value: Any, where: str = "") -> tuple[str, ...]:
     return tuple(name.strip() for name in names)
 
 
-class SampleSource(Protocol):
-    """Checked samples by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def where(self, index: int) -> str:
-        """file:line of a sample."""
-
-    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """Tokens of samples, estimated without reading them again."""
-
-    def fingerprint(self) -> str:
-        """Another one whenever the samples are others."""
-
-
 @dataclass(frozen=True, eq=False)
 class ImageInput:
     """One image of a sample: its pixels, or what the encoder made of them earlier."""
@@ -121,7 +105,7 @@ class BadSample:
 class VLMDataset(Dataset):
     """Item i is an Example, or a BadSample: what to do about those is the trainer's decision."""
 
-    def __init__(self, samples: SampleSource, images: ImageSource, renderer: Renderer, max_length: int,
+    def __init__(self, samples: Sequence[Sample], images: ImageSource, renderer: Renderer, max_length: int,
                  cache: FeatureCache | None = None):  # fmt: skip
         self.samples, self.images, self.renderer, self.max_length = samples, images, renderer, max_length
         self.cache = cache

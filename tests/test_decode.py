@@ -94,7 +94,7 @@ def test_a_truncated_image_is_used_named_and_counted(renderer, tmp_path):
     (note,), (bad,) = batch.truncated, batch.bad
     assert batch.indices == (0, 1) and note.index == 1 and bad.index == 2
     assert note.reason == f"{path}:2: image 'b.jpg' is truncated; used, for nearly all of it is there"
-    assert f"{path}:3: image 'c.jpg' cannot be read: it is cut short" in bad.reason
+    assert f"{path}:3: image 'c.jpg' cannot be read: it is truncated" in bad.reason
     report = Checker(dataset.samples, dataset.images, renderer, 640).check(range(3))
     assert sum(report.bad.values()) == 1 and list(report.remarks.values()) == [1] and report.images == 2
 

@@ -37,7 +37,6 @@ from transformers import AutoTokenizer
 import train_pretrain_vlm
 import train_sft_vlm
 from dataset import archive, convert, foreign, jsonl, validate
-from dataset import images as pictures
 from dataset import parquet as parquet_samples
 from dataset.archive import ArchiveImages
 from dataset.images import load_image, open_images
@@ -489,8 +488,7 @@ def pack(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 @pytest.mark.parametrize("case", SPELLINGS)
-def test_names_in_another_spelling(tmp_path, monkeypatch, capsys, kind, case):
-    monkeypatch.setattr(pictures, "_told", bytearray(1))
+def test_names_in_another_spelling(tmp_path, kind, case):
     asked, there = SPELLINGS[case]
     folder = tmp_path / "p"
     for number, name in enumerate((there, "other.png")):
@@ -498,9 +496,7 @@ def test_names_in_another_spelling(tmp_path, monkeypatch, capsys, kind, case):
         (folder / name).write_bytes(b"%d" % number)
     images = open_images(pack(folder, kind))
     assert images.read(there) == images.read(f"./{there}") == b"0" and images.read("other.png") == b"1"
-    assert capsys.readouterr().err == ""
     assert images.read(asked) == images.read(asked) == b"0" and images.signature(asked) == pickle.loads(pickle.dumps(images)).signature(asked)
-    assert capsys.readouterr().err.count("notice: image") == 1, "told once"
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "x.png").write_bytes(b"x")
     assert open_images(f"{tmp_path / 'more'},{images.path}").read(asked) == b"0"
@@ -656,7 +652,7 @@ def test_names_that_are_not_utf8_and_names_in_a_poor_locale(data, tmp_path):
     shutil.copy(next(data[1].iterdir()), tmp_path / "p" / "cafe\u0301.png")
     write_jsonl(tmp_path / "\u8cc7\u6599.jsonl", [json.dumps(row("x", name)) for name in ("\udcff.png", "\u732b.png", "caf\u00e9.png", "\u72d7.png")])
     command = [sys.executable, "-m", "dataset.validate", str(tmp_path / "\u8cc7\u6599.jsonl"), "--images_path", str(tmp_path / "p"), "--processes", "1"]
-    for poor in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii:strict"}):
+    for poor in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii:strict"}):
         done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **poor}, capture_output=True, timeout=120, check=False)
         assert b"4 samples, 3 images; 1 bad" in done.stdout and b"is not in" in done.stdout and done.returncode == 1, done.stderr
         assert b"Traceback" not in done.stderr
@@ -854,7 +850,7 @@ def test_to_parquet_and_back_loses_nothing(data, zipped, tmp_path, capsys, packe
     rows[0].setdefault("image", None)
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     places = ["--images_path", str(zipped if packed else data[1])]
-    assert convert.main([str(path), *places, "--out", str(tmp_path / "shards"), "--shard_rows", "9", "--group_rows", "4"]) == 0
+    assert convert.main([str(path), *places, "--out", str(tmp_path / "shards"), "--shard_rows", "9"]) == 0
     assert sorted(files_in(tmp_path / "shards")) == ["00000.parquet", "00001.parquet", "00002.parquet"]
     assert convert.main([str(tmp_path / "shards"), "--out", str(tmp_path / "back")]) == 0
     assert read_rows(tmp_path / "back" / "data.jsonl") == rows and files_in(tmp_path / "back" / "images") == files_in(data[1])
@@ -984,17 +980,6 @@ def test_kinds_of_trouble_and_small_numbers_are_told_as_people_read_them(tmp_pat
     assert capsys.readouterr().out.startswith("1 sample in ")
 
 
-def test_validation_counts_what_is_trained_on_but_seldom_meant(tmp_path, capsys):
-    talks = ["ua", "uua", "aua", "uaa", "sua", "sau", "ue", "uaue", "suuae"]
-    made = {"u": ("user", "What?"), "a": ("assistant", "A cat."), "e": ("assistant", " \n"), "s": ("system", "S")}
-    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": [dict(zip(("role", "content"), made[letter], strict=True)) for letter in talk]} for talk in talks])
-    assert validate.main([str(path), "--processes", "1"]) == 0, "good samples all"
-    said = capsys.readouterr().out
-    assert "9 samples, 0 images; 0 bad (0.00%)\n" in said
-    for kind, lines in (("two turns of the user in a row", [2, 9]), ("two turns of the assistant in a row", [4, 9]), ("the assistant speaks first", [3, 6]), ("an empty answer", [7, 8, 9])):
-        assert f"  {len(lines)} x {kind}\n" + "".join(f"      {path}:{line}: {kind}\n" for line in lines) in said
-
-
 def test_validation_knows_the_limits_of_both_stages(tmp_path, capsys):
     defaults = {script: {"max_seq_len": TrainConfig().max_seq_len} | module.DEFAULTS
                 for script, module in (("train_pretrain_vlm.py", train_pretrain_vlm), ("train_sft_vlm.py", train_sft_vlm))}  # fmt: skip
@@ -1086,7 +1071,7 @@ def test_zips_as_people_make_them(tmp_path):
     (tmp_path / "finder.zip").write_bytes(content)
     assert open_images(tmp_path / "finder.zip").read("圖/片.png") == blobs["red"]
     for nowhere in ("", ","):
-        with pytest.raises(SampleError, match="is not in"):
+        with pytest.raises(SampleError, match="there is no folder"):
             open_images(nowhere).load("a.png")
 
 
@@ -1238,41 +1223,6 @@ def test_images_by_path_alone_and_others(data, tmp_path):
     assert open_samples(tmp_path / "b.parquet")[1].images == open_samples(tmp_path / "b.parquet")[2].images == ()
     with pytest.raises(SampleError, match=r"0 <image> placeholders .* 1 images"):  # only `image_bytes` has placeholders
         open_samples(tmp_path / "b.parquet")[0]
-
-
-def test_rows_are_read_by_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_samples, "BATCH_BYTES", 100_000)
-    schema = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary())})
-    for sizes, rows in (([10] * 3000, 1024), ([10] * 500 + [0] + [5000] * 60, 18), ([300_000] * 3, 1)):
-        with parquet.ParquetWriter(tmp_path / "a.parquet", schema, compression="none", use_dictionary=False) as writer:
-            writer.write_table(schema.empty_table())
-            for part in (sizes[:500], sizes[500:]):  # row groups of their own
-                writer.write_table(arrow.table({"conversations": ["{}"] * len(part), "image_bytes": [[os.urandom(size)] for size in part]}, schema))
-        batches = [batch for batch, _ in parquet_samples.read_batches(tmp_path / "a.parquet", ["image_bytes"])]
-        assert [len(cell[0]) for batch in batches for cell in batch.column(0).to_pylist()] == sizes
-        assert max(map(len, batches)) == rows or max(map(len, batches)) == pytest.approx(rows, rel=0.2)
-        assert len(list(parquet_samples.read_batches(tmp_path / "a.parquet", ["conversations"]))) <= 4, "what is not read does not count"
-
-
-def test_large_rows_that_stand_together_are_read_in_smaller_parts(data, tmp_path, monkeypatch):
-    """Arrow cannot hold lists of more than 2 GB; the average size of the rows does not tell where the large ones are."""
-    path, read = write_parquet(tmp_path / "a.parquet", read_rows(data[0]) * 9, data[1], group=50), parquet.ParquetFile.iter_batches
-
-    def limited(self, size, **rest):
-        for batch in read(self, size, **rest):
-            if len(batch) > 7:
-                raise arrow.ArrowNotImplementedError("Nested data conversions not implemented for chunked array outputs")
-            yield batch
-
-    columns = ["conversations", "image_bytes"]
-    expected = parquet.read_table(path)
-    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", limited)
-    batches, firsts = zip(*parquet_samples.read_batches(path, columns), strict=True)
-    assert arrow.Table.from_batches(batches).equals(expected) and max(map(len, batches)) <= 7
-    assert firsts == tuple(itertools.accumulate(map(len, batches[:-1]), initial=0))
-    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, size, **rest: limited(self, 50, **rest))
-    with pytest.raises(DataError, match=r"a\.parquet cannot be read: Nested data"):
-        list(parquet_samples.read_batches(path, columns))
 
 
 # --- other projects' formats ----------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from dataset.features import CacheKey, FeatureCache, format_of
 from dataset.images import ImageSource, open_images
-from dataset.sources import Mixture, Order, open_samples
-from dataset.vlm_dataset import Batch, SampleSource, VLMDataset, collate
+from dataset.sources import Mixture, Order, SampleSource, open_samples
+from dataset.vlm_dataset import Batch, VLMDataset, collate
 from machine import cores
 from model.conversation import Renderer, load_tokenizer
 from model.device import bf16_is_fast, why_not_compile

@@ -46,41 +46,48 @@ class TrainConfig:
     batch_size: int = setting(16, "samples of a micro-batch, per process")
     learning_rate: float = setting(4e-4, "peak of the cosine, which falls to a tenth of it at the end")
     device: str | None = setting(None, "cuda:0, mps, cpu, ...; by default the best there is")
-    dtype: str | None = setting(None, "number format of the forward pass; by default bfloat16, or float32 where the device is faster"
-                                " at that; a resumed run and a feature cache keep theirs", DTYPES)
-    num_workers: int = setting(8, "processes that load data, capped to the machine's cores; 0 loads in the trainer itself")
+    dtype: str | None = setting(
+        None, "number format; by default bfloat16, or float32 where the device is faster at it; a resume and the"
+        " feature cache keep theirs", DTYPES)  # fmt: skip
+    num_workers: int = setting(8, "loader processes, capped to the machine's cores; 0: none")
     accumulation_steps: int = setting(1, "micro-batches of an update: more, for a larger batch in the same memory")
     grad_clip: float = setting(1.0, "largest global norm of the gradient")
     log_interval: int = setting(100, "updates between two log lines")
     save_interval: int = setting(100, "updates between two saves")
     hidden_size: int = setting(512, "width of the decoder (512 with 8 layers: 26M parameters; 768 with 16: 104M)")
     num_hidden_layers: int = setting(8, "blocks of the decoder")
-    max_seq_len: int = setting(640, "longest sample in tokens, 196 of them for each image; longer text is cut, images never")
+    max_seq_len: int = setting(640, "longest sample in tokens, 196 of them an image; longer text is cut, no image")
     use_moe: int = setting(0, "1: Mixture of Experts in the decoder's feed-forward layers", (0, 1))
-    data_path: str = setting(inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them,"
-                             " patterns; one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)
-    images_path: str = setting(inside("dataset", "pretrain_images"), "folder or .zip of the images that the data name, one or"
-                             " several; unused with parquet files that hold their images", several=True)
-    eval_data_path: str | None = setting(None, "validation data: files as for --data_path, or a fraction of the training samples to"
-                                         " hold out (0.01); by default no validation", several=True)
-    eval_images_path: str | None = setting(None, "images of the validation files; by default --images_path", several=True)
+    data_path: str = setting(
+        inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns;"
+        " one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)  # fmt: skip
+    images_path: str = setting(
+        inside("dataset", "pretrain_images"), "folder or .zip of the images that the data name, one or several; unused"
+        " with parquet files that hold their images", several=True)  # fmt: skip
+    eval_data_path: str | None = setting(
+        None, "validation data: files as for --data_path, or a fraction of the training samples to hold out (0.01); by"
+        " default no validation", several=True)  # fmt: skip
+    eval_images_path: str | None = setting(None, "images of these files; by default --images_path", several=True)
     eval_interval: int = setting(0, "updates between two validations; 0: one after every epoch")
     from_weight: str = setting("llm", "prefix of the weights in save_dir to start from; none: random weights")
     from_resume: int = setting(0, "1: resume from the last training state of the same save_weight", (0, 1))
-    freeze_llm: int = setting(1, "what is trained: 0: projector and decoder, 1: the projector, 2: projector and the decoder's last"
-                              " block; the vision encoder never is", (0, 1, 2))
-    use_wandb: bool = setting(False, "track the run with SwanLab, in the mode of its own settings (SWANLAB_MODE=cloud; local needs"
-                             " swanlab[dashboard]; offline needs no account)")
+    freeze_llm: int = setting(
+        1, "what is trained: 0: projector and decoder, 1: projector, 2: projector and the decoder's last"
+        " block", (0, 1, 2))  # fmt: skip
+    use_wandb: bool = setting(
+        False, "track the run with SwanLab, in the mode of its own settings (SWANLAB_MODE=cloud; local needs"
+        " swanlab[dashboard]; offline needs no account)")  # fmt: skip
     wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
-    vision_model_path: str = setting(inside("model", "vision_model", "clip-vit-base-patch16"), "folder of a CLIP vision encoder in"
-                                     " transformers format")
+    vision_model_path: str = setting(
+        inside("model", "vision_model", "clip-vit-base-patch16"), "CLIP folder in transformers format")  # fmt: skip
     tokenizer_path: str = setting(inside("model"), "folder of the tokenizer")
     checkpoint_dir: str = setting(inside("checkpoints"), "folder for training states and feature caches")
-    on_bad_sample: str = setting("skip", "skip: log a sample that cannot be used and continue, up to 10 an epoch or 1%% of what was"
-                                 " read; raise: stop at the first", ("skip", "raise"))
-    cache_features: int = setting(0, "1: keep the vision encoder's output for every image on disk, so that later epochs need not"
-                                  " encode it again", (0, 1))
+    on_bad_sample: str = setting(
+        "skip", "skip: log a sample that cannot be used and continue, up to 10 an epoch or 1%% of what was read;"
+        " raise: stop at the first", ("skip", "raise"))  # fmt: skip
+    cache_features: int = setting(
+        0, "1: keep every image's output of the vision encoder on disk, for later epochs", (0, 1))  # fmt: skip
     use_compile: int = setting(0, "1: compile the decoder's blocks (torch.compile)", (0, 1))
     gradient_checkpointing: int = setting(0, "1: less memory, a third more arithmetic", (0, 1))
     seed: int = setting(42, "of the order of samples, of random weights, and of what is held out")
@@ -92,19 +99,21 @@ class TrainConfig:
 
         for item in dataclasses.fields(self):
             choices, value = item.metadata["choices"], getattr(self, item.name)
-            require(not choices or value is None or value in choices, item.name, f"choose from {', '.join(map(str, choices or ()))}")
+            if choices and value is not None:
+                require(value in choices, item.name, f"choose from {', '.join(map(str, choices))}")
         for name in POSITIVE:
             require(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("num_workers", "eval_interval", "seed"):
             require(getattr(self, name) >= 0, name, "must not be negative")
         require(math.isfinite(self.learning_rate), "learning_rate", "must be finite")
         for name in ("save_weight", "from_weight"):
-            require(bool(getattr(self, name)) and os.sep not in getattr(self, name), name, "a name without folders; folders go to --save_dir")
-        require(not self.save_weight.endswith("_best"), "save_weight", "names with _best are for the best weights of a run with validation")
+            value = getattr(self, name)
+            require(bool(value) and os.sep not in value, name, "a name without folders; folders go to --save_dir")
+        require(not self.save_weight.endswith("_best"), "save_weight", "_best is for the best weights of a validated run")
         require(self.eval_fraction is None or 0 < self.eval_fraction < 1, "eval_data_path",
                 f"a fraction lies between 0 and 1; a file of that name is ./{self.eval_data_path}")  # fmt: skip
         for name in ("eval_interval", "eval_images_path"):
-            require(not getattr(self, name) or self.eval_data_path is not None, name, "needs --eval_data_path, the data to validate on")
+            require(not getattr(self, name) or bool(self.eval_data_path), name, "needs --eval_data_path, data to validate on")
         require(not (self.eval_fraction and self.eval_images_path), "eval_images_path",
                 "goes with files in --eval_data_path; samples held out have their images in --images_path")  # fmt: skip
 

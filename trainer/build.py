@@ -88,13 +88,16 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == "float16")
-    ranks.print(f"model: {model.num_parameters() / 1e6:.2f}M parameters, {sum(p.numel() for p in trained) / 1e6:.2f}M of them trained;"
+    learning = sum(parameter.numel() for parameter in trained)
+    ranks.print(f"model: {model.num_parameters() / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained;"
                 f" data: {len(dataset)} samples, {samples.epoch_size} an epoch")  # fmt: skip
     warn_of_small_steps(config, ranks, config.epochs * sampler.updates_per_epoch)
     return Run(config, ranks, model, dataset, sampler, optimizer, scaler, DTYPES[dtype], used, saved)
 
 
-def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[MiniMindVLM, Mixture, ImageSource]:
+def load_parts(
+    config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase
+) -> tuple[MiniMindVLM, Mixture, ImageSource]:
     """The model with the weights it starts from, the samples and the images; raises UsageError with all that is missing."""
     problems, start = [], config.start_file if not config.from_resume else None
     model = samples = images = None
@@ -106,10 +109,10 @@ def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizer
     try:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
         if config.eval_fraction and not len(samples.hold_out(config.eval_fraction, config.seed)):
-            problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give a larger fraction")
+            problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give more")
         if images.missing and any(isinstance(ref, str) for ref in samples[0].images):
-            problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {samples.where(0)} names"
-                            f" {samples[0].images[0]!r}")  # fmt: skip
+            problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {samples.where(0)}"
+                            f" names {samples[0].images[0]!r}")  # fmt: skip
     except DataError as error:
         problems.append(str(error))
     except SampleError:
@@ -147,7 +150,7 @@ def build_model(
 
 
 def freeze(model: MiniMindVLM, mode: int) -> None:
-    """0: everything learns; 1: the projector; 2: the projector and the decoder's last block. The vision encoder never does."""
+    """0: everything learns; 1: the projector; 2: projector and the decoder's last block. The vision encoder never does."""
     last = f"model.layers.{model.config.num_hidden_layers - 1}."
     for name, parameter in model.named_parameters():
         learns = mode == 0 or name.startswith("vision_proj.") or (mode == 2 and name.startswith(last))
@@ -155,15 +158,16 @@ def freeze(model: MiniMindVLM, mode: int) -> None:
 
 
 def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None, encoder: str) -> str:
-    """The number format asked for; without, that of the `saved` state's run; of the feature cache; or bf16 unless this device
-    is slower at it. A measurement may come out otherwise each time, so what exists has precedence."""
+    """The number format asked for; without, that of the `saved` state's run; of the feature cache; or bf16 unless this
+    device is slower at it. A measurement may come out otherwise each time, so what exists has precedence."""
     if known := config.dtype or (saved and saved[0]["config"]["dtype"]):
         return known
     names, chosen = list(DTYPES), None
     if ranks.is_main:  # it decides for all: two answers would be two models
         chosen = format_of(config.features_folder, encoder) if config.cache_features else None
         if chosen in names:
-            ranks.print(f"notice: {chosen}, as the images in the feature cache were encoded; another --dtype encodes them again")
+            ranks.print(f"notice: {chosen}, as the images in the feature cache were encoded; another --dtype encodes them"
+                        " again")  # fmt: skip
         else:
             chosen = "bfloat16" if bf16_is_fast(ranks.device) else "float32"
             if chosen == "float32":
@@ -210,9 +214,9 @@ def warn_of_small_steps(config: TrainConfig, ranks: Ranks, updates: int) -> None
     """
     moved = 0.55 * config.learning_rate * updates
     if moved < 0.1 * INITIAL_SIZE:
-        ranks.print(f"notice: {updates} updates at --learning_rate {config.learning_rate:g} can move a weight by {moved:.1g}, where weights"
-                    f" are about {INITIAL_SIZE} large: too little to learn much. Few images need a higher rate and more --epochs"
-                    " (5e-4 and 20 for a hundred images)")  # fmt: skip
+        ranks.print(f"notice: {updates} updates at --learning_rate {config.learning_rate:g} can move a weight by {moved:.1g},"
+                    f" where weights are about {INITIAL_SIZE} large: too little to learn much. Few images need a higher rate"
+                    " and more --epochs (5e-4 and 20 for a hundred images)")  # fmt: skip
 
 
 def worker_count(wanted: int, ranks: Ranks) -> int:
@@ -234,7 +238,7 @@ class Loader:
             batch_sampler=self,
             collate_fn=partial(collate, pad_id=config.pad_token_id, image_tokens=config.image_tokens),
             num_workers=workers,
-            # Started again in every epoch, they would be forks of a trainer grown by gigabytes, each page of which is then copied.
+            # Started again in every epoch, they would be forks of a trainer grown by gigabytes, whose pages are copied.
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
             pin_memory=run.ranks.device.type == "cuda",
@@ -268,7 +272,8 @@ def _start_worker(_: int) -> None:
 
 def _give_up(error: BaseException) -> None:
     """Says why this loader process cannot hand its batches over, and ends it: the trainer hears of that."""
-    print(f"error: a loader process cannot hand its batches over: {first_line(error)}. {loader_remedy(error)}", file=sys.stderr, flush=True)
+    print(f"error: a loader process cannot hand its batches over: {first_line(error)}. {loader_remedy(error)}",
+          file=sys.stderr, flush=True)  # fmt: skip
     os._exit(1)
 
 

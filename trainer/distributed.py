@@ -99,7 +99,8 @@ def launched() -> tuple[int, int, int, int] | None:
     except ValueError:
         port = 0
     if not (0 < port < 2**16 and 0 <= local_rank < local_size <= size and local_rank <= rank < size):
-        raise UsageError(f"{present} describe no group of processes. torchrun sets them; for one process alone: unset {' '.join(LAUNCHER)}")
+        raise UsageError(f"{present} describe no group of processes. torchrun sets them; for one process alone: unset"
+                         f" {' '.join(LAUNCHER)}")  # fmt: skip
     return rank, size, local_rank, local_size
 
 
@@ -125,7 +126,7 @@ def start(device_name: str) -> Ranks:
     allow_many_files()
     if device.type == "cuda":
         if local_size > (there := torch.cuda.device_count()):
-            raise UsageError(f"--nproc_per_node {local_size}: this machine has {there} GPUs, and each process needs one of its own")
+            raise UsageError(f"--nproc_per_node {local_size}: this machine has {there} GPUs, and each process needs its own")
         device = torch.device("cuda", local_rank if group else device.index or 0)
         torch.accelerator.set_device_index(device.index)
     if group:

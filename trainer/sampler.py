@@ -2,11 +2,12 @@
 
 Legend: n samples in the data set, R ranks, b samples a rank and micro-batch, a micro-batches an update; an update takes
 G = b * R * a samples. The epoch's order is cut into updates, an update into global micro-batches of b * R samples, and
-those are dealt to the ranks. So R ranks with b samples each do the same updates as one rank with b * R, and a run may go
-on with another R: all it needs to know is how many samples of the epoch are done.
+those are dealt to the ranks. So R ranks with b samples each do the same updates as one rank with b * R, and a run may
+continue with another R: all it needs to know is how many samples of the epoch are done.
 
 Samples of like lengths stand together, so that little of a batch is padding: the shuffled order is cut into windows of
-WINDOW global micro-batches, a window is sorted by length (in steps of 8 tokens) and cut into micro-batches, and these are shuffled again.
+WINDOW global micro-batches, a window is sorted by length (in steps of 8 tokens) and cut into micro-batches, and these are
+shuffled again.
 
 Nothing here grows with n: a window is computed when its turn comes.
 """

@@ -55,7 +55,7 @@ class MetricsFile:
             self._file.write((json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
         except OSError as error:
             if not self._warned:
-                print(f"warning: {self._file.name} misses lines ({error.strerror}); training continues", file=sys.stderr, flush=True)
+                print(f"warning: {self._file.name} misses lines ({error.strerror}); training continues", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class SwanLab:
         # The lowest in rank of SwanLab's ways to choose a folder: the user's own setting wins.
         os.environ.setdefault("SWANLAB_LOGDIR", str(Path(config.save_dir).resolve() / "swanlog"))
         with contextlib.suppress(Exception, SystemExit):  # the thread says what is wrong
-            importlib.import_module("swanlab")  # not there: loader processes that are forked meanwhile would inherit half an import
+            importlib.import_module("swanlab")  # loader processes, forked meanwhile, would inherit half an import
         self._thread = threading.Thread(target=self._send, args=(start,), name=THREAD, daemon=True)
         self._thread.start()
 

@@ -52,11 +52,12 @@ def hold_out(run: Run) -> tuple[Run, np.ndarray]:
             samples, images = open_samples(files.data_path), open_images(files.images_path)
         except DataError as error:
             raise UsageError(f"--eval_data_path: {error}") from error
-        cache = open_cache(files, run.ranks, run.model, samples, run.fingerprints["vision_encoder"]) if config.cache_features else None
+        encoder = run.fingerprints["vision_encoder"]
+        cache = open_cache(files, run.ranks, run.model, samples, encoder) if config.cache_features else None
         dataset = VLMDataset(samples, images, dataset.renderer, config.max_seq_len, cache)
         numbers = np.sort(samples.order(config.seed, 0)(np.arange(samples.epoch_size)))
-    one_by_one = replace(config, accumulation_steps=1)
-    sampler = make_sampler(one_by_one, run.ranks, dataset.samples, run.model.config.image_tokens, len(numbers), lambda _: numbers.take)
+    one_by_one, image_tokens = replace(config, accumulation_steps=1), run.model.config.image_tokens
+    sampler = make_sampler(one_by_one, run.ranks, dataset.samples, image_tokens, len(numbers), lambda _: numbers.take)
     return replace(run, dataset=dataset, sampler=sampler), numbers
 
 
@@ -83,8 +84,8 @@ class Validation:
         """Loss and answers. Raises Stopped when a signal comes meanwhile to any rank."""
         self.run.model.eval()
         try:
-            loss = self.loss(stop)
-            return Result(loss, [answer for number in self.asked if (answer := self.ask(number))] if self.run.ranks.is_main else [])
+            loss, asked = self.loss(stop), self.asked if self.run.ranks.is_main else []
+            return Result(loss, [answer for number in asked if (answer := self.ask(number))])
         finally:
             self.run.model.train()
 

@@ -2,14 +2,12 @@
 
 | file | responsibility |
 |---|---|
-| settings.py | flags of the page, and what all visitors share |
-| models.py | which weights there are; loading them in the background |
-| problems.py | what a visitor is told when something fails |
-| engine.py | one thread that answers all visitors, a piece for each in turn |
-| pictures.py | what may be uploaded, without its metadata; examples |
-| visitor.py | one visitor's conversation |
-| page.py | what Streamlit runs |
-| chat.py, sidebar.py, tray.py, looked.py | the chat page: conversation, choices, pictures, attention |
-| runs.py, charts.py, training.py | the training page |
-| texts.py | its labels, in English and Traditional Chinese |
+| settings.py | the page's flags |
+| models.py | which weights there are, what they were trained on, loading them |
+| images.py | what may be uploaded; example images |
+| conversation.py | one session's conversation, and whose turn it is to use the model |
+| page.py | what Streamlit runs at every click: language, and one of two pages |
+| chat_page.py, attention.py | the chat: conversation, choices, images; where an answer looked |
+| runs.py, charts.py, training_page.py | the training page |
+| texts.py, page.css, page.js | labels and errors in English and Traditional Chinese; what only a browser can do |
 """

@@ -1,45 +1,55 @@
-"""Curves of several runs over each other."""
-
-from collections.abc import Sequence
+"""Curves of several runs over each other, and the colours that stay with them."""
 
 import altair as alt
-import pyarrow as pa
+import pandas as pd
 
-from .runs import Run, smooth, thin
+from .runs import Run, curve
 
-AXES = {"update": 1.0, "seconds": 1 / 60, "epoch": 1.0}  # from the files' units to those shown (minutes)
-HEIGHT = 320  # pixels, and a line of the legend for each run
-LINE = 30
+UNITS = {"update": 1.0, "seconds": 1 / 60, "epoch": 1.0}  # from the files' units to those shown (minutes)
+HEIGHT = 300  # pixels
+# Ten hues that can be told apart on white and on black (those of Okabe and Ito, Color Universal Design, and four more).
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c564b", "#7f7f7f", "#9467bd", "#bcbd22"]
 
 
-def points(runs: Sequence[Run], names: Sequence[str], axis: str, weight: float) -> list[dict]:
-    """Rows {run, kind, x, y, raw} of figures `names` of all runs; y is smoothed, raw is not."""
-    rows = []
-    for run in runs:
+def give_colours(known: dict[str, str], names: list[str]) -> None:
+    """Gives every run a colour of its own, as long as there are enough; one that has been shown keeps its colour."""
+    for name in names:
+        taken = [known[other] for other in names if other in known]
+        known.setdefault(name, min(COLOURS, key=taken.count))
+
+
+def points(runs: dict[str, Run], names: tuple[str, ...], axis: str, smoothing: float) -> pd.DataFrame:
+    """Rows (run, kind, x, y, raw) of figures `names` of all runs. Validation losses, means over many samples, stay as
+    they are."""
+    parts = []
+    for run_name, run in runs.items():
         for name in names:
-            xs, raw = run.curve(name, axis)
-            smoothed = smooth(raw, weight) if name != "eval_loss" else raw  # that is a mean over many samples already
-            for x, y, value in thin(list(zip(xs, smoothed, raw, strict=True))):
-                rows.append({"run": run.name, "kind": name, "x": x * AXES[axis], "y": y, "raw": value})
-    return rows
+            part = curve(run, name, axis, 0.0 if name == "eval_loss" else smoothing)
+            parts.append(part.assign(run=run_name, kind=name, x=part["x"] * UNITS[axis]))
+    return pd.concat(parts)
 
 
-def chart(rows: list[dict], runs: Sequence[Run], x_title: str, kinds: dict[str, str], weight: float, log: bool) -> alt.LayerChart:
-    """A chart of such rows: a colour for each run, dashes for each figure but the first of `kinds` (name: label)."""
-    table = pa.Table.from_pylist([{**row, "kind": kinds[row["kind"]]} for row in rows])
+def spans_decades(values: pd.Series) -> bool:
+    """Whether a logarithmic axis shows more: the largest value is ten times the least."""
+    return bool(len(values)) and 0 < 10 * values.min() <= values.max()
+
+
+def chart(rows: pd.DataFrame, colours: dict[str, str], x_title: str, kinds: dict[str, str], log: bool) -> alt.LayerChart:
+    """A chart of `points`: a colour for each run, dashes for each figure but the first of `kinds` (name: label)."""
+    table = rows.assign(kind=rows["kind"].map(kinds))
+    largest = rows["y"].abs().max()
+    form = ",~r" if 1e-3 <= largest < 1e7 else "~e"  # not "~g": that has 1e+1 above 8, 6, 4
     scale = alt.Scale(type="log" if log else "linear", zero=False)
-    form = ",~r" if 1e-3 <= max(abs(row["y"]) for row in rows) < 1e7 else "~e"  # not "~g": that has 1e+1 above 8, 6, 4
-    color = alt.Color("run:N", scale=alt.Scale(domain=[run.name for run in runs]),
-                      legend=alt.Legend(title=None, orient="bottom", labelLimit=180, columns=1, symbolOpacity=1))  # fmt: skip
-    base = alt.Chart(table).encode(x=alt.X("x:Q", title=x_title), color=color)
-    y = alt.Y("y:Q", title=None, scale=scale, axis=alt.Axis(format=form, labelExpr="datum.value ? datum.label : '0'"))
+    ticks = [digit * 10.0**power for power in range(-12, 12) for digit in (1, 3)] if log else None
+    axis = alt.Axis(format=form, labelExpr="datum.value ? datum.label : '0'", **({"values": ticks} if ticks else {}))
+    base = alt.Chart(table).encode(
+        x=alt.X("x:Q", title=x_title),
+        color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(colours), range=list(colours.values()))),
+        strokeDash=alt.StrokeDash("kind:N", legend=None, sort=list(kinds.values())),
+    )
+    y = alt.Y("y:Q", title=None, scale=scale, axis=axis)
     tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "), alt.Tooltip("x:Q", title=x_title, format=",~g"),
                alt.Tooltip("raw:Q", title="y", format=form)]  # fmt: skip
-    dash = {}
-    if len({row["kind"] for row in rows}) > 1:
-        # Above the chart: beside the runs it would not fit into half a page.
-        dash["strokeDash"] = alt.StrokeDash("kind:N", sort=list(kinds.values()), legend=alt.Legend(title=None, orient="top"))
-    layers = [base.mark_line(interpolate="linear").encode(y=y, **dash), base.mark_point(filled=True, size=18, opacity=0.7).encode(y=y, tooltip=tooltip)]
-    if weight > 0:
-        layers.insert(0, base.mark_line(opacity=0.25, strokeWidth=1).encode(y=alt.Y("raw:Q", title=None, scale=scale), detail="kind:N"))
-    return alt.layer(*layers).properties(height=HEIGHT + LINE * len(runs)).interactive(bind_y=False)
+    layers = [base.mark_line(opacity=0.25, strokeWidth=1).encode(y=alt.Y("raw:Q", title=None, scale=scale))]
+    layers += [base.mark_line().encode(y=y), base.mark_point(filled=True, size=18, opacity=0.7).encode(y=y, tooltip=tooltip)]
+    return alt.layer(*layers).properties(height=HEIGHT)

@@ -1,144 +1,95 @@
-"""Training runs as their files tell of them: metrics files, read on from where they were read last, and sidecars."""
+"""Training runs as their files tell of them: metrics files and sidecars."""
 
 import json
-import math
-import os
-import threading
 import time
-from array import array
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .models import changed_at, read_json
+import pandas as pd
 
-METRICS = ("update", "epoch", "seconds", "loss", "eval_loss", "aux_loss", "learning_rate", "tokens_per_second",
-           "peak_memory_mb", "seconds_left")  # fmt: skip
+from .models import as_dict, read_json
+
+METRICS = ["update", "epoch", "seconds", "loss", "eval_loss", "aux_loss", "learning_rate", "tokens_per_second",
+           "peak_memory_mb", "seconds_left"]  # fmt: skip
 SUFFIX = ".metrics.jsonl"
 MOST_POINTS = 1500  # of a curve on the screen
 
 
+@dataclass(frozen=True)
 class Run:
-    """One metrics file. Figures are kept as columns of floats, NaN where a line lacks one: a million lines take 80 MB."""
+    """One metrics file and the sidecar next to it."""
 
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-        self._lock = threading.Lock()
-        self._forget()
-
-    def _forget(self) -> None:
-        self.columns = {name: array("d") for name in METRICS}
-        self.samples: list[dict] = []  # {"update": ..., "samples": [...]}
-        self.bad = 0  # lines that are no json object
-        self._read, self._file, self._newest = 0, None, b""  # bytes read, which file it is, its line read last
-
-    def refresh(self) -> "Run":
-        """Reads what has been written since the last time; everything anew when the file is another or was cut."""
-        with self._lock:
-            try:
-                with open(self.path, "rb") as file:
-                    stat = os.fstat(file.fileno())
-                    file.seek(self._read - len(self._newest))
-                    # A new file may have the number of a deleted one, and one that was cut may have grown again.
-                    if (stat.st_dev, stat.st_ino) != self._file or file.read(len(self._newest)) != self._newest:
-                        self._forget()
-                        self._file = (stat.st_dev, stat.st_ino)
-                        file.seek(0)
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break  # still being written
-                        self._read, self._newest = self._read + len(line), line
-                        self._take(line)
-            except OSError:  # deleted meanwhile
-                self._forget()
-        return self
-
-    def _take(self, line: bytes) -> None:
-        try:
-            values = json.loads(line)
-            update = int(values["update"])
-            figures = [float(value) if isinstance(value := values.get(name), (int, float)) else math.nan for name in self.columns]
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            self.bad += bool(line.strip())
-            return
-        for column, figure in zip(self.columns.values(), figures, strict=True):
-            column.append(figure)
-        if isinstance(values.get("samples"), list):
-            self.samples.append({"update": update, "samples": values["samples"]})
+    path: Path
+    frame: pd.DataFrame  # a line of the file a row; columns METRICS, NaN where a line lacks one
+    samples: list[dict]  # answers to the same questions: {"update", "question", "answer", "reference", "image"}
+    bad: int  # lines that are no json object with an update
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure, None when no line has it."""
-        return next((value for value in reversed(self.columns[name]) if not math.isnan(value)), None)
-
-    def curve(self, name: str, axis: str) -> tuple[list[float], list[float]]:
-        """(x, y) of a figure over "update", "epoch" or "seconds", where both are known."""
-        with self._lock:  # for another visitor's page may be reading on
-            columns = self.columns[axis][:], self.columns[name][:]
-        both = [(x, y) for x, y in zip(*columns, strict=True) if math.isfinite(x) and math.isfinite(y)]
-        return [x for x, _ in both], [y for _, y in both]
+        values = self.frame[name].dropna()
+        return None if values.empty else float(values.iloc[-1])
 
     @property
     def is_live(self) -> bool:
-        """Whether the last line is so fresh that another may come: within three times the pause before it, or a minute."""
-        seconds = [value for value in self.columns["seconds"][-2:] if not math.isnan(value)]
-        pause = seconds[1] - seconds[0] if len(seconds) == 2 else 0.0
+        """Whether another line may come: within three times the pause before the last one, or a minute."""
+        pause = self.frame["seconds"].dropna().diff().iloc[-1:].sum()
         try:
             age = time.time() - self.path.stat().st_mtime
-        except OSError:
+        except OSError:  # deleted meanwhile
             return False
-        left = self.last("seconds_left")
-        return age < max(60.0, 3 * pause) and not (left is not None and left <= 0)
+        return age < max(60.0, 3 * pause) and self.last("seconds_left") != 0
 
     def arguments(self) -> dict[str, str]:
         """What the run was started with, from its sidecar; empty before its first save."""
         sidecar = read_json(self.path.with_name(self.path.name.removesuffix(SUFFIX) + ".json"))
-        training = sidecar.get("training")
-        return {as_text(key): as_text(value) for key, value in training.items()} if isinstance(training, dict) else {}
+        return {as_text(key): as_text(value) for key, value in as_dict(sidecar.get("training")).items()}
 
 
-def as_text(value: Any) -> str:
+def find_runs(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Metrics files in a folder and the folders in it by the runs' names, with their modification times (ns), the newest
+    first."""
+    found = {}
+    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]:
+        try:
+            name = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
+            name.encode()  # one that is no text cannot be sent to a browser
+            found[name] = path, path.stat().st_mtime_ns
+        except (OSError, UnicodeEncodeError):  # deleted meanwhile
+            continue
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def read_run(path: Path) -> Run:
+    """The run behind a metrics file, up to its last whole line."""
+    rows, samples, bad = [], [], 0
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is still being written
+    except OSError:  # deleted meanwhile
+        lines = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            update = int(row["update"])
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            bad += bool(line.strip())
+            continue
+        rows.append(row)
+        answers = row.get("samples")
+        samples += [{**answer, "update": update} for answer in (answers if isinstance(answers, list) else []) if isinstance(answer, dict)]
+    frame = pd.DataFrame(rows, columns=METRICS).apply(pd.to_numeric, errors="coerce").astype("float64")
+    return Run(path, frame, samples, bad)
+
+
+def curve(run: Run, name: str, axis: str, smoothing: float) -> pd.DataFrame:
+    """Columns x, y, raw of a figure over "update", "epoch" or "seconds", where both are known: y is an exponential mean
+    with the weight `smoothing` in [0, 1) for the past, unbiased at the start; a long curve is thinned evenly."""
+    points = run.frame[[axis, name]].set_axis(["x", "raw"], axis=1).replace([float("inf"), -float("inf")], None).dropna().astype(float)
+    points["y"] = points["raw"].ewm(alpha=1 - smoothing).mean()
+    step = -(-len(points) // MOST_POINTS) or 1
+    return points[::-1][::step][::-1]  # the last one stays
+
+
+def as_text(value: object) -> str:
     """Anything as text that a browser can be sent: halves of characters, which json can hold, are replaced."""
     return str(value).encode(errors="replace").decode()
 
-
-class RunFolder:
-    """The runs in a folder and the folders in it, each read once for all visitors."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._runs: dict[Path, Run] = {}
-        self._lock = threading.Lock()
-
-    def runs(self) -> dict[str, Run]:
-        """Runs by name, the one that was written to last first. Their figures are as of their last `refresh`."""
-        times = {}
-        for path in [*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f"*/*{SUFFIX}")]:
-            if (changed := changed_at(path)) is not None:
-                times[path] = changed
-        with self._lock:
-            for path in times:
-                if path not in self._runs:
-                    name = path.relative_to(self.folder).as_posix().removesuffix(SUFFIX)
-                    self._runs[path] = Run(path, name)
-            self._runs = {path: run for path, run in self._runs.items() if path in times}
-            return {run.name: run for path, run in sorted(self._runs.items(), key=lambda item: -times[item[0]])}
-
-
-def smooth(values: list[float], weight: float) -> list[float]:
-    """Exponential running mean with `weight` in [0, 1) for the past, unbiased at the start (arXiv 1412.6980, section 3)."""
-    mean, result = 0.0, []
-    for count, value in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * value
-        result.append(mean / (1 - weight**count))
-    return result
-
-
-def thin(points: list, most: int = MOST_POINTS) -> list:
-    """At most `most` of the points, evenly taken, the last one among them."""
-    step = -(-len(points) // most)
-    return points if step <= 1 else points[::-1][::step][::-1]
-
-
-def differing(arguments: dict[str, dict[str, str]]) -> list[str]:
-    """Names of arguments that are not the same in all runs."""
-    names = sorted({name for values in arguments.values() for name in values})
-    return [name for name in names if len({values.get(name) for values in arguments.values()}) > 1]

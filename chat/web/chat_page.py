@@ -1,0 +1,297 @@
+"""The chat page: images, questions, answers as they grow."""
+
+import re
+import time
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import streamlit as st
+from streamlit.runtime import get_instance
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+from chat.markdown import escape
+from model.inference.generation import Sampling
+
+from .attention import attention_html
+from .conversation import Conversation, Exchange, explain, turns
+from .images import MAX_IMAGES, MAX_MEGABYTES, MAX_PIXELS, ImageError, SessionImage, examples, take
+from .models import ModelChoice, find_models, load, training_questions
+from .settings import page_settings
+from .texts import Labels
+
+THUMBNAIL = 180  # CSS pixels
+NOTICES = 3  # in sight at once: more would push the input line off the screen
+FRAME = 0.04  # seconds between two changes of a growing answer
+# Name, bounds, value, step: bounds within which answers make sense; anything finer is for the command line.
+SLIDERS = (
+    ("temperature", 0.0, 2.0, 0.65, 0.05),
+    ("top_p", 0.05, 1.0, 0.85, 0.05),
+    ("top_k", 0, 200, 0, 5),
+    ("repetition_penalty", 1.0, 2.0, 1.0, 0.05),
+    ("max_new_tokens", 16, 1024, 512, 16),
+)
+
+
+def show(labels: Labels) -> None:
+    """The whole page, for one session."""
+    if "conversation" not in st.session_state:
+        st.session_state.conversation = Conversation(page_settings().max_seq_len)
+    conversation = st.session_state.conversation
+    with st.sidebar:
+        model = pick_model(conversation, labels)
+        conversation.sampling = pick_sampling(labels)
+    if model is None:
+        st.warning(labels("no_models", folder=page_settings().save_dir))
+        st.code("hf download jingyaogong/MiniMind2-V-PyTorch --local-dir out\n"
+                "hf download openai/clip-vit-base-patch16 --local-dir model/vision_model/clip-vit-base-patch16", "bash")  # fmt: skip
+        return
+    st.caption(labels.describe(model))
+    place = st.empty()
+    toolbar(conversation, labels)
+    for number in range(len(conversation.exchanges)):
+        answer = show_exchange(conversation, number, labels)
+    if not conversation.exchanges:
+        st.markdown(f"#### {labels('welcome')}")
+        image_sources(conversation, model, labels)
+    bottom(conversation, model, labels)
+    bring_model(conversation, model, answer if conversation.busy else place, labels)
+    if conversation.busy:
+        follow(conversation, answer, labels)
+
+
+# The sidebar: which model answers, and how
+
+
+def pick_model(conversation: Conversation, labels: Labels) -> ModelChoice | None:
+    """The model to chat with; None when there is none at all."""
+    choices = {choice.path: choice for choice in find_models(page_settings())}
+    if not choices:
+        return None
+    path = st.selectbox(
+        labels("model"), list(choices), key="model", help=labels("model_help"), persist_state="session",
+        format_func=lambda path: f"{choices[path].name} ({choices[path].size})" if path in choices else str(path),
+    )  # fmt: skip
+    model, loaded = choices[path], conversation.model
+    if loaded and loaded.path == path and loaded.changed != model.changed and not st.button(labels("newer"), help=labels("newer_help")):
+        return loaded
+    return model
+
+
+def pick_sampling(labels: Labels) -> Sampling:
+    """How answers are chosen."""
+    st.subheader(labels("answers"))
+    values = {
+        name: st.slider(labels(name), low, high, value, step, key=name, help=labels(f"{name}_help"), persist_state="session")
+        for name, low, high, value, step in SLIDERS
+    }
+    seed = st.number_input(labels("seed"), 0, 2**31 - 1, None, 1, key="seed", help=labels("seed_help"), persist_state="session")
+    return Sampling(**values, seed=seed)
+
+
+def bring_model(conversation: Conversation, model: ModelChoice, place, labels: Labels) -> None:
+    """Loads the model when it is another one than before, once the answer on its way is done. What is clicked and asked
+    meanwhile is heard afterwards."""
+    if conversation.model == model or conversation.answering:
+        return
+    with place, st.spinner(labels("loading", model=model.name), show_time=True):
+        try:
+            conversation.assistant, conversation.model = load(model, page_settings()), model
+            return
+        except Exception as error:  # the page lives on and tells what happened
+            problem = explain(error)
+    if conversation.busy:
+        conversation.exchanges[-1] = replace(conversation.exchanges[-1], problem=problem, done=True)
+        st.rerun()
+    with place.container():
+        st.error(f"**{escape(labels('loading_failed', model=model.name))}**  \n{labels.error(problem)}")
+        st.code(problem, None, wrap_lines=True)
+        st.button(labels("try_again"))  # every run does
+
+
+# The conversation
+
+
+def act(conversation: Conversation, change, *args) -> None:
+    """What a click does to the conversation. Notices about earlier ones go."""
+    conversation.notices = []
+    turns.run(change, *args)
+
+
+def toolbar(conversation: Conversation, labels: Labels) -> None:
+    """Clear and download, when there is something."""
+    if not conversation.exchanges:
+        return
+    with st.container(horizontal=True, horizontal_alignment="right"):
+        text = conversation.markdown(labels("conversation"), labels("you"), labels("assistant"))
+        st.download_button(labels("download"), text, "conversation.md", "text/markdown", icon=":material/download:",
+                           on_click="ignore", disabled=conversation.busy)  # fmt: skip
+        st.button(labels("clear"), icon=":material/delete:", on_click=act, args=(conversation, conversation.clear))
+
+
+def show_exchange(conversation: Conversation, number: int, labels: Labels):
+    """A question and its answer; returns the place of the answer's text."""
+    exchange = conversation.exchanges[number]
+    with st.chat_message("user"):
+        if exchange.images:
+            with st.container(horizontal=True):
+                for image in exchange.images:
+                    st.image(image.preview, width=image.width_within(THUMBNAIL), alt=image.name)
+        st.text(exchange.question)
+    with st.chat_message("assistant"):
+        place, below = st.empty(), st.empty()
+        if exchange.answer:
+            place.text(exchange.answer)
+        elif exchange.done and not exchange.problem and not exchange.stopped:
+            place.caption(labels("silent"))
+        if exchange.done:
+            with below.container():
+                show_ending(conversation, exchange, number, labels)
+    return place
+
+
+def show_ending(conversation: Conversation, exchange: Exchange, number: int, labels: Labels) -> None:
+    """What stands under an answer: how it ended, where it looked, and buttons under the last one."""
+    if exchange.problem:
+        st.error(labels.error(exchange.problem))
+    if exchange.stopped:
+        st.caption(labels("stopped"))
+    elif exchange.first_seconds is not None:
+        st.caption(labels("timing", model=exchange.model.name, first=exchange.first_seconds, seconds=exchange.seconds))
+    if exchange.dropped:
+        st.caption(labels("dropped", count=exchange.dropped))
+    if exchange.history and exchange.model == conversation.model:
+        show_attention(conversation, exchange, labels)
+    buttons = st.empty()  # emptied while the next answer grows: what a run has not come to yet would stay in sight
+    if number == len(conversation.exchanges) - 1:
+        with buttons.container(horizontal=True):
+            repeat_buttons(conversation, exchange, labels)
+
+
+@st.fragment
+def show_attention(conversation: Conversation, exchange: Exchange, labels: Labels) -> None:
+    """A switch; behind it where each token of the answer looked, computed when somebody wants to know."""
+    if not st.toggle(labels("look"), key=f"look_{exchange.asked}", help=labels("look_help")):
+        return
+    try:
+        with st.spinner(labels("look_wait")):
+            seen = turns.run(conversation.look, exchange)
+    except Exception as error:  # the page lives on and tells what happened
+        st.error(labels.error(explain(error)))
+        return
+    st.html(attention_html(seen, exchange.history[1], labels))
+
+
+def repeat_buttons(conversation: Conversation, exchange: Exchange, labels: Labels) -> None:
+    """The last question again, as it was or edited."""
+    st.button(labels("regenerate"), icon=":material/refresh:", key=f"again_{exchange.asked}",
+              on_click=act, args=(conversation, conversation.again))  # fmt: skip
+    with st.popover(labels("edit"), icon=":material/edit:"):
+        key = f"edited_{exchange.asked}"
+        st.text_area(labels("edit"), exchange.question, key=key, label_visibility="collapsed")
+        st.button(labels("ask_edited"), type="primary", key=f"ask_{exchange.asked}",
+                  on_click=lambda: act(conversation, conversation.again, st.session_state[key].strip()))  # fmt: skip
+
+
+def follow(conversation: Conversation, place, labels: Labels) -> None:
+    """Shows the answer as it grows, to its end. A click elsewhere breaks this off, and the next run continues it."""
+    exchange, shown = conversation.exchanges[-1], 0.0
+    if not exchange.answer:
+        place.caption(labels("queue", count=turns.waiting) if turns.waiting else labels("thinking"))
+    while not exchange.done:
+        turns.run(conversation.step)
+        if exchange.answer and time.monotonic() - shown > FRAME:
+            place.text(exchange.answer)
+            shown = time.monotonic()
+    st.rerun()
+
+
+# The bottom: what stays in sight
+
+
+def bottom(conversation: Conversation, model: ModelChoice, labels: Labels) -> None:
+    """Notices, the images of the next question, and where to type it."""
+    with st.bottom:
+        for notice in conversation.notices[:NOTICES]:
+            st.error(notice)
+        if (more := len(conversation.notices) - NOTICES) > 0:
+            st.caption(labels("more_notices", count=more))
+        if conversation.busy:
+            st.button(labels("stop"), icon=":material/stop_circle:", type="primary", key="stop",
+                      on_click=act, args=(conversation, conversation.stop))  # fmt: skip
+        elif conversation.exchanges:
+            with st.popover(labels("images"), icon=":material/add_photo_alternate:"):
+                image_sources(conversation, model, labels)
+        if conversation.tray:
+            show_tray(conversation, model, labels)
+    st.chat_input(labels("question"), key="question", accept_file="multiple", max_chars=4000, max_upload_size=MAX_MEGABYTES,
+                  on_submit=submit, args=(conversation, labels))  # fmt: skip
+
+
+def submit(conversation: Conversation, labels: Labels) -> None:
+    """Takes what was typed and attached. Images that cannot be taken bring the question back into its line."""
+    value, images, conversation.notices = st.session_state.question, list(conversation.tray), []
+    for file in value.files:
+        try:
+            images.append(take(file.getvalue(), file.name))
+        except (ImageError, MemoryError) as error:
+            conversation.notices.append(labels.error(explain(error)))
+        get_instance().uploaded_file_mgr.remove_file(get_script_run_ctx().session_id, file.file_id)  # Streamlit's own copy
+    if len(images) > MAX_IMAGES:
+        conversation.notices.append(labels("too_many", count=len(images), most=MAX_IMAGES))
+    if value.text.strip() and not conversation.notices:
+        turns.run(conversation.ask, value.text.strip(), images)
+        return
+    conversation.tray = images[:MAX_IMAGES]
+    st.session_state.question = value.text
+    if not conversation.notices:
+        conversation.notices.append(labels("only_images"))
+
+
+def show_tray(conversation: Conversation, model: ModelChoice, labels: Labels) -> None:
+    """The images of the next question, each a button that takes it out, and questions to ask about them."""
+    with st.container(horizontal=True, key="tray"):
+        for number, image in enumerate(conversation.tray):
+            st.button(f"![{escape(image.name)}]({image.thumbnail}) ✕", help=labels("remove", name=image.name), key=f"remove_{number}",
+                      on_click=act, args=(conversation, conversation.remove, image))  # fmt: skip
+        for number, question in enumerate(training_questions(model.data_path) or [labels("describe_image")]):
+            st.button(escape(question), key=f"suggested_{number}", type="tertiary", icon=":material/help:",
+                      on_click=act, args=(conversation, conversation.ask, question, conversation.tray))  # fmt: skip
+
+
+def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels) -> None:
+    """The examples, those of a kind that the model was trained on first, and the camera."""
+    st.caption(labels("attach", count=MAX_IMAGES, megabytes=MAX_MEGABYTES, megapixels=MAX_PIXELS // 10**6))
+    found = sorted(examples(page_settings().image_dir), key=lambda image: image.name.startswith("easy_vqa") != model.is_demo)
+    if found:
+        st.caption(labels("examples"))
+        with st.container(horizontal=True, key="examples"):
+            for image in found:
+                st.button(f"![{escape(image.name)}]({image.thumbnail})", key=f"example_{image.name}",
+                          on_click=act, args=(conversation, bring, conversation, image, labels))  # fmt: skip
+    camera(conversation, labels)
+
+
+def bring(conversation: Conversation, image: SessionImage, labels: Labels) -> None:
+    """Puts an image into the tray, once, or a notice why not."""
+    if len(conversation.tray) >= MAX_IMAGES:
+        conversation.notices.append(labels("too_many", count=MAX_IMAGES + 1, most=MAX_IMAGES))
+    elif image not in conversation.tray:
+        conversation.tray.append(image)
+
+
+def may_film(url: str | None) -> bool:
+    """Whether browsers let the page at this address ask for a camera: over https, or from the machine itself."""
+    place = urlsplit(url or "")
+    return place.scheme != "http" or bool(re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1", place.hostname or ""))
+
+
+def camera(conversation: Conversation, labels: Labels) -> None:
+    """The camera, asked for only when it is wanted: browsers ask for permission as soon as it is there."""
+    allowed = may_film(st.context.url)
+    if not st.toggle(labels("camera"), key="camera", disabled=not allowed, help=None if allowed else labels("camera_closed")):
+        return
+    shot = st.camera_input(labels("camera"), key=f"shot_{len(conversation.exchanges)}", label_visibility="collapsed")
+    if shot is not None and shot.file_id != st.session_state.get("shot"):
+        st.session_state.shot = shot.file_id
+        bring(conversation, take(shot.getvalue(), shot.name), labels)
+        st.rerun()

@@ -1,0 +1,187 @@
+"""One session's conversation with a model: questions, answers as they grow, the images of the next question."""
+
+import contextlib
+import io
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from chat.chat import Chat
+from chat.markdown import escape
+from machine import ran_out_of_memory
+from model.conversation import Turn
+from model.errors import SampleError, UsageError
+from model.inference.assistant import Assistant
+from model.inference.attention_map import AnswerAttention, look
+from model.inference.generation import Sampling
+
+from .images import ImageError, SessionImage
+from .models import ModelChoice
+
+
+class Turns:
+    """Sessions take turns at the model: one thread does their steps, a token each, in the order in which they come. So
+    nobody waits for another's long answer, models need no locks, and one pool of arithmetic threads serves everybody."""
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._lock = threading.Lock()
+        self.waiting = 0  # sessions whose step is being done or waits
+
+    def run(self, step: Callable, *args) -> Any:
+        """What the step returns, once its turn has come."""
+        with self._lock:
+            self.waiting += 1
+        try:
+            return self._thread.submit(step, *args).result()
+        finally:
+            with self._lock:
+                self.waiting -= 1
+
+
+turns = Turns()  # of this process
+
+
+def explain(error: Exception) -> str:
+    """What went wrong and what to do, for the session. A fault of the program goes to the log with its traceback as well."""
+    if isinstance(error, (UsageError, SampleError, ImageError)):
+        return str(error)
+    with contextlib.suppress(OSError, ValueError):  # a log on a full disk, or closed, ends nothing
+        traceback.print_exception(error, file=sys.stderr)
+    if ran_out_of_memory(error):
+        return "not enough memory; ask again with fewer images or fewer new tokens, or clear the conversation"
+    return f"{type(error).__name__}: {error}. The log of the page's server has the details; ask again, or clear the conversation"
+
+
+@dataclass
+class Exchange:
+    """A question with its images, and the answer as far as it has come."""
+
+    question: str
+    images: list[SessionImage]
+    model: ModelChoice | None = None  # which answered
+    answer: str = ""
+    done: bool = False
+    stopped: bool = False
+    problem: str = ""
+    dropped: int = 0  # exchanges that this question pushed out of the history
+    history: tuple[list[Turn], list[torch.Tensor]] | None = None  # turns and images up to the answer, if there are images
+    attention: AnswerAttention | None = None  # once somebody wanted to see it
+    asked: float = field(default_factory=time.monotonic)
+    first_seconds: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Conversation:
+    """A conversation of one session. Whatever changes it runs in `turns`, so nothing happens amid a step."""
+
+    max_length: int  # tokens that are remembered
+    tray: list[SessionImage] = field(default_factory=list)  # shown with the next question
+    notices: list[str] = field(default_factory=list)  # what was wrong with the images of the last try
+    exchanges: list[Exchange] = field(default_factory=list)
+    assistant: Assistant | None = None
+    model: ModelChoice | None = None  # of the assistant
+    sampling: Sampling = field(default_factory=Sampling)
+    _chat: Chat | None = None
+    _answer: Iterator[str] | None = None  # the answer on its way
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last question has no whole answer yet."""
+        return bool(self.exchanges) and not self.exchanges[-1].done
+
+    @property
+    def answering(self) -> bool:
+        """Whether the model is at the last question."""
+        return self._answer is not None
+
+    def remove(self, image: SessionImage) -> None:
+        """Takes an image out of the tray, if it is still there."""
+        self.tray = [kept for kept in self.tray if kept is not image]
+
+    def ask(self, question: str, images: list[SessionImage]) -> None:
+        """A new question about the images; `step` gets it answered."""
+        self.stop()
+        self.tray = []
+        self.exchanges.append(Exchange(question, images))
+
+    def again(self, question: str | None = None) -> None:
+        """The last question again, or another one in its place."""
+        self.stop()
+        last = self.exchanges.pop()
+        if last.answer:
+            self._chat.undo()
+        self.exchanges.append(Exchange(question or last.question, last.images))
+
+    def step(self) -> None:
+        """The next piece of the last exchange's answer."""
+        if not self.busy:
+            return
+        exchange = self.exchanges[-1]
+        try:
+            if self._answer is None:
+                self._answer = self._begin(exchange)
+            exchange.answer += next(self._answer)
+            if exchange.first_seconds is None:
+                exchange.first_seconds = time.monotonic() - exchange.asked
+        except StopIteration:
+            self._finish()
+        except Exception as error:  # whatever happened is told in the session it happened to
+            exchange.problem = explain(error)
+            self._finish()
+
+    def _begin(self, exchange: Exchange) -> Iterator[str]:
+        """The answer's pieces. A model that was changed meanwhile gets the same history."""
+        old, exchange.model = self._chat, self.model
+        if old is None or old.assistant is not self.assistant:
+            self._chat = Chat(self.assistant, self.sampling, self.max_length)
+            if old is not None:
+                self._chat.turns, self._chat.pixels = old.turns, old.pixels
+        self._chat.sampling = self.sampling
+        self._chat.waiting = [image.pixels for image in exchange.images]
+        return self._chat.stream(exchange.question)
+
+    def _finish(self) -> None:
+        exchange, chat, self._answer = self.exchanges[-1], self._chat, None
+        exchange.done, exchange.seconds = True, time.monotonic() - exchange.asked
+        if exchange.answer:
+            exchange.dropped = chat.dropped
+            exchange.history = (list(chat.turns), list(chat.pixels)) if chat.pixels else None
+
+    def stop(self) -> None:
+        """Ends the answer on its way and keeps what was said."""
+        if self.busy:
+            if self._answer is not None:
+                self._answer.close()
+            self.exchanges[-1].stopped = True
+            self._finish()
+
+    def look(self, exchange: Exchange) -> AnswerAttention:
+        """Where an answer of the present model looked."""
+        if exchange.attention is None:
+            exchange.attention = look(self.assistant, *exchange.history)
+        return exchange.attention
+
+    def clear(self) -> None:
+        """Forgets everything but the model."""
+        self.stop()
+        self.tray, self.exchanges, self.notices, self._chat = [], [], [], None
+
+    def markdown(self, title: str, you: str, model: str) -> str:
+        """The conversation as a Markdown document; images by name, their bytes stay private."""
+        file = io.StringIO()
+        file.write(f"# {title}\n\n{time.strftime('%Y-%m-%d %H:%M')}\n")
+        for exchange in self.exchanges:
+            names = "".join(f"[{escape(image.name)}] " for image in exchange.images)
+            answered_by = f"{model} ({exchange.model.name})" if exchange.model else model
+            said = escape(exchange.answer) or "—"
+            file.write(f"\n**{you}:** {names}{escape(exchange.question)}\n\n**{answered_by}:** {said}\n")
+        return file.getvalue()

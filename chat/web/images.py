@@ -1,0 +1,93 @@
+"""Images that people bring: checked, decoded, and kept without their metadata."""
+
+import base64
+import functools
+import io
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from dataset.decode import ImageRefused, decode, image_files
+from model.vision import preprocess, to_rgb
+
+MAX_MEGABYTES = 20  # of a file
+MAX_PIXELS = 64_000_000  # a camera's 50 megapixels pass; decoded, one such image takes 200 MB
+MAX_IMAGES = 6  # with a question: 196 tokens each
+MAX_EXAMPLES = 12
+PREVIEW = 640  # pixels of the longer side of what the page shows
+LONGEST = 4  # times as long as wide: of anything longer the page shows the middle, as the model sees it
+
+_decoding = threading.Lock()  # eight sessions with 64 megapixels each would take 1.6 GB
+
+
+class ImageError(Exception):
+    """An image that cannot be taken; the message says what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class SessionImage:
+    """An image of a session: a preview (a PNG file of pixels and nothing else), and what the model sees of it."""
+
+    name: str
+    preview: bytes
+    pixels: torch.Tensor = field(repr=False)  # uint8 [3, 224, 224]
+
+    @functools.cached_property
+    def thumbnail(self) -> str:
+        """The preview as a small square, a data: URL."""
+        with Image.open(io.BytesIO(self.preview)) as preview:
+            return data_url(ImageOps.fit(preview, (72, 72)))
+
+    def width_within(self, side: int) -> int:
+        """How wide the image is when it fills a square of `side` pixels."""
+        with Image.open(io.BytesIO(self.preview)) as preview:
+            return side * preview.width // max(preview.size)
+
+
+def take(data: bytes, name: str) -> SessionImage:
+    """A checked image; raises ImageError."""
+    if len(data) > MAX_MEGABYTES * 2**20:
+        raise ImageError(f"image {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}; save it smaller")
+    try:
+        with _decoding:
+            image = to_rgb(decode(data, MAX_PIXELS)[0])
+            pixels = preprocess(image)
+    except MemoryError:
+        raise
+    except ImageRefused as error:
+        raise ImageError(f"image {name!r} cannot be read: {error}") from error
+    except Exception as error:  # decoders raise all kinds
+        raise ImageError(f"image {name!r} cannot be read: it is damaged; open it in a viewer and save it again") from error
+    width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):
+        image = ImageOps.fit(image, (min(width, LONGEST * height), min(height, LONGEST * width)))
+    image.thumbnail((PREVIEW, PREVIEW))
+    return SessionImage(name, to_png(Image.frombytes("RGB", image.size, image.tobytes())), pixels)
+
+
+def to_png(image: Image.Image) -> bytes:
+    """As bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """As a data: URL."""
+    return f"data:image/png;base64,{base64.b64encode(to_png(image)).decode()}"
+
+
+@functools.cache
+def examples(folder: Path) -> tuple[SessionImage, ...]:
+    """The first images of the owner's folder, by name; what is no image is left out."""
+    found = []
+    for path in image_files(folder):
+        if len(found) < MAX_EXAMPLES and path.is_file():
+            try:
+                found.append(take(path.read_bytes(), path.name))
+            except (ImageError, OSError):
+                continue
+    return tuple(found)

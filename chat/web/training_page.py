@@ -1,0 +1,168 @@
+"""The training page: runs over each other, while they run and afterwards."""
+
+import html
+import math
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+
+from chat.markdown import escape
+from dataset.errors import DataError
+from dataset.images import open_images
+from model.errors import SampleError
+
+from .charts import chart, give_colours, points, spans_decades
+from .images import ImageError, SessionImage, take
+from .runs import Run, as_text, find_runs, read_run
+from .settings import page_settings
+from .texts import Labels
+
+REFRESH = "2s"
+SHOWN_AT_FIRST = 4
+CHARTS = (("loss", "eval_loss"), ("aux_loss",), ("learning_rate",), ("tokens_per_second",), ("peak_memory_mb",))
+AXES = {"update": "axis_update", "seconds": "axis_time", "epoch": "axis_epoch"}
+THUMBNAIL = 110  # CSS pixels
+ANSWERS_SHOWN = 6  # of one question, as training went on
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def read_run_once(path: Path, changed: int) -> Run:
+    """The run, read once for all sessions after each change of its file."""
+    return read_run(path)
+
+
+def show(labels: Labels) -> None:
+    """The whole page."""
+    live = st.toggle(labels("live"), True, key="live", help=labels("live_help"), persist_state="session")
+    st.fragment(show_runs, run_every=REFRESH if live else None)(labels)
+
+
+def show_runs(labels: Labels) -> None:
+    """Choices, and everything about the chosen runs; read again at every refresh."""
+    found, state = find_runs(page_settings().save_dir), st.session_state
+    if not found:
+        st.info(labels("no_runs", folder=page_settings().save_dir))
+        return
+    if "runs" in state:
+        state.runs = [name for name in state.runs if name in found]
+    chosen = st.multiselect(labels("runs"), sorted(found), None if "runs" in state else list(found)[:SHOWN_AT_FIRST], key="runs",
+                            placeholder=labels("choose"), persist_state="session")  # fmt: skip
+    runs = {name: read_run_once(*found[name]) for name in chosen}
+    if "log_scale" not in state:
+        state.log_scale = any(spans_decades(run.frame["loss"].dropna()) for run in runs.values())
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        axis = st.segmented_control(labels("axis"), list(AXES), default="update", required=True, key="axis",
+                                    format_func=lambda name: labels(AXES[name]), persist_state="session")  # fmt: skip
+        smoothing = st.slider(labels("smoothing"), 0.0, 0.98, 0.0, 0.02, key="smoothing", help=labels("smoothing_help"), width=260,
+                              persist_state="session")  # fmt: skip
+        log = st.toggle(labels("log_scale"), key="log_scale", persist_state="session")
+    if not runs:
+        return
+    for name, run in runs.items():
+        if run.bad:
+            st.warning(labels("bad_lines", run=escape(name), count=run.bad))
+    st.dataframe(state_table(runs, labels), hide_index=True, alt=labels("runs"))
+    show_charts(runs, axis, smoothing, log, labels)
+    show_arguments(runs, labels)
+    show_samples(runs, labels)
+
+
+def state_table(runs: dict[str, Run], labels: Labels) -> pd.DataFrame:
+    """How far each run is."""
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = []
+    for name, run in runs.items():
+        rows.append({
+            labels("run"): name, labels("state"): labels("state_live" if run.is_live else "state_still"),
+            labels("update"): number(run.last("update"), ",.0f"), labels("epoch"): number(run.last("epoch"), ".2f"),
+            labels("loss"): number(run.last("loss"), ".4f"), labels("eval_loss"): number(run.last("eval_loss"), ".4f"),
+            labels("tokens_per_second"): number(run.last("tokens_per_second"), ",.0f"),
+            labels("time"): clock(run.last("seconds")), labels("left"): clock(run.last("seconds_left") if run.is_live else None),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{int(seconds % 60):02d}"
+
+
+def show_charts(runs: dict[str, Run], axis: str, smoothing: float, log: bool, labels: Labels) -> None:
+    """A chart for each figure that any of the runs has, and one legend above them."""
+    known = st.session_state.setdefault("colours", {})
+    give_colours(known, list(runs))
+    colours = {name: known[name] for name in runs}
+    legend = [f'<span style="color:{colour}">■ {html.escape(name)}</span>' for name, colour in colours.items()]
+    if any(run.last("eval_loss") is not None for run in runs.values()):
+        legend.append(f"<span>── {labels('loss')}</span><span>╌╌ {labels('eval_loss')}</span>")
+    st.html(f'<div class="legend">{"".join(legend)}</div>')
+    columns = st.columns(2)
+    shown = 0
+    for names in CHARTS:
+        rows = points(runs, names, axis, smoothing)
+        if rows.empty or (names == ("aux_loss",) and not rows["raw"].any()):
+            continue
+        kinds = {name: labels(name) for name in names}
+        title = " · ".join(kinds[name] for name in names if (rows["kind"] == name).any())
+        figure = chart(rows, colours, labels("minutes" if axis == "seconds" else AXES[axis]), kinds, log and "loss" in names)
+        with columns[shown % 2]:
+            st.markdown(f"**{title}**")
+            st.altair_chart(figure, key=f"chart_{names[0]}", alt=title)
+        shown += 1
+
+
+def show_arguments(runs: dict[str, Run], labels: Labels) -> None:
+    """The runs' arguments side by side."""
+    st.subheader(labels("arguments"))
+    table = pd.DataFrame({name: run.arguments() for name, run in runs.items()}).fillna("")
+    if table.empty:
+        st.caption(labels("arguments_none"))
+        return
+    if len(runs) > 1 and st.toggle(labels("arguments_differing"), True, key="differing"):
+        table = table[table.nunique(axis=1) > 1]
+    table.index = "--" + table.index
+    st.dataframe(table.rename_axis(labels("argument")), alt=labels("arguments"))
+
+
+def show_samples(runs: dict[str, Run], labels: Labels) -> None:
+    """What the models answered to the same questions as training went on, the newest answer first."""
+    st.subheader(labels("samples"))
+    if not any(run.samples for run in runs.values()):
+        st.caption(labels("samples_none"))
+    for name, run in runs.items():
+        images_path = run.arguments().get("images_path", "")
+        questions: dict[tuple, list[dict]] = {}
+        for sample in run.samples:
+            questions.setdefault((as_text(sample.get("where")), as_text(sample.get("question"))), []).append(sample)
+        for (_, question), answers in questions.items():
+            with st.container(border=True):
+                show_answers(name, question, answers, images_path, labels)
+
+
+def show_answers(run: str, question: str, answers: list[dict], images_path: str, labels: Labels) -> None:
+    """One question with its images, and the answers to it."""
+    images = [training_image(images_path, name) for name in str(answers[-1].get("image") or "").split(", ") if name]
+    with st.container(horizontal=True):
+        for image in images:
+            if image is not None:
+                st.image(image.preview, width=image.width_within(THUMBNAIL), alt=image.name)
+        lines = [f"**{escape(question)}**", f"{labels('sample_reference')}: {escape(as_text(answers[-1].get('reference', '')))}"]
+        lines += [f"{labels('update')} {answer['update']:,}: {escape(' '.join(as_text(answer.get('answer', '')).split()))}"
+                  for answer in answers[: -ANSWERS_SHOWN - 1 : -1]]  # fmt: skip
+        with st.container(width="stretch"):
+            st.caption(escape(run))
+            st.markdown("  \n".join(lines))
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def training_image(images_path: str, name: str) -> SessionImage | None:
+    """An image of a run's data by its name; None where it cannot be read here."""
+    try:
+        return take(open_images(images_path).read(name), name)
+    except (ImageError, DataError, SampleError, OSError):
+        return None

@@ -1,4 +1,4 @@
-"""Headless Chromium on the real page: the server's process, a browser, and a visitor's hands and eyes."""
+"""Headless Chromium on the real page: the server's process, a browser, and what a user does and sees."""
 
 import contextlib
 import os
@@ -63,8 +63,8 @@ def chromium(profile: Path):
         browser.close()
 
 
-class Guest:
-    """One visitor in a browser context of his own; `strangers` are requests that left for another host."""
+class User:
+    """One session in a browser context of its own; `strangers` are requests that left for another host."""
 
     def __init__(self, browser, url: str, path: str = "", **options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | options)
@@ -77,7 +77,7 @@ class Guest:
         if not address.startswith((self.url, self.url.replace("http", "ws"), "data:", "blob:")):
             self.strangers.append(address)
 
-    def __enter__(self) -> "Guest":
+    def __enter__(self) -> "User":
         return self
 
     def __exit__(self, *_) -> None:
@@ -100,42 +100,33 @@ class Guest:
         """The bubbles of the conversation, questions and answers in turn."""
         return self.page.get_by_test_id("stChatMessage")
 
-    def answer(self, number: int = -1):
-        """The text of an answer; of the last one when no number is given."""
-        bubbles = self.page.get_by_label("Chat message from assistant")
-        return (bubbles.last if number < 0 else bubbles.nth(number)).get_by_test_id("stText")
+    def answer(self):
+        """The text of the last answer."""
+        return self.page.get_by_label("Chat message from assistant").last.get_by_test_id("stText")
 
-    def drop(self, name: str, data: bytes, place=None) -> None:
-        """Drops a file where files are dropped: in the middle of an empty page, else in the popover `place`."""
-        target = (place or self.page.get_by_test_id("stMain")).get_by_test_id("stFileUploaderDropzoneInput")
-        self.until(lambda: target.count() == 1)  # the place of the drop before has gone
-        target.set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+    def attach(self, *files: tuple[str, bytes]) -> None:
+        """Attaches files (name, content) to the next question."""
+        place = self.page.get_by_test_id("stChatInput").locator("input[type=file]")
+        place.set_input_files([{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files])
+        for name, _ in files:
+            self.page.get_by_test_id("stChatInput").get_by_text(name).wait_for()
 
-    def upload(self, name: str, data: bytes) -> None:
-        """Adds a picture to the next question and waits until it lies in the tray."""
-        before, place = self.tray(), None
-        if self.messages().count():
-            self.button("Pictures").click()
-            place = self.page.get_by_test_id("stPopoverBody")
-        self.drop(name, data, place)
-        self.until(lambda: self.tray() == before + 1)
-        if place:
-            self.page.keyboard.press("Escape")
+    def ask(self, question: str, *files: tuple[str, bytes]) -> None:
+        """Types a question and sends it, with files if there are any."""
+        if files:
+            self.attach(*files)
+        self.line.fill(question)
+        self.page.get_by_test_id("stChatInputSubmitButton").click()  # which waits for the end of the uploads
 
     def tray(self) -> int:
-        """Pictures that wait for the next question."""
+        """Images that wait for the next question."""
         return self.page.locator(".st-key-tray [class*='st-key-remove_']").count()
 
-    def ask(self, question: str) -> None:
-        """Types a question and sends it."""
-        self.line.fill(question)
-        self.line.press("Enter")
-
-    def until_answered(self, count: int) -> str:
+    def until_answered(self, count: int, regenerate: str = "Regenerate") -> str:
         """Waits for the end of the `count`th answer and gives its text."""
         bubble = self.page.get_by_label("Chat message from assistant").nth(count - 1)
-        bubble.get_by_role("button", name="Regenerate").wait_for()
-        return self.answer(count - 1).inner_text()
+        bubble.get_by_role("button", name=regenerate).wait_for()
+        return bubble.get_by_test_id("stText").inner_text()
 
     def until(self, condition) -> None:
         """Waits for something that Playwright has no word for."""
@@ -143,6 +134,19 @@ class Guest:
         while not condition():
             assert time.monotonic() < deadline, f"it never came true; the page reads\n{self.page.inner_text('body')}"
             self.page.wait_for_timeout(100)
+
+    def in_view(self, selector: str) -> bool:
+        """Whether an element lies whole between the top of the window and the line for questions."""
+        return self.page.evaluate("""selector => {
+            const box = document.querySelector(selector).getBoundingClientRect();
+            const bottom = document.querySelector('[data-testid=stBottom]').getBoundingClientRect();
+            return box.height > 0 && box.top >= 0 && box.bottom <= bottom.top + 1;
+        }""", selector)
+
+    def pick(self, label: str, option: str) -> None:
+        """Picks an option of a list."""
+        self.page.get_by_role("combobox", name=label).click()
+        self.page.get_by_role("option", name=option).first.click()
 
     def greedy(self) -> None:
         """Turns the temperature down to 0."""

@@ -14,7 +14,7 @@ from model.inference.generation import Sampling
 
 from .attention import attention_html
 from .conversation import Conversation, Exchange, explain, turns
-from .images import MAX_IMAGES, MAX_MEGABYTES, MAX_PIXELS, ImageError, SessionImage, examples, take
+from .images import MAX_IMAGES, MAX_MEGABYTES, MAX_PIXELS, SessionImage, examples, take
 from .models import ModelChoice, find_models, load, training_questions
 from .settings import page_settings
 from .texts import Labels
@@ -233,7 +233,7 @@ def submit(conversation: Conversation, labels: Labels) -> None:
     for file in value.files:
         try:
             images.append(take(file.getvalue(), file.name))
-        except (ImageError, MemoryError) as error:
+        except Exception as error:  # of odd files, all kinds
             conversation.notices.append(labels.error(explain(error)))
         get_instance().uploaded_file_mgr.remove_file(get_script_run_ctx().session_id, file.file_id)  # Streamlit's own copy
     if len(images) > MAX_IMAGES:

@@ -22,7 +22,7 @@ from model.inference.assistant import Assistant
 from model.inference.attention_map import AnswerAttention, look
 from model.inference.generation import Sampling
 
-from .images import ImageError, SessionImage
+from .images import SessionImage
 from .models import ModelChoice
 
 
@@ -51,7 +51,7 @@ turns = Turns()  # of this process
 
 def explain(error: Exception) -> str:
     """What went wrong and what to do, for the session. A fault of the program goes to the log with its traceback as well."""
-    if isinstance(error, (UsageError, SampleError, ImageError)):
+    if isinstance(error, (UsageError, SampleError)):
         return str(error)
     with contextlib.suppress(OSError, ValueError):  # a log on a full disk, or closed, ends nothing
         traceback.print_exception(error, file=sys.stderr)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from dataset.decode import ImageRefused, decode, image_files
+from dataset.images import image_files, load_image
+from model.errors import SampleError
 from model.vision import preprocess, to_rgb
 
 MAX_MEGABYTES = 20  # of a file
@@ -21,10 +22,6 @@ PREVIEW = 640  # pixels of the longer side of what the page shows
 LONGEST = 4  # times as long as wide: of anything longer the page shows the middle, as the model sees it
 
 _decoding = threading.Lock()  # eight sessions with 64 megapixels each would take 1.6 GB
-
-
-class ImageError(Exception):
-    """An image that cannot be taken; the message says what is wrong with it and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,19 +45,12 @@ class SessionImage:
 
 
 def take(data: bytes, name: str) -> SessionImage:
-    """A checked image; raises ImageError."""
+    """A checked image; raises SampleError."""
     if len(data) > MAX_MEGABYTES * 2**20:
-        raise ImageError(f"image {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}; save it smaller")
-    try:
-        with _decoding:
-            image = to_rgb(decode(data, MAX_PIXELS)[0])
-            pixels = preprocess(image)
-    except MemoryError:
-        raise
-    except ImageRefused as error:
-        raise ImageError(f"image {name!r} cannot be read: {error}") from error
-    except Exception as error:  # decoders raise all kinds
-        raise ImageError(f"image {name!r} cannot be read: it is damaged; open it in a viewer and save it again") from error
+        raise SampleError(f"image {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}; save it smaller")
+    with _decoding:
+        image = to_rgb(load_image(io.BytesIO(data), name, most_pixels=MAX_PIXELS))
+        pixels = preprocess(image)
     width, height = image.size
     if max(width, height) > LONGEST * min(width, height):
         image = ImageOps.fit(image, (min(width, LONGEST * height), min(height, LONGEST * width)))
@@ -88,6 +78,6 @@ def examples(folder: Path) -> tuple[SessionImage, ...]:
         if len(found) < MAX_EXAMPLES and path.is_file():
             try:
                 found.append(take(path.read_bytes(), path.name))
-            except (ImageError, OSError):
+            except (SampleError, OSError):
                 continue
     return tuple(found)

@@ -8,12 +8,11 @@ import pandas as pd
 import streamlit as st
 
 from chat.markdown import escape
-from dataset.errors import DataError
 from dataset.images import open_images
-from model.errors import SampleError
+from model.errors import DataError, SampleError
 
 from .charts import chart, give_colours, points, spans_decades
-from .images import ImageError, SessionImage, take
+from .images import SessionImage, take
 from .runs import Run, as_text, find_runs, read_run
 from .settings import page_settings
 from .texts import Labels
@@ -164,5 +163,5 @@ def training_image(images_path: str, name: str) -> SessionImage | None:
     """An image of a run's data by its name; None where it cannot be read here."""
     try:
         return take(open_images(images_path).read(name), name)
-    except (ImageError, DataError, SampleError, OSError):
+    except (DataError, SampleError, OSError):
         return None

@@ -9,6 +9,7 @@ Reads   weights (out/*.pth with their sidecars, transformers folders in out/), m
 Writes  nothing. All flags: --help.
 """
 
+import contextlib
 import sys
 
 import streamlit as st
@@ -24,7 +25,8 @@ app = st.App(chat.web.__path__[0] + "/page.py")
 
 def main() -> None:
     """Serves the page until Ctrl-C."""
-    app.run(config={"server.address": settings.host} | ({"server.port": settings.port} if settings.port else {}))
+    with contextlib.suppress(KeyboardInterrupt):
+        app.run(config={"server.address": settings.host} | ({"server.port": settings.port} if settings.port else {}))
 
 
 if __name__ == "__main__":

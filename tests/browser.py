@@ -135,18 +135,26 @@ class User:
             assert time.monotonic() < deadline, f"it never came true; the page reads\n{self.page.inner_text('body')}"
             self.page.wait_for_timeout(100)
 
-    def in_view(self, selector: str) -> bool:
+    def in_view(self, element) -> bool:
         """Whether an element lies whole between the top of the window and the line for questions."""
-        return self.page.evaluate("""selector => {
-            const box = document.querySelector(selector).getBoundingClientRect();
+        return element.evaluate("""element => {
+            const box = element.getBoundingClientRect();
             const bottom = document.querySelector('[data-testid=stBottom]').getBoundingClientRect();
             return box.height > 0 && box.top >= 0 && box.bottom <= bottom.top + 1;
-        }""", selector)
+        }""")
 
     def pick(self, label: str, option: str) -> None:
         """Picks an option of a list."""
-        self.page.get_by_role("combobox", name=label).click()
-        self.page.get_by_role("option", name=option).first.click()
+        listed = self.page.get_by_role("option", name=option).first
+
+        def opened() -> bool:
+            if not listed.is_visible():  # a list closes when the page is drawn again
+                self.page.get_by_role("combobox", name=label).click()
+                self.page.wait_for_timeout(500)
+            return listed.is_visible()
+
+        self.until(opened)
+        listed.click()
 
     def greedy(self) -> None:
         """Turns the temperature down to 0."""

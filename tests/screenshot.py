@@ -7,70 +7,62 @@ Needs Chromium.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.browser import Guest, chromium, serve
+from tests.browser import User, chromium, serve
 from tests.conftest import REPOSITORY
 
-EXAMPLES = REPOSITORY / "dataset" / "eval_images"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WORDS = {"en-GB": ("Regenerate", "Where did it look?", "Training loss"), "zh-TW": ("重新產生", "它看了哪裡？", "訓練損失")}
 
 
-def chat(guest: Guest, locale: str) -> None:
-    """A question about an example, its answer, and the map of that."""
+def chat(user: User, locale: str) -> None:
+    """A question about an example, its answer, and where its last token looked."""
     regenerate, look, _ = WORDS[locale]
-    guest.button("easy_vqa_33.png").click()
-    guest.until(lambda: guest.tray() == 1)
-    guest.ask("Describe the image.")
-    guest.button(regenerate).wait_for()
-    guest.page.get_by_text(look).click()
-    guest.page.get_by_role("img", name=look).wait_for()
-    guest.page.wait_for_timeout(1500)
+    user.button("easy_vqa_33.png").click()
+    user.until(lambda: user.tray() == 1)
+    user.ask("Describe the image.")
+    user.until_answered(1, regenerate)
+    user.page.get_by_text(look).click()
+    user.page.locator(".looked .token").last.click()
+    user.page.wait_for_timeout(1500)
 
 
-def readme(guest: Guest, path: Path) -> None:
-    """The chat with the map of the answer's last token."""
-    guest.line.wait_for()
-    guest.greedy()
-    chat(guest, "en-GB")
-    guest.page.get_by_role("slider", name="Token of the answer").press("End")
-    guest.page.locator(".stMarkdownColoredBackground").wait_for()  # marks that token; its map follows
-    guest.page.get_by_text("of its attention").wait_for()
-    guest.until(lambda: guest.page.get_by_role("img", name=WORDS["en-GB"][1]).evaluate("image => image.complete && image.naturalWidth > 0"))
-    guest.page.mouse.move(0, 0)
-    guest.page.wait_for_timeout(1500)
+def readme(user: User, path: Path) -> None:
+    """The chat of a greedy model."""
+    user.line.wait_for()
+    user.greedy()
+    chat(user, "en-GB")
     path.parent.mkdir(parents=True, exist_ok=True)
-    guest.page.screenshot(path=path)
+    user.page.screenshot(path=path)
 
 
 def everything(browser, url: str, folder: Path) -> None:
-    """Both pages as many visitors see them."""
+    """Both pages as many sessions see them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for size in (WIDE, NARROW):
-        for scheme in ("light", "dark"):
-            locale = "en-GB" if scheme == "light" else "zh-TW"
-            name = f"{size['width']}_{scheme}"
-            with Guest(browser, url, viewport=size, color_scheme=scheme, locale=locale) as guest:
-                guest.button("easy_vqa_33.png").wait_for()
-                guest.page.wait_for_timeout(1500)
-                guest.page.screenshot(path=folder / f"{name}_first.png")
-                chat(guest, locale)
-                guest.page.screenshot(path=folder / f"{name}_chat.png")
-                guest.page.goto(f"{url}/training")
-                guest.sees(WORDS[locale][2])
-                guest.until(lambda guest=guest: guest.page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").count() >= 4)
-                guest.page.wait_for_timeout(1500)
-                guest.page.screenshot(path=folder / f"{name}_training.png")
-                guest.page.get_by_test_id("stMain").evaluate("main => main.scrollTo(0, 900)")
-                guest.page.wait_for_timeout(1500)
-                guest.page.screenshot(path=folder / f"{name}_training_below.png")
+    for size, (scheme, locale) in itertools.product((WIDE, NARROW), (("light", "en-GB"), ("dark", "zh-TW"))):
+        name = f"{size['width']}_{locale}"
+        with User(browser, url, viewport=size, color_scheme=scheme, locale=locale) as user:
+            user.button("easy_vqa_33.png").wait_for()
+            user.page.wait_for_timeout(1500)
+            user.page.screenshot(path=folder / f"{name}_first.png")
+            chat(user, locale)
+            user.page.screenshot(path=folder / f"{name}_chat.png")
+            user.page.goto(f"{url}/training")
+            user.sees(WORDS[locale][2])
+            user.until(lambda user=user: user.page.get_by_test_id("stVegaLiteChart").locator("canvas, svg").count() >= 4)
+            for number in range(3):
+                user.page.wait_for_timeout(1500)
+                user.page.screenshot(path=folder / f"{name}_training_{number}.png")
+                user.page.mouse.move(size["width"] - 60, 600)
+                user.page.mouse.wheel(0, 800)
 
 
 def main() -> int:
-    """Writes the pictures; returns 0."""
+    """Writes the screenshots; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", type=Path, metavar="FOLDER", help="every view, into this folder")
     parser.add_argument("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of weights and metrics files")
@@ -80,8 +72,8 @@ def main() -> int:
         if args.all:
             everything(browser, url, args.all)
         else:
-            with Guest(browser, url, viewport={"width": 1200, "height": 1180}, device_scale_factor=1.5) as guest:
-                readme(guest, args.out)
+            with User(browser, url, viewport={"width": 1200, "height": 1100}, device_scale_factor=1.5) as user:
+                readme(user, args.out)
     return 0
 
 

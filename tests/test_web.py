@@ -437,10 +437,10 @@ def test_chat(page_of, browser, tmp_path):
         user.page.get_by_role("button", name="Ask", exact=True).click()
         user.page.get_by_label("Chat message from user").nth(2).get_by_text("What colour?").wait_for()
         user.until(lambda: user.until_answered(3) == "blue")  # the buttons of the answer before stay for a moment
-        user.until(lambda: user.in_view(".stChatMessage:last-of-type [data-testid=stText]"))
+        user.until(lambda: user.in_view(user.answer()))
         user.page.get_by_text("Where did it look?").last.click()
         user.page.locator(".looked").wait_for()
-        user.until(lambda: user.in_view(".looked .images"))
+        user.until(lambda: user.in_view(user.page.locator(".looked .images")))
         veil = user.page.locator(".looked .veil").first
         mean = veil.get_attribute("src")
         user.page.locator(".looked .token").last.hover()
@@ -529,7 +529,7 @@ def test_a_phone_in_chinese(page_of, browser, trained):
             assert 100 < image.bounding_box()["height"] < 300
             user.page.get_by_text("它看了哪裡？").click()
             user.page.locator(".looked").wait_for()
-            user.until(lambda: user.in_view(".looked .images"))
+            user.until(lambda: user.in_view(user.page.locator(".looked .images")))
             nothing_out_of_sight(user)
             user.page.goto(f"{page_of}/training")
             user.sees("訓練損失")

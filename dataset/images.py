@@ -220,13 +220,14 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def load_image(file: Path | BinaryIO, name: str, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
-    """Opens and decodes one file, within MAX_PIXELS; raises SampleError with the name and the reason. `notes` is told of a
+def load_image(file: Path | BinaryIO, name: str, where: str = "", notes: list[SampleError] | None = None,
+               most_pixels: int = MAX_PIXELS) -> Image.Image:  # fmt: skip
+    """Opens and decodes one file of at most so many pixels; raises SampleError with the name and the reason. `notes` is told of a
     truncated file."""
     try:
         if isinstance(file, Path) and not is_regular(file):
             raise ImageRefused("it is a folder, a pipe or a device")
-        image, truncated = decode(file.read_bytes() if isinstance(file, Path) else file.read(), MAX_PIXELS)
+        image, truncated = decode(file.read_bytes() if isinstance(file, Path) else file.read(), most_pixels)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...

@@ -106,14 +106,14 @@ def test_bad_images_are_refused_with_a_remedy_in_both_languages(kind):
     assert "p\\_1.png" in chinese and "發生錯誤" not in chinese and "cannot" not in chinese
 
 
-@pytest.mark.parametrize(("form", "mode"), [("PNG", "I;16"), ("TIFF", "F"), ("PNG", "RGBA")])
-def test_an_image_is_shown_as_the_model_sees_it(form, mode):
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_an_image_is_shown_as_the_model_sees_it(mode):
     if mode == "RGBA":
         image = Image.new("RGBA", (224, 224), (255, 0, 0, 128))
     else:
-        image = Image.fromarray(np.tile(np.linspace(0, 65535, 224).astype(np.uint16 if mode == "I;16" else np.float32), (224, 1)))
+        image = Image.fromarray(np.tile(np.linspace(0, 65535, 224).astype(np.uint16), (224, 1)))
     file = io.BytesIO()
-    image.save(file, form)
+    image.save(file, "PNG")
     taken = images.take(file.getvalue(), "p")
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(taken.preview))), taken.pixels.permute(1, 2, 0).numpy())
 
@@ -124,11 +124,11 @@ def test_a_very_long_image_is_shown_at_a_sane_height():
 
 
 def test_companions_are_no_examples(tmp_path):
-    for name in ("a.png", "._a.png", ".b.png", "c.tga"):
+    for name in ("a.png", "._a.png", ".b.png", "c.webp"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
-    assert [image.name for image in images.examples(tmp_path)] == ["a.png", "c.tga"]
+    assert [image.name for image in images.examples(tmp_path)] == ["a.png", "c.webp"]
 
 
 # Models and runs

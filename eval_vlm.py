@@ -1,26 +1,23 @@
-"""Evaluation: describe a folder of pictures or a video, chat about them, or score answers.
+"""Evaluation: describe a folder of images or a video, chat about them, or score answers.
 
     python eval_vlm.py --weight sft_vlm                     # asks which of the first two
-    python eval_vlm.py --weight sft_vlm --mode folder       # describes every picture of dataset/eval_images
+    python eval_vlm.py --weight sft_vlm --mode folder       # describes every image of dataset/eval_images
     python eval_vlm.py --weight sft_vlm --video clip.mp4    # describes it; on a terminal: a chat about it
     python eval_vlm.py --weight sft_vlm --mode chat         # /help lists the commands
-    python eval_vlm.py --weight sft_vlm --score test.jsonl --image_dir pictures --predictions out/predictions.jsonl
+    python eval_vlm.py --weight sft_vlm --score test.jsonl --image_dir images --predictions out/predictions.jsonl
 
-Reads   out/{weight}_{hidden}{_moe}.pth, or a transformers folder with --load_from; the vision tower's folder
-Writes  nothing but the predictions of --score (default: beside the weights), --report, and what /save names in a chat.
+Reads   out/{weight}_{hidden}{_moe}.pth, or a transformers folder with --load_from; the vision encoder's folder
+Writes  nothing but the predictions of --score (default: next to the weights), --report, and what /save names in a chat.
         All flags: --help.
 """
 
 import argparse
-import os
 import sys
-from contextlib import closing
 from pathlib import Path
 
 from chat.chat import Chat
-from chat.console import Screen
 from chat.scoring import ScoreJob, score
-from chat.terminal import TerminalChat
+from chat.terminal import Screen, TerminalChat
 from dataset.images import IMAGE_SUFFIXES, image_files, load_image
 from machine import ran_out_of_memory
 from model.device import default_device
@@ -37,33 +34,33 @@ FOLDER_QUESTION, VIDEO_QUESTION = "Describe the image.", "Describe the video."
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Flags of the published interface, and those that chat and scoring need."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_from", default="model", help="'model' for native weights, or a transformers folder")
-    parser.add_argument("--save_dir", default=str(REPOSITORY / "out"), help="folder of the weights")
-    parser.add_argument("--weight", default="sft_vlm", help="prefix of the weight file")
-    parser.add_argument("--hidden_size", type=int, help="width, where there are several weight files of that name (default: the only one, or 512)")
-    parser.add_argument("--num_hidden_layers", type=int, default=8, help="for old commands: the weights tell it")
-    parser.add_argument("--use_moe", type=int, choices=(0, 1), help="likewise; 1: Mixture of Experts")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.65, help="0: greedy")
-    parser.add_argument("--top_p", type=float, default=0.85)
-    parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats become less likely")
-    parser.add_argument("--seed", type=int, help="makes sampled answers repeatable; of the bootstrap in --score")
-    parser.add_argument("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
-    parser.add_argument("--image_dir", default=str(REPOSITORY / "dataset" / "eval_images"), help="folder of pictures")
-    parser.add_argument("--video", metavar="FILE", help="a video for the first question of a chat, or to be described")
-    parser.add_argument("--video_frames", type=int, default=8, help="frames that stand for a video, if as many fit")
-    parser.add_argument("--device", default=None, help="default: cuda:0, mps or cpu, the best there is")
-    parser.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
-    parser.add_argument("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
-    parser.add_argument("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
-    parser.add_argument("--prompt", type=lambda text: os.fsencode(text).decode(errors="replace"),  # whatever the locale took it for
-                        help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
-    parser.add_argument("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
-    parser.add_argument("--metrics", default="exact,rouge_l", help="of --score: exact, rouge_l, chrf, bleu, with commas between")
-    parser.add_argument("--predictions", help="where --score writes every answer")
-    parser.add_argument("--report", metavar="FILE.json", help="where --score writes its figures")
-    parser.add_argument("--batch_size", type=int, default=64, help="questions at once in --score")
+    flag = parser.add_argument
+    flag("--load_from", default="model", help="'model' for native weights, or a transformers folder")
+    flag("--save_dir", default=str(REPOSITORY / "out"), help="folder of the weights")
+    flag("--weight", default="sft_vlm", help="prefix of the weight file")
+    flag("--hidden_size", type=int, help="width, where several weight files have that name (default: the only one, or 512)")
+    flag("--num_hidden_layers", type=int, default=8, help="for old commands: the weights tell it")
+    flag("--use_moe", type=int, choices=(0, 1), help="likewise; 1: Mixture of Experts")
+    flag("--max_new_tokens", type=int, default=512)
+    flag("--temperature", type=float, default=0.65, help="0: greedy")
+    flag("--top_p", type=float, default=0.85)
+    flag("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0: all")
+    flag("--repetition_penalty", type=float, default=1.0, help="above 1: repeats become less likely")
+    flag("--seed", type=int, help="makes sampled answers repeatable; of the bootstrap in --score")
+    flag("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
+    flag("--image_dir", default=str(REPOSITORY / "dataset" / "eval_images"), help="folder of images")
+    flag("--video", metavar="FILE", help="a video for the first question of a chat, or to be described")
+    flag("--video_frames", type=int, default=8, help="frames that stand for a video, if as many fit")
+    flag("--device", help="default: cuda:0, mps or cpu, the best there is")
+    flag("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
+    flag("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
+    flag("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
+    flag("--prompt", help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
+    flag("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
+    flag("--metrics", default="exact,rouge_l", help="of --score: exact, rouge_l, chrf, bleu, with commas between")
+    flag("--predictions", help="where --score writes every answer")
+    flag("--report", metavar="FILE.json", help="where --score writes its figures")
+    flag("--batch_size", type=int, default=64, help="questions at once in --score")
     args = parser.parse_args(home_for_tilde(argv))
     try:
         args.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
@@ -74,28 +71,27 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.prompt is not None and (args.score or args.mode == "chat"):
         parser.error("--prompt goes with folder mode")
     if args.max_seq_len < 512:
-        parser.error("--max_seq_len below 512 leaves no room for a picture and an answer")
+        parser.error("--max_seq_len below 512 leaves no room for an image and an answer")
     return args
 
 
 def describe_folder(assistant: Assistant, folder: Path, question: str, sampling: Sampling, screen: Screen) -> None:
-    """Streams the answer about every picture in the folder; a broken one is reported and skipped."""
+    """Streams the answer about every image in the folder; a corrupt one is reported and skipped."""
     names = image_files(folder) if folder.is_dir() else []
     if not names:
-        raise UsageError(f"--image_dir {folder}: no pictures there (.jpg, .png, .webp and {len(IMAGE_SUFFIXES) - 3} more kinds)")
+        raise UsageError(f"--image_dir {folder}: no images there (.jpg, .png, .webp and {len(IMAGE_SUFFIXES) - 3} more kinds)")
     screen.write(f"{question}\n")
     for path in names:
         screen.write(f"\n[{path.name}] ")
         try:
-            picture = load_image(path, path.name)
+            image = load_image(path, path.name)
         except SampleError as error:
             screen.write(f"skipped: {error}\n")
             continue
         chat = Chat(assistant, sampling)
-        chat.add_image(picture)
-        with closing(chat.stream(question)) as pieces:
-            for piece in pieces:
-                screen.write(piece)
+        chat.add_image(image)
+        for piece in chat.stream(question):
+            screen.write(piece)
         screen.write("\n")
 
 
@@ -108,7 +104,7 @@ def talk(assistant: Assistant, weight_file: Path, args: argparse.Namespace, scre
         return describe_folder(assistant, Path(args.image_dir), args.prompt or FOLDER_QUESTION, args.sampling, screen)
     chat = TerminalChat(Chat(assistant, args.sampling, args.max_seq_len), screen, args.video_frames)
     if args.video:
-        chat.queue_video(args.video)
+        chat.video(args.video)
     if mode == "folder":
         return chat.ask(args.prompt or VIDEO_QUESTION)
     return chat.run(f"{weight_file.stem if args.load_from == 'model' else args.load_from} on {assistant.model.device}")
@@ -117,7 +113,7 @@ def talk(assistant: Assistant, weight_file: Path, args: argparse.Namespace, scre
 def choose_chat() -> bool:
     """Whether the person at the terminal wants to chat."""
     while True:
-        choice = input("[0] describe the pictures of a folder   [1] chat: ").strip()
+        choice = input("[0] describe the images of a folder   [1] chat: ").strip()
         if choice in ("0", "1"):
             return choice == "1"
 
@@ -132,9 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         else:  # its name goes to the predictions
             weight_file = Path(args.save_dir) / f"{weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))}.pth"
         assistant = load_assistant(
-            args.load_from, weight_file, args.device or default_device(), args.vision_model_path,
-            args.tokenizer_path,
-        )  # fmt: skip
+            args.load_from, weight_file, args.device or default_device(), args.vision_model_path, args.tokenizer_path
+        )
         if args.score:
             predictions = Path(args.predictions or weight_file.with_name(f"{weight_file.stem}_predictions.jsonl"))
             score(assistant, ScoreJob(
@@ -146,9 +141,6 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, DataError, SampleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (StorageError, OSError, MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
             error = f"memory ran out: {first_line(error)}. Smaller --batch_size, --max_new_tokens and --max_seq_len need less of it"

@@ -1,66 +1,69 @@
-"""The chat in the terminal: commands, streamed answers that Ctrl-C may break off, completion, history, previews.
+"""The chat in the terminal: commands, streamed answers that Ctrl-C breaks off, history, completion.
 
 Colour only on a terminal and without NO_COLOR (no-color.org). With input from elsewhere than a terminal it reads one
 question or command a line and prints nothing but the answers and what commands say.
 """
 
 import dataclasses
+import glob
 import os
+import re
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from urllib.parse import quote
+from typing import TextIO
 
-from dataset.images import IMAGE_SUFFIXES, load_image
+from dataset.images import load_image
 from machine import ran_out_of_memory
 from model.errors import DataError, SampleError, UsageError
 from model.inference.generation import Sampling
 from model.storage import StorageError, write_atomically
 
 from .chat import Chat
-from .console import STYLES, Screen, complete_path, half_typed, history_file, use_readline
-from .markdown import escape
-from .video import ANIMATED_SUFFIXES, VIDEO_SUFFIXES, labels, read_frames
+from .markdown import Exchange, Shown, markdown
+from .video import labels, read_frames
 
 COMMANDS = {
-    "/image": ("PATH", "show a picture with the next question; several: repeat it"),
+    "/image": ("PATH", "show an image with the next question; several: repeat it"),
     "/video": ("PATH", "show frames of a video with the next question"),
     "/params": ("NAME=VALUE ...", "how answers are sampled; alone: what is set"),
-    "/undo": ("", "take back the last exchange, or the picture or video that came after it"),
+    "/undo": ("", "take back the last exchange, or the image or video that came after it"),
     "/retry": ("", "ask the last question again"),
     "/save": ("FILE.md", "the conversation as Markdown"),
     "/reset": ("", "forget the conversation"),
     "/help": ("", "this list"),
     "/exit": ("", "leave; Ctrl-D does, too"),
 }
-FOLLOWED_BY = {"/image": IMAGE_SUFFIXES, "/video": VIDEO_SUFFIXES | ANIMATED_SUFFIXES, "/save": {".md"}}  # files to complete
 PARAMETERS = {field.name: field.type for field in dataclasses.fields(Sampling)}
+STYLES = {"prompt": "1;36", "note": "2", "error": "31", "title": "1"}
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+HISTORY_LINES = 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A picture or a video that a question is about; `times` are those of the frames."""
+class Screen:
+    """Text to a terminal, in colour where it can, or to a file. Control characters do not reach the terminal, which would
+    obey them."""
 
-    path: str
-    times: tuple[str, ...] = ()
+    def __init__(self, file: TextIO, environ: Mapping[str, str] = os.environ):
+        self.file = file
+        self.colour = file.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
 
-    @property
-    def pictures(self) -> int:
-        return len(self.times) or 1
+    def write(self, text: str) -> None:
+        """Shows a piece of an answer at once."""
+        self.file.write(CONTROL.sub("\ufffd", text))
+        self.file.flush()
 
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """A question, what it is about, and the answer as far as it came."""
-
-    question: str
-    shown: tuple[Shown, ...]
-    answer: str
+    def say(self, text: str, style: str = "note") -> None:
+        """Shows a line of the program."""
+        text = CONTROL.sub("\ufffd", text)
+        self.file.write((f"\x1b[{STYLES[style]}m{text}\x1b[0m" if self.colour else text) + "\n")
+        self.file.flush()
 
 
 class TerminalChat:
-    """A person's side of a Chat: reads lines, does what they say, remembers what was shown and said."""
+    """The user's side of a Chat: reads lines, does what they say, remembers what was shown and said."""
 
     def __init__(self, chat: Chat, screen: Screen, video_frames: int = 8):
         self.chat, self.screen, self.video_frames = chat, screen, video_frames
@@ -69,52 +72,56 @@ class TerminalChat:
         self.unanswered: str | None = None  # the last question, when no answer came
 
     def run(self, title: str = "") -> None:
-        """Until /exit, the end of input, or Ctrl-C twice in a row at an empty prompt."""
-        prompt, remember = "", None
-        if interactive := sys.stdin.isatty():
-            prompt, remember = self._prompt(), use_readline(history_file(os.environ), complete)
-            self.screen.say(title, "title")
-            self.screen.say("/image PATH shows a picture, /help lists the commands, /exit leaves.")
-        interrupted = False
+        """Until /exit or the end of input."""
+        if not sys.stdin.isatty():
+            return self.read_lines("")
+        self.screen.say(title, "title")
+        self.screen.say("/image PATH shows an image, /help lists the commands, /exit leaves.")
+        history = history_file(os.environ)
+        readline = start_readline(history)
+        # Readline counts what stands between \001 and \002 as no width.
+        prompt = f"\n\001\x1b[{STYLES['prompt']}m\002>\001\x1b[0m\002 " if self.screen.colour else "\n> "
+        try:
+            self.read_lines(prompt)
+        finally:
+            if readline:
+                with suppress(OSError):  # a home that cannot be written: the history is one of this chat only
+                    history.parent.mkdir(parents=True, exist_ok=True)
+                    history.touch(mode=0o600)
+                    readline.write_history_file(history)
+
+    def read_lines(self, prompt: str) -> None:
+        """Obeys line after line. Ctrl-C at the prompt begins a new line; without a terminal it ends the chat."""
         while True:
             try:
                 line = input(prompt).strip()
             except EOFError:
-                self.screen.write("\n" if interactive else "")
-                return
+                return self.screen.write("\n" if prompt else "")
             except KeyboardInterrupt:
-                if not interactive or (interrupted and not half_typed()):
-                    self.screen.write("\n")
-                    return
-                interrupted = not half_typed()
-                self.screen.say("\n(Ctrl-C again, Ctrl-D or /exit leaves)" if interrupted else "")
+                if not prompt:
+                    return None
+                self.screen.say("\n(Ctrl-D or /exit leaves)")
                 continue
-            interrupted = False
-            if line and remember:
-                remember(line)
-            if not self.obey(line):
-                return
+            if line in ("/exit", "/quit"):
+                return None
+            self.obey(line)
 
-    def obey(self, line: str) -> bool:
-        """Does what a line says; False when it says to leave. Mistakes and Ctrl-C end the command, not the chat."""
+    def obey(self, line: str) -> None:
+        """Does what a line says. Mistakes and Ctrl-C end the command, not the chat."""
         command, _, argument = line.partition(" ")
-        if command in ("/exit", "/quit"):
-            return False
         try:
             if command in COMMANDS:
                 getattr(self, command.removeprefix("/"))(argument.strip())
             elif command.startswith("/"):
-                shown = " (to show a picture: /image PATH)" if os.path.isfile(typed_paths(line)[0]) else ""
-                self.screen.say(f"no such command: {command}; /help lists them{shown}", "error")
+                self.screen.say(f"no such command: {command}; /help lists them, /image PATH shows an image", "error")
             elif line:
                 self.ask(line)
         except (UsageError, SampleError, DataError, StorageError, OSError, RuntimeError, MemoryError) as error:
-            # RuntimeError: memory ran out, or a ~name nobody has
-            told = "memory ran out: ask with fewer pictures, or /reset the chat first" if ran_out_of_memory(error) else str(error)
+            # RuntimeError: memory ran out, or a ~name that nobody has
+            told = "memory ran out: ask with fewer images, or /reset the chat first" if ran_out_of_memory(error) else str(error)
             self.screen.say(told, "error")
         except KeyboardInterrupt:
             self.screen.say("\n(stopped)")
-        return True
 
     def ask(self, question: str) -> None:
         """Streams the answer. Ctrl-C breaks it off; what was said until then stays in the conversation."""
@@ -131,45 +138,40 @@ class TerminalChat:
                 self.exchanges.append(Exchange(question, tuple(self.queue), "".join(said)))
                 self.queue, self.unanswered = [], None
         self.screen.write("\n")
-        if stopped:
-            self.screen.say("(stopped)" if said else "(stopped before the first word; /retry asks again)")
-        elif not said:
-            self.screen.say("(no answer; /retry asks again)")
-        if said and self.chat.dropped:
+        if stopped or not said:
+            self.screen.say(("(stopped" if stopped else "(no answer") + (")" if said else "; /retry asks again)"))
+        if self.chat.dropped:
             self.screen.say(f"({self.chat.dropped} of the oldest exchanges no longer fit: the model has forgotten them)")
 
     def image(self, argument: str) -> None:
-        """Queues one or several pictures."""
+        """Queues one or several images."""
         for path in typed_paths(required("/image", argument)):
             notes: list[SampleError] = []
             self.chat.add_image(load_image(Path(path).expanduser(), path, "", notes))
             self.queue.append(Shown(path))
-            self.screen.preview(self.chat.waiting[-1:])
-            self.screen.say(f"picture {len(self.chat.waiting)} for the next question: {path}{' (truncated)' if notes else ''}")
+            self.screen.say(f"image {len(self.chat.waiting)} for the next question: {path}{' (truncated)' if notes else ''}")
         if len(self.chat.waiting) > (room := self.chat.room()):
             self.screen.say(f"more than fit beside a question: about {room} do; /undo takes the last one back", "error")
 
     def video(self, argument: str) -> None:
-        """Queues frames of one or several videos."""
-        for path in typed_paths(required("/video", argument)):
-            self.queue_video(path)
+        """Queues frames of one or several videos: as many as asked for, or as fit.
 
-    def queue_video(self, path: str) -> None:
-        """As many frames as asked for, or as fit. Raises UsageError when there is no room, and as `read_frames` does."""
-        room = self.chat.room() - len(self.chat.waiting)
-        if room < 1:
-            raise UsageError(f"no room for a video beside the {len(self.chat.waiting)} pictures that wait:"
-                             f" /undo takes them back, --max_seq_len {2 * self.chat.max_length} makes room")  # fmt: skip
-        frames = read_frames(Path(path).expanduser(), min(self.video_frames, room))
-        times = labels(frames)
-        for frame, time in zip(frames, times, strict=True):
-            self.chat.add_image(frame.picture, time)
-        self.queue.append(Shown(path, tuple(times)))
-        self.screen.preview(self.chat.waiting[-len(frames) :])
-        self.screen.say(f"{len(frames)} frames for the next question, at {', '.join(times)}: {path}")
-        if room < self.video_frames:
-            self.screen.say(f"({self.video_frames} frames do not fit in {self.chat.max_length} tokens: at most {room};"
-                            f" --max_seq_len {2 * self.chat.max_length} makes room)")  # fmt: skip
+        Raises UsageError when there is no room, and as `read_frames` does.
+        """
+        for path in typed_paths(required("/video", argument)):
+            room = self.chat.room() - len(self.chat.waiting)
+            if room < 1:
+                raise UsageError(f"no room for a video beside the {len(self.chat.waiting)} images that wait:"
+                                 f" /undo takes them back, --max_seq_len {2 * self.chat.max_length} makes room")  # fmt: skip
+            frames = read_frames(Path(path).expanduser(), min(self.video_frames, room))
+            times = labels(frames)
+            for frame, time in zip(frames, times, strict=True):
+                self.chat.add_image(frame.image, time)
+            self.queue.append(Shown(path, tuple(times)))
+            self.screen.say(f"{len(frames)} frames for the next question, at {', '.join(times)}: {path}")
+            if room < self.video_frames:
+                self.screen.say(f"({self.video_frames} frames do not fit in {self.chat.max_length} tokens: at most {room};"
+                                f" --max_seq_len {2 * self.chat.max_length} makes room)")  # fmt: skip
 
     def params(self, argument: str) -> None:
         """Changes how answers are sampled, or shows it."""
@@ -178,10 +180,10 @@ class TerminalChat:
         self.screen.say(" ".join(f"{name}={'none' if value is None else value}" for name, value in values))
 
     def undo(self, _argument: str) -> None:
-        """Takes back what came last: a queued picture or video, else an exchange, whose pictures are queued again."""
+        """Takes back what came last: a queued image or video, else an exchange, whose images are queued again."""
         if self.queue:
             shown = self.queue.pop()
-            del self.chat.waiting[len(self.chat.waiting) - shown.pictures :]
+            del self.chat.waiting[-(len(shown.times) or 1) :]
             self.screen.say(f"taken back: {shown.path}")
         elif self.take_back() is None:
             raise UsageError("nothing to take back")
@@ -199,22 +201,23 @@ class TerminalChat:
         self.ask(question)
 
     def take_back(self) -> str | None:
-        """The question of the last exchange, which is undone; None when there is none in the model's memory."""
-        question = self.chat.undo()
-        if question is not None:
-            self.queue = [*self.exchanges.pop().shown, *self.queue]
-        return question
+        """The question of the last exchange, which is undone; None when the model remembers none."""
+        if not self.chat.undo():
+            return None
+        exchange = self.exchanges.pop()
+        self.queue = [*exchange.shown, *self.queue]
+        return exchange.question
 
     def save(self, argument: str) -> None:
-        """Writes the conversation as Markdown; asks before it replaces a file."""
-        target = Path(typed_name(required("/save", argument))).expanduser()
+        """Writes the conversation as Markdown, into a new file."""
+        name = required("/save", argument)
+        target = Path(name[1:-1] if len(name) > 2 and name[0] == name[-1] and name[0] in "'\"" else name).expanduser()
         if not self.exchanges:
             raise UsageError("nothing to save yet")
-        if os.path.isdir(target):
-            raise UsageError(f"{target} is a folder; /save needs a file name")
-        if os.path.exists(target) and not (sys.stdin.isatty() and confirmed(f"{target} exists. Replace it? [y/N] ")):
-            raise UsageError(f"not saved: {target} exists")
-        write_atomically(target, lambda file: file.write(markdown(self.exchanges, target.parent).encode(errors="backslashreplace")))
+        if os.path.lexists(target):
+            raise UsageError(f"not saved: {target} exists; give another name")
+        text = markdown(self.exchanges, target.parent).encode(errors="backslashreplace")
+        write_atomically(target, lambda file: file.write(text))
         self.screen.say(f"saved: {target}")
 
     def reset(self, _argument: str) -> None:
@@ -227,12 +230,8 @@ class TerminalChat:
         """Lists the commands."""
         for command, (argument, meaning) in COMMANDS.items():
             self.screen.say(f"{f'{command} {argument}':<24}{meaning}")
-        self.screen.say("Anything else is a question. Pictures stand before it, or where it says <image>, once for each."
+        self.screen.say("Anything else is a question. Images stand before it, or where it says <image>, once for each."
                         "\nCtrl-C breaks an answer off; what was said stays. Tab completes.")  # fmt: skip
-
-    def _prompt(self) -> str:
-        # Readline counts what stands between \001 and \002 as no width.
-        return f"\n\001\x1b[{STYLES['prompt']}m\002>\001\x1b[0m\002 " if self.screen.colour else "\n> "
 
 
 def required(command: str, argument: str) -> str:
@@ -240,14 +239,6 @@ def required(command: str, argument: str) -> str:
     if not argument:
         raise UsageError(f"{command} needs a {COMMANDS[command][0]}")
     return argument
-
-
-def confirmed(question: str) -> bool:
-    """Whether the person says yes."""
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
 
 
 def typed_paths(text: str) -> list[str]:
@@ -258,49 +249,54 @@ def typed_paths(text: str) -> list[str]:
     return [text]
 
 
-def typed_name(text: str) -> str:
-    """The one name that a file will have, spaces and all; quotes around it are none of it."""
-    return text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "'\"" else text
-
-
 def changed(sampling: Sampling, text: str) -> Sampling:
     """`sampling` with "name=value name=value" applied; raises UsageError and changes nothing for anything wrong."""
     values = {}
-    for word in text.replace(",", " ").split():
-        name, _, value = word.partition("=")
+    for name, _, value in (word.partition("=") for word in text.replace(",", " ").split()):
         if name not in PARAMETERS:
             raise UsageError(f"no parameter {name!r}; there are {', '.join(PARAMETERS)}")
+        number = float if PARAMETERS[name] is float else int
         try:
-            optional = value.lower() == "none" and PARAMETERS[name] == int | None
-            values[name] = None if optional else (float if PARAMETERS[name] is float else int)(value)
+            values[name] = None if (name, value.lower()) == ("seed", "none") else number(value)
         except ValueError as error:
-            raise UsageError(f"{name}={value}: not {'a number' if PARAMETERS[name] is float else 'a whole number'}") from error
+            raise UsageError(f"{name}={value}: not {'a number' if number is float else 'a whole number'}") from error
     try:
         return dataclasses.replace(sampling, **values)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def markdown(exchanges: list[Exchange], folder: Path) -> str:
-    """The conversation, with links to what was shown as seen from `folder`."""
-    parts = ["# A conversation with MiniMind-V"]
-    for exchange in exchanges:
-        for shown in exchange.shown:
-            path = os.path.relpath(Path(shown.path).expanduser(), folder)
-            link = f"[{escape(Path(path).name)}]({quote(path)})"
-            parts.append(f"{link}, frames at {', '.join(shown.times)}" if shown.times else f"!{link}")
-        parts += ["\n".join(f"> {escape(line)}".rstrip() for line in exchange.question.splitlines()), escape(exchange.answer.strip())]
-    return "\n\n".join(parts) + "\n"
+def history_file(environ: Mapping[str, str]) -> Path:
+    """Where lines are kept between chats (XDG base directories)."""
+    return Path(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "minimind-v" / "history"
+
+
+def start_readline(history: Path):
+    """The readline module, with the history of earlier chats and completion by Tab; None where a system has none."""
+    try:
+        import readline
+    except ImportError:
+        return None
+    with suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(HISTORY_LINES)
+    readline.set_completer_delims(" /")  # names are listed, not whole lines
+
+    def completer(_text: str, state: int) -> str | None:
+        found = complete(readline.get_line_buffer()[: readline.get_endidx()])
+        return found[state][readline.get_begidx() :] if state < len(found) else None
+
+    readline.set_completer(completer)
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    return readline
 
 
 def complete(line: str) -> list[str]:
-    """What a line may become by Tab: names of commands and parameters, paths of files that fit the command."""
-    command, space, argument = line.partition(" ")
+    """What a line may become by Tab: names of commands, and paths after those that take one."""
+    command, space, typed = line.partition(" ")
     if not space:
         return [f"{name} " for name in COMMANDS if command and name.startswith(command)]
-    if command == "/params":
-        start = argument.rpartition(" ")[2]
-        return [f"{line[: len(line) - len(start)]}{name}=" for name in PARAMETERS if name.startswith(start)]
-    if command in FOLLOWED_BY:
-        return [f"{command} {path}" for path in complete_path(argument, FOLLOWED_BY[command])]
-    return []
+    if command not in ("/image", "/video", "/save"):
+        return []
+    paths = sorted(glob.glob(glob.escape(os.path.expanduser(typed)) + "*"))
+    return [f"{command} {typed}{path[len(os.path.expanduser(typed)) :]}{'/' if os.path.isdir(path) else ''}" for path in paths]

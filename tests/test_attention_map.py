@@ -22,10 +22,10 @@ P, SIDE = 196, 14
 ASKS_FOR_A, ASKS_FOR_B, NEUTRAL = 500, 501, 502  # tokens of the model built by hand
 
 
-def prompt_with(pictures: int) -> tuple[torch.Tensor, list[int]]:
-    """Ids that end with ASKS_FOR_A, and where their pictures begin: next to each other and apart."""
+def prompt_with(images: int) -> tuple[torch.Tensor, list[int]]:
+    """Ids that end with ASKS_FOR_A, and where their images begin: next to each other and apart."""
     parts, starts = [torch.tensor([1, 400, 401])], []
-    for number in range(pictures):
+    for number in range(images):
         starts.append(sum(map(len, parts)))
         parts += [torch.full((P,), 34), torch.full((number % 2 * 3,), NEUTRAL)]
     return torch.cat([*parts, torch.tensor([NEUTRAL, ASKS_FOR_A])]), starts
@@ -57,23 +57,23 @@ def pointing_model() -> MiniMindVLM:
     return model
 
 
-def marks(pictures: int, a: tuple[int, int, int], b: tuple[int, int, int]) -> torch.Tensor:
-    """Features [N, P, 3] with mark A and mark B at (picture, row, column)."""
-    features = torch.zeros(pictures, SIDE, SIDE, 3)
+def marks(images: int, a: tuple[int, int, int], b: tuple[int, int, int]) -> torch.Tensor:
+    """Features [N, P, 3] with mark A and mark B at (image, row, column)."""
+    features = torch.zeros(images, SIDE, SIDE, 3)
     features[..., 2] = 1
-    for channel, (picture, row, column) in enumerate((a, b)):
-        features[picture, row, column] = torch.eye(3)[channel]
+    for channel, (image, row, column) in enumerate((a, b)):
+        features[image, row, column] = torch.eye(3)[channel]
     return features.flatten(1, 2)
 
 
-@pytest.mark.parametrize("pictures, a, b", [(1, (0, 2, 11), (0, 13, 0)), (3, (1, 0, 5), (2, 9, 3)), (3, (0, 7, 7), (0, 7, 8))])
-def test_each_token_looks_at_the_patch_it_asks_for(pictures, a, b):
-    model, (prompt, starts) = pointing_model(), prompt_with(pictures)
+@pytest.mark.parametrize("images, a, b", [(1, (0, 2, 11), (0, 13, 0)), (3, (1, 0, 5), (2, 9, 3)), (3, (0, 7, 7), (0, 7, 8))])
+def test_each_token_looks_at_the_patch_it_asks_for(images, a, b):
+    model, (prompt, starts) = pointing_model(), prompt_with(images)
     answer = torch.tensor([ASKS_FOR_B, NEUTRAL, ASKS_FOR_A])  # chosen where A, then B, then nothing was asked for
 
     def maps(**choice) -> torch.Tensor:
-        found = attention_to_images(model, prompt, starts, answer, marks(pictures, a, b), **choice)
-        assert found.shape == (3, pictures, SIDE, SIDE)
+        found = attention_to_images(model, prompt, starts, answer, marks(images, a, b), **choice)
+        assert found.shape == (3, images, SIDE, SIDE)
         return found
 
     for layer in range(2):
@@ -193,12 +193,12 @@ def test_an_answer_of_a_chat_is_looked_into(assistant):
     assert first.maps.shape == (len(first.tokens), 2, SIDE, SIDE) and second.maps.shape == (len(second.tokens), 3, SIDE, SIDE)
     one_head = look(assistant, chat.turns, chat.pixels, layer=0, head=7)
     assert not torch.equal(one_head.maps, second.maps)
-    # The same picture in both places, and the other way round: the maps follow the pictures.
+    # The same image in both places, and the other way round: the maps follow the images.
     swapped = look(assistant, chat.turns[:2], [chat.pixels[1], chat.pixels[0]])
     assert not torch.allclose(first.maps, swapped.maps, atol=1e-6)
 
 
-def test_only_an_answer_about_pictures_can_be_looked_into(assistant):
+def test_only_an_answer_about_images_can_be_looked_into(assistant):
     pixels = [preprocess(Image.new("RGB", (30, 30), "red"))]
     question, answer = Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"), Turn("assistant", "red")
     for turns, given, message in (
@@ -224,15 +224,15 @@ def test_the_overlay_lights_the_patch_and_nothing_else():
     pixels = preprocess(Image.new("RGB", (300, 200), (120, 120, 120)))
     heat = torch.zeros(SIDE, SIDE)
     heat[3, 10], heat[8, 0] = 0.02, 0.01  # row 3, column 10: x from 160, y from 48
-    picture = pixels_to_image(pixels)
-    drawn = np.asarray(overlay(picture, heat)).astype(int).sum(-1)
-    assert picture.size == (224, 224) and np.array_equal(np.asarray(picture), pixels.permute(1, 2, 0))
+    image = pixels_to_image(pixels)
+    drawn = np.asarray(overlay(image, heat)).astype(int).sum(-1)
+    assert image.size == (224, 224) and np.array_equal(np.asarray(image), pixels.permute(1, 2, 0))
     lit = drawn == drawn.max()
     assert lit[48:64, 160:176].all() and lit.sum() == 16 * 16
     half = drawn[128:144, 0:16]
     assert (half == half[0, 0]).all() and drawn.min() < half[0, 0] < drawn.max()
     assert (drawn == drawn.min()).sum() == 224 * 224 - 2 * 16 * 16
-    dimmer = np.asarray(overlay(picture, heat, top=0.04)).astype(int).sum(-1)
+    dimmer = np.asarray(overlay(image, heat, top=0.04)).astype(int).sum(-1)
     assert dimmer.max() == half[0, 0]  # on a scale twice as long
-    assert np.asarray(overlay(picture, heat * 0)).std() == 0  # no attention at all is no error
-    assert overlay(picture.resize((100, 60)), heat).size == (100, 60)
+    assert np.asarray(overlay(image, heat * 0)).std() == 0  # no attention at all is no error
+    assert overlay(image.resize((100, 60)), heat).size == (100, 60)

@@ -9,10 +9,10 @@ import zlib
 
 import numpy as np
 import pytest
+from chat.console import Screen
 from PIL import Image, PngImagePlugin
 
 from chat.chat import Chat
-from chat.console import Screen
 from chat.scoring import ScoreJob, score
 from chat.terminal import TerminalChat
 from chat.video import read_frames

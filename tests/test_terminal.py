@@ -1,6 +1,5 @@
 """The chat in the terminal: what lines do, what survives Ctrl-C, what is completed, shown and saved."""
 
-import builtins
 import codecs
 import fcntl
 import io
@@ -17,14 +16,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import torch
 from PIL import Image
 
-from chat import console, terminal
+from chat import terminal
 from chat.chat import Chat
-from chat.console import Screen, complete_path, half_blocks, history_file, use_readline
 from chat.markdown import escape
-from chat.terminal import TerminalChat, changed, complete, typed_paths
+from chat.terminal import Screen, TerminalChat, changed, complete, history_file, start_readline, typed_paths
 from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import UsageError
 from model.inference.assistant import Assistant
@@ -60,16 +57,16 @@ def talk(assistant, folder, monkeypatch):
 
     def say(line: str) -> str:
         before = len(chat.screen.file.getvalue())
-        assert chat.obey(line)
+        chat.obey(line)
         return chat.screen.file.getvalue()[before:]
 
     say.chat = chat
     return say
 
 
-def test_questions_and_pictures_are_those_of_a_chat(talk, assistant, folder):
-    assert talk("/image red.png") == "picture 1 for the next question: red.png\n"
-    assert "picture 2" in talk("/image my blue.png")
+def test_questions_and_images_are_those_of_a_chat(talk, assistant, folder):
+    assert talk("/image red.png") == "image 1 for the next question: red.png\n"
+    assert "image 2" in talk("/image my blue.png")
     first, second = talk("What are these?"), talk("And?")
     chat = Chat(assistant, GREEDY)
     for name in ("red.png", "my blue.png"):
@@ -95,10 +92,6 @@ def test_mistakes_are_told_and_change_nothing(talk, line, message):
     assert not list(Path().glob("*.md"))
 
 
-def test_a_typed_path_of_a_picture_is_helped_on(talk, folder):
-    assert f"no such command: {folder}/red.png" in (said := talk(f"{folder}/red.png")) and "/image PATH" in said
-
-
 def test_undo_goes_back_step_by_step(talk):
     talk("/image red.png")
     answer = talk("What?")
@@ -107,7 +100,7 @@ def test_undo_goes_back_step_by_step(talk):
     assert "taken back: v.mp4" in talk("/undo") and not talk.chat.chat.waiting
     assert "with the next question: red.png" in talk("/undo") and len(talk.chat.chat.waiting) == 1
     assert not talk.chat.chat.turns and not talk.chat.exchanges
-    assert talk("What?") == answer, "asked again with its picture"
+    assert talk("What?") == answer, "asked again with its image"
     assert talk("/undo") and talk("/undo") and "nothing" in talk("/undo") and not talk.chat.chat.waiting
 
 
@@ -141,10 +134,12 @@ def test_ctrl_c_keeps_what_was_said(assistant, folder, after, monkeypatch):
     chat = TerminalChat(Chat(assistant, GREEDY), Screen(file := CtrlC()))
     chat.obey("/image red.png")
     file.after = after
-    assert chat.obey("What?") and file.getvalue().endswith("(stopped)\n")
+    chat.obey("What?")
+    assert file.getvalue().endswith("(stopped)\n")
     said = chat.exchanges[0].answer
     assert [turn.content for turn in chat.chat.turns] == [f"{IMAGE_PLACEHOLDER}\nWhat?", said]
-    assert chat.obey("And?") and len(chat.exchanges) == 2
+    chat.obey("And?")
+    assert len(chat.exchanges) == 2
     fresh = Chat(assistant, GREEDY)
     fresh.add_image(Image.open(folder / "red.png"))
     whole = fresh.ask("What?")
@@ -156,8 +151,8 @@ def test_ctrl_c_keeps_what_was_said(assistant, folder, after, monkeypatch):
 def test_ctrl_c_before_the_first_word_keeps_the_question(talk, monkeypatch):
     talk("/image red.png")
     with monkeypatch.context() as patch:
-        patch.setattr(talk.chat.chat, "_read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert "before the first word" in talk("What?")
+        patch.setattr(talk.chat.chat, "_prompt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "(stopped; /retry asks again)" in talk("What?")
     assert not talk.chat.exchanges and len(talk.chat.chat.waiting) == len(talk.chat.queue) == 1
     assert talk("/retry") and talk.chat.exchanges[0].question == "What?" and not talk.chat.queue
 
@@ -191,7 +186,7 @@ def test_what_the_model_forgets_is_told_and_still_saved(talk, tmp_path):
 def test_frames_of_a_video_stand_with_their_times(talk):
     said = talk("/video v.mp4")
     assert "8 frames for the next question, at 0:00, 0:01, 0:02, 0:03, 0:04, 0:05, 0:06, 0:07: v.mp4" in said
-    reds = [int(picture[0].float().mean()) for picture in talk.chat.chat.waiting]
+    reds = [int(image[0].float().mean()) for image in talk.chat.chat.waiting]
     assert reds == sorted(reds) and reds[0] < 30 and reds[-1] > 220
     talk("What happens?")
     times = "".join(f"0:0{second} {IMAGE_PLACEHOLDER}\n" for second in range(8))
@@ -259,24 +254,12 @@ def test_the_whole_rest_of_a_line_is_the_name(talk, tmp_path, monkeypatch, typed
     assert talk(f"/save {typed}") == f"saved: {name}\n" and os.listdir() == [name]
 
 
-def test_saving_replaces_nothing_unasked(talk, tmp_path, monkeypatch):
+def test_saving_replaces_nothing(talk, tmp_path):
     talk("hello")
     target = tmp_path / "talk.md"
     target.write_text("precious")
-    assert f"not saved: {target} exists" in talk(f"/save {target}"), "nobody there to ask"
-    monkeypatch.setattr(sys, "stdin", terminal_input := io.StringIO())
-    monkeypatch.setattr(terminal_input, "isatty", lambda: True, raising=False)
-    for reply in ("n", "", EOFError(), KeyboardInterrupt()):
-        def answer(_question, reply=reply):
-            if isinstance(reply, BaseException):
-                raise reply
-            return reply
-        monkeypatch.setattr(builtins, "input", answer)
-        talk(f"/save {target}")
-        assert target.read_text() == "precious" and os.listdir(tmp_path) == ["talk.md"]
-    monkeypatch.setattr(builtins, "input", lambda _question: "y")
-    assert "saved" in talk(f"/save {target}") and "> hello" in target.read_text()
-    assert "is a folder" in talk(f"/save {tmp_path}")
+    assert f"not saved: {target} exists" in talk(f"/save {target}") and target.read_text() == "precious"
+    assert f"not saved: {tmp_path} exists" in talk(f"/save {tmp_path}")
     assert f"cannot write in {target}: " in (said := talk(f"/save {target}/below.md")) and "name another folder" in said
     assert "File name too long" in talk(f"/save {'a' * 300}.md")
 
@@ -292,62 +275,32 @@ def test_paths_as_people_type_them(talk, folder):
 def test_completion(folder, monkeypatch, tmp_path):
     folder = Path(shutil.copytree(folder, tmp_path / "files", ignore=shutil.ignore_patterns("pipe")))
     monkeypatch.chdir(folder)
-    (folder / "pictures").mkdir(exist_ok=True)
-    (folder / ".hidden.png").touch()
-    (folder / "notes.md").touch()
+    (folder / "images [1]").mkdir()
     assert complete("/i") == ["/image "] and complete("/re") == ["/retry ", "/reset "] and complete("/image") == ["/image "]
-    assert complete("what") == complete("") == complete("/undo x") == []
-    for name in ("phone.heic", "a.AVIF", "b.tga", "c.jp2", "moves.webp"):
-        (folder / name).touch()
-        assert complete(f"/image {name[:2]}") == [f"/image {name}"]
-        assert complete(f"/video {name[:2]}") == ([f"/video {name}"] if name in ("moves.webp", "a.AVIF") else [])
-        (folder / name).unlink()
-    assert complete("/image ") == ["/image broken.png", "/image my blue.png", "/image pictures/", "/image red.png"]
-    assert complete("/image my b") == ["/image my blue.png"] and complete("/image .h") == ["/image .hidden.png"]
-    assert complete(f"/video {folder}/") == [f"/video {folder}/pictures/", f"/video {folder}/v.mp4"]
-    assert complete("/save no") == ["/save notes.md"] and complete("/image nowhere/") == []
-    assert complete("/params te") == ["/params temperature="] and complete("/params top_k=1 to") == ["/params top_k=1 top_p=", "/params top_k=1 top_k="]
+    assert complete("what") == complete("") == complete("/undo x") == complete("/image nowhere/") == []
+    assert complete("/image ") == ["/image broken.png", "/image images [1]/", "/image my blue.png", "/image red.png", "/image v.mp4"]
+    assert complete("/image my b") == ["/image my blue.png"] and complete(f"/video {folder}/v") == [f"/video {folder}/v.mp4"]
+    assert complete("/image images [") == ["/image images [1]/"]
     monkeypatch.setenv("HOME", str(folder))
-    assert complete_path("~", {".png"}) == ["~/"] and "~/red.png" in complete_path("~/", {".png"})
+    assert complete("/image ~") == ["/image ~/"] and complete("/save ~/re") == ["/save ~/red.png"]
 
 
 def test_history_lies_in_the_state_folder(monkeypatch):
     assert history_file({"XDG_STATE_HOME": "/state"}) == Path("/state/minimind-v/history")
     monkeypatch.setenv("HOME", "/home/me")
-    for environ in ({}, {"XDG_STATE_HOME": ""}, {"XDG_STATE_HOME": "not/absolute"}):
+    for environ in ({}, {"XDG_STATE_HOME": ""}):
         assert history_file(environ) == Path("/home/me/.local/state/minimind-v/history")
 
 
-@pytest.fixture
-def clean_readline():
-    readline = pytest.importorskip("readline")
-    readline.clear_history()
-    yield readline
-    readline.clear_history()
-
-
-def test_history_outlives_a_chat(clean_readline, tmp_path, monkeypatch):
-    monkeypatch.setattr(console, "HISTORY_LINES", 3)
-    path = tmp_path / "state" / "history"
-    remember = use_readline(path, complete)
-    for line in ("one", "two", "two", "三", "four"):
-        remember(line)
-    assert path.read_text().splitlines() == ["two", "三", "four"] and path.stat().st_mode & 0o777 == 0o600
-    clean_readline.clear_history()
-    use_readline(path, complete)("five")
-    assert path.read_text().splitlines() == ["三", "four", "five"]
-    assert [clean_readline.get_history_item(number) for number in (1, 4)] == ["two", "five"]
-
-
-@pytest.mark.parametrize("path", [None, "file/history", "file"])
-def test_a_home_that_cannot_be_written(clean_readline, tmp_path, path):
-    (tmp_path / "file").write_bytes(b"")
-    if path == "file":  # a history that is a folder
-        (tmp_path / "file").unlink()
-        (tmp_path / "file").mkdir()
-    remember = use_readline(path and tmp_path / path, complete)
-    remember("kept for now")
-    assert clean_readline.get_history_item(1) == "kept for now"
+@pytest.mark.parametrize("damage", ["none", "a file above", "a folder in its place"])
+def test_a_history_that_is_not_there_or_cannot_be_read(tmp_path, damage):
+    pytest.importorskip("readline")
+    if damage == "a folder in its place":
+        (tmp_path / "history").mkdir()
+    elif damage == "a file above":
+        (tmp_path / "file").touch()
+    readline = start_readline(tmp_path / ("file/history" if damage == "a file above" else "history"))
+    assert readline.get_current_history_length() == 0
 
 
 class Tty(io.StringIO):
@@ -356,34 +309,18 @@ class Tty(io.StringIO):
 
 
 def test_colour_only_where_it_is_wanted():
-    everything = {"TERM": "xterm", "COLORTERM": "truecolor"}
-    assert Screen(Tty(), everything).truecolour and Screen(Tty(), {"TERM": "xterm", "NO_COLOR": ""}).colour
-    for file, environ in [(io.StringIO(), everything), (Tty(), everything | {"NO_COLOR": "1"}), (Tty(), everything | {"TERM": "dumb"}), (Tty(), {})]:
-        screen = Screen(file, environ)
-        screen.say("hello")
-        screen.preview([torch.zeros(3, 224, 224, dtype=torch.uint8)])
+    colourful = {"TERM": "xterm", "NO_COLOR": ""}
+    Screen(file := Tty(), colourful).say("hello")
+    assert file.getvalue() == "\x1b[2mhello\x1b[0m\n"
+    for file, environ in [(io.StringIO(), colourful), (Tty(), colourful | {"NO_COLOR": "1"}), (Tty(), {"TERM": "dumb"}), (Tty(), {})]:
+        Screen(file, environ).say("hello")
         assert file.getvalue() == "hello\n", environ
-    screen = Screen(file := Tty(), {"TERM": "xterm"})
-    screen.say("hello")
-    screen.preview([torch.zeros(3, 224, 224, dtype=torch.uint8)])
-    assert file.getvalue() == "\x1b[2mhello\x1b[0m\n", "colours, but not millions of them"
 
 
 def test_answers_do_not_steer_the_terminal():
     screen = Screen(file := Tty(), {"TERM": "xterm"})
     screen.write("a\x1b[2Jb\x07\x9b0m\r\n\tc 貓")
     assert file.getvalue() == "a\ufffd[2Jb\ufffd\ufffd0m\ufffd\n\tc 貓"
-
-
-@pytest.mark.parametrize(("count", "columns", "side", "rows"), [(1, 80, 24, 1), (3, 80, 24, 1), (8, 100, 12, 2), (2, 5, 12, 2)])
-def test_previews_show_the_pictures(count, columns, side, rows):
-    pictures = [torch.cat([torch.full((3, 112, 224), 10 * number), torch.full((3, 112, 224), 250)], 1).byte() for number in range(count)]
-    lines = half_blocks(pictures, columns)
-    assert len(lines) == rows * side // 2 and all(line.count("▀") % side == 0 for line in lines)
-    codes = [re.findall(r"38;2;(\d+);\d+;\d+;48;2;(\d+);", line) for line in lines]
-    shown = codes[0][::side] + (codes[side // 2][::side] if rows == 2 else [])
-    assert shown == [(str(10 * number), str(10 * number)) for number in range(count)]
-    assert set(codes[side // 2 - 1]) == {("250", "250")}, "the last line of the first row is the lower half"
 
 
 class Person:
@@ -424,14 +361,13 @@ def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
     flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", encoder_folder, "--device", "cpu", "--temperature", "0",
              "--max_new_tokens", "20000", "--max_seq_len", "30000"]  # fmt: skip
     person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color",
-                    XDG_STATE_HOME=str(tmp_path / "state"), COLORTERM="truecolor", NO_COLOR="")  # fmt: skip
+                    XDG_STATE_HOME=str(tmp_path / "state"), NO_COLOR="")  # fmt: skip
     person.reads("[1] chat:")
     person.types("1\n")
     person.reads("sft_vlm_32 on cpu")
     person.reads(">\x1b[0m ")
     person.types("/im\tre\t\n")
-    person.reads("▀")
-    person.reads("picture 1 for the next question: red.png")
+    person.reads("image 1 for the next question: red.png")
     person.types("What is this?\n")
     person.reads("What is this?\r\n", more=100)
     person.types("\x03")
@@ -445,14 +381,12 @@ def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
     person.reads("changes that)\x1b[0m\r\n")
     assert (again := person.reads("\r\n")) and said.startswith(again)
     person.reads(">\x1b[0m ")
-    for typed, answer in (("", "Ctrl-D or /exit leaves"), ("half a line", "\r\n"), ("half a line", "\r\n"), ("", "Ctrl-D or /exit leaves")):
-        if typed:
-            person.types(typed)
-            person.reads(typed)
-        time.sleep(1)  # a signal between readline's last key and its wait for the next would be answered with that one only
-        person.types("\x03")
-        assert "leaves" not in person.reads(answer)
-        person.reads(">\x1b[0m ")
+    person.types("half a line")
+    person.reads("half a line")
+    time.sleep(1)  # a signal between readline's last key and its wait for the next would be answered with that one only
+    person.types("\x03")
+    person.reads("(Ctrl-D or /exit leaves)")
+    person.reads(">\x1b[0m ")
     person.types("/exit\n")
     assert person.process.wait(timeout=60) == 0
     os.close(person.screen)

@@ -3,7 +3,7 @@
 Legend: B prompts of a batch, T tokens, P placeholders of an image.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from model.conversation import Rendered, Renderer, Turn
 from model.device import bf16_is_fast, usable_device
 from model.errors import UsageError
-from model.inference.generation import Prompt, Sampling, generate_batch
+from model.inference.generation import Features, Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder, pack_vision_encoder
 from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
@@ -46,23 +46,20 @@ class Assistant:
         return encode_images(self.vision_encoder, normalize(torch.stack(pixels).to(self.model.device)))
 
     def generate(self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling) -> list[str]:
-        """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all images in reading order; one
-        that stands there several times is encoded once, and what conversations share up to their last image is read
-        once."""
-        unique = list({id(image): image for image in pixels}.values())
-        number = {id(image): place for place, image in enumerate(unique)}
-        numbers = iter([number[id(image)] for image in pixels])
-        prompts = []
+        """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all images in reading order; one that
+        stands there several times is encoded once, and what conversations share up to their last image is read once."""
+        number = {image: place for place, image in enumerate(dict.fromkeys(pixels))}
+        numbers, prompts = iter([number[image] for image in pixels]), []
         for turns in conversations:
             rendered = self.renderer.render_prompt(turns)
             prompts.append(self.prompt(rendered, [next(numbers) for _ in rendered.image_starts]))
-        return self.answer(prompts, self.encode(unique) if unique else [], sampling)
+        return self.answer(prompts, self.encode(list(number)) if number else [], sampling)
 
     def prompt(self, rendered: Rendered, images: Sequence[int]) -> Prompt:
         """A rendered conversation whose images have these numbers."""
         return Prompt(rendered.ids, rendered.image_starts, tuple(images), self.model.config.image_tokens)
 
-    def answer(self, prompts: list[Prompt], features: Mapping[int, torch.Tensor] | Sequence[torch.Tensor], sampling: Sampling) -> list[str]:
+    def answer(self, prompts: list[Prompt], features: Features, sampling: Sampling) -> list[str]:
         """Answers to B prompts; `features` gives the patch vectors [P, W] of an image by its number."""
         return [self.text(ids) for ids in generate_batch(self.decoder, prompts, features, sampling, self.renderer.im_end)]
 

@@ -14,16 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Cache
 
 from model.model_vlm import MiniMindVLM
 
-from .packed import PackedDecoder
+from .packed import KeyValueCache, PackedDecoder
 
 CHUNK = 2048  # tokens of a prompt read at once
-SHRINK = 0.75  # a batch is copied without its finished rows when no more than this share goes on
-LIKELY = 64  # tokens among which top-p looks first
-
+SHRINK = 0.75  # a batch is copied without its finished rows when no more than this fraction continues
 
 Features = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]  # patch vectors [P, W] by number of the image
 
@@ -77,19 +74,12 @@ class Chooser:
         if 0 < s.top_k < scores.shape[-1]:
             least = scores.topk(s.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < least, -torch.inf)
-        return self._keep_likeliest(scores) if s.top_p < 1 else scores
-
-    def _keep_likeliest(self, scores: torch.Tensor) -> torch.Tensor:
-        """Top-p: the fewest tokens that together have the probability `top_p`, the others at -inf."""
-        total = scores.logsumexp(-1, keepdim=True)
-        for count in (LIKELY, scores.shape[-1]):  # a few nearly always suffice, and sorting all takes long
-            ordered, order = scores.topk(min(count, scores.shape[-1]))
-            shares = (ordered - total).exp()
-            before = shares.cumsum(-1) - shares
-            if (before[:, -1] >= self.sampling.top_p).all():
-                break
-        ordered = ordered.masked_fill(before >= self.sampling.top_p, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter(-1, order, ordered)
+        if s.top_p < 1:  # keeps the fewest tokens that together have this probability
+            ordered, order = scores.sort(descending=True)
+            probabilities = ordered.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities
+            scores = torch.empty_like(scores).scatter(-1, order, ordered.masked_fill(before >= s.top_p, -torch.inf))
+        return scores
 
     def __call__(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """The next tokens, int64 [B]."""
@@ -127,13 +117,12 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 class Memory:
     """What a decoder has read: a cache of one row, and the key of what it was computed from."""
 
-    cache: Cache
+    cache: KeyValueCache
     key: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def keep(self, count: int) -> None:
-        """Forgets all but the first `count` positions, and what an interrupted step left in some layers."""
-        for layer in self.cache.layers:
-            layer.crop(min(0, count - layer.get_seq_length()))
+        """Forgets all but the first `count` positions."""
+        self.cache.length = count
         self.key = self.key[:count]
 
 
@@ -201,7 +190,7 @@ def generate_stream(
 
 def read_prompts(
     decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features
-) -> tuple[torch.Tensor, Cache, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, KeyValueCache, torch.Tensor, torch.Tensor]:
     """Reads B prompts: logits [B, V], the cache, which of its K places hold a token of a row (bool [B, K]), and the
     rows' lengths int64 [B].
 
@@ -217,7 +206,7 @@ def read_prompts(
         first = [rows.index(number) for number in range(len(groups))]
         decoder(embed(model, [prompts[i] for i in first], [(0, shared[i]) for i in first], features), cache)
         if rows != list(range(len(prompts))):
-            cache.batch_select_indices(torch.tensor(rows, device=device))
+            cache.select(torch.tensor(rows, device=device))
     begins, lengths = torch.tensor(shared, device=device), torch.tensor([len(p.ids) for p in prompts], device=device)
     rest = lengths - begins
     x = embed(model, prompts, [(end, len(p.ids)) for p, end in zip(prompts, shared, strict=True)], features)
@@ -251,13 +240,13 @@ def generate_batch(
             break
         if sum(going) < SHRINK * len(going):
             kept = torch.tensor([place for place, on in enumerate(going) if on], device=logits.device)
-            cache.batch_select_indices(kept)
+            cache.select(kept)
             tokens, held, lengths = tokens[kept], held[kept], lengths[kept]
             seen = None if seen is None else seen[kept]
             rows, going = [rows[place] for place in kept.tolist()], [True] * len(kept)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        K = cache.get_seq_length() + 1
+        K = cache.length + 1
         logits = decoder(decoder.model.embed(tokens[:, None]), cache, held[:, None, None, :K], lengths[:, None])
         lengths = lengths + 1
     return answers

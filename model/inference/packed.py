@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, CLIPVisionModel
-from transformers.cache_utils import DynamicLayer
+from transformers import CLIPVisionModel
 
 from model.layers import RMSNorm, causal_attention, rope_tables
 from model.model_minimind import FeedForward, MiniMindForCausalLM
@@ -61,30 +60,34 @@ def pack_vision_encoder(encoder: CLIPVisionModel) -> CLIPVisionModel:
     return packed
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer of transformers' cache that writes into memory with room to grow, where DynamicLayer copies everything
-    for every token. `keys` and `values` are views of what is filled."""
+class KeyValueCache:
+    """Keys and values of the first `length` positions, in memory with room to grow; transformers' cache copies everything
+    for every token. Positions that a step did not finish are written again: `length` grows when a step ends."""
 
     ROOM = 256  # tokens
-    room: tuple[torch.Tensor, torch.Tensor] | None = None  # [B, G, capacity, d] each: keys, values
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As transformers': keeps [B, G, T, d] more, returns all [B, G, K, d]."""
-        B, G, T, d = key_states.shape
-        start = self.keys.shape[2] if self.is_initialized else 0
-        # Keys that lie elsewhere were selected or reordered by a method of transformers.
-        if start == 0 or start + T > self.room[0].shape[2] or self.keys.data_ptr() != self.room[0].data_ptr():
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.room = key_states.new_empty(2, B, G, start + T + self.ROOM, d).unbind()
-            if start:
-                self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
-        keys, values = self.room
-        keys.narrow(2, start, T).copy_(key_states)
-        values.narrow(2, start, T).copy_(value_states)
-        self.keys, self.values = keys.narrow(2, 0, start + T), values.narrow(2, 0, start + T)
-        return self.keys, self.values
+    def __init__(self, layers: int):
+        self.length = 0
+        self.keys: list[torch.Tensor | None] = [None] * layers  # [B, G, capacity, d] each
+        self.values: list[torch.Tensor | None] = [None] * layers
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes [B, G, T, d] after the first `length` positions of a layer; returns all [B, G, K, d]."""
+        B, G, T, d = k.shape
+        end = self.length + T
+        if self.keys[layer] is None or end > self.keys[layer].shape[2]:
+            for held in (self.keys, self.values):
+                larger = k.new_empty(B, G, end + self.ROOM, d)
+                if self.length:
+                    larger[:, :, : self.length] = held[layer][:, :, : self.length]
+                held[layer] = larger
+        self.keys[layer].narrow(2, self.length, T).copy_(k)
+        self.values[layer].narrow(2, self.length, T).copy_(v)
+        return self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps the rows int64 [B'], in this order; a row may come several times."""
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
 
 
 def pack_norm(norm: RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -95,8 +98,8 @@ def pack_norm(norm: RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: F.layer_norm(torch.cat((x, -x), dim=-1), (2 * D,), weight, None, eps)[..., :D].contiguous()
 
 
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` in fewer calls, with the first half of `sin` negated."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_rope` in three calls instead of seven, with the first half of `sin` negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -158,12 +161,12 @@ class PackedBlock:
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.mlp = PackedExperts(block.mlp) if block.use_moe else PackedFeedForward(block.mlp)
 
-    def __call__(self, x: torch.Tensor, B: int, rope, cache: Cache, mask, last: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, B: int, rope, cache: KeyValueCache, mask, last: torch.Tensor | None) -> torch.Tensor:
         """x [B * T, D] -> [B * T, D]; or [B, D] at the places `last` int64 [B], when nobody reads the others."""
         heads = self.qkv(self.norms[0](x)).view(B, len(x) // B, -1, self.head_dim).transpose(1, 2)
-        turned = turn(heads[:, : -self.kv_heads], *rope)
-        q = turned[:, : -self.kv_heads]
-        k, v = cache.update(turned[:, -self.kv_heads :], heads[:, -self.kv_heads :], self.layer)
+        rotated = rotate(heads[:, : -self.kv_heads], *rope)
+        q = rotated[:, : -self.kv_heads]
+        k, v = cache.append(self.layer, rotated[:, -self.kv_heads :], heads[:, -self.kv_heads :])
         if last is not None:
             rows = torch.arange(B, device=x.device)
             q, x = q[rows, :, last].unsqueeze(2), x.view(B, -1, x.shape[-1])[rows, last]
@@ -180,30 +183,14 @@ class PackedDecoder:
         self.model = model
         self.blocks = [PackedBlock(block) for block in model.model.layers]
         self.norm, self.head = pack_norm(model.model.norm), pack_linear(model.lm_head)
-        self.rope = (torch.empty(0, device=model.device),) * 2
-        self.reserve(1)
 
-    def new_cache(self) -> Cache:
+    def new_cache(self) -> KeyValueCache:
         """An empty cache."""
-        return Cache(layers=[GrowingLayer() for _ in self.blocks])
-
-    def rope_at(self, positions: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin: [T, d] of a slice, [B, 1, T, d] of positions int64 [B, T]."""
-        if isinstance(positions, slice):
-            return self.rope[0][positions], self.rope[1][positions]
-        return self.rope[0][positions].unsqueeze(1), self.rope[1][positions].unsqueeze(1)
-
-    def reserve(self, count: int) -> None:
-        """Rotary tables for positions below `count`, as `turn` wants them."""
-        if count > len(self.rope[0]):
-            positions = torch.arange(max(count, 2 * len(self.rope[0])), device=self.rope[0].device)
-            cos, sin = rope_tables(self.model.config, positions)
-            first, second = sin.chunk(2, dim=-1)
-            self.rope = cos, torch.cat((-first, second), dim=-1)
+        return KeyValueCache(len(self.blocks))
 
     def __call__(
-        self, x: torch.Tensor, cache: Cache, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None,
-        last: torch.Tensor | None = None,
+        self, x: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None, last: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Embeddings [B, T, D] after what `cache` holds -> logits [B, V] of each row's last token, or of its token
         `last` int64 [B].
@@ -212,9 +199,12 @@ class PackedDecoder:
         the cache.
         """
         B, T, _ = x.shape
-        start = cache.get_seq_length()
-        self.reserve(start + T)
-        rope = self.rope_at(slice(start, start + T) if positions is None else positions)
+        start = cache.length
+        if positions is None:
+            positions = torch.arange(start, start + T, device=x.device)[None]
+        cos, sin = (table.unsqueeze(1) for table in rope_tables(self.model.config, positions))  # [B or 1, 1, T, d]
+        first, second = sin.chunk(2, dim=-1)
+        rope = cos, torch.cat((-first, second), dim=-1)
         causal = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None] if T > 1 else None
         if mask is None and start:
             mask = causal
@@ -224,4 +214,5 @@ class PackedDecoder:
         for block in self.blocks[:-1]:
             x = block(x, B, rope, cache, mask, None)
         x = self.blocks[-1](x, B, rope, cache, causal if mask is None else mask, last)
+        cache.length += T
         return self.head(self.norm(x))

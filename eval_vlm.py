@@ -96,10 +96,11 @@ def describe_folder(assistant: Assistant, folder: Path, question: str, sampling:
 
 
 def talk(assistant: Assistant, weight_file: Path, args: argparse.Namespace, screen: Screen) -> None:
-    """Folder, video or chat, as the flags or the person say."""
-    mode = args.mode
-    if mode is None:
-        mode = "chat" if sys.stdin.isatty() and (args.video or choose_chat()) else "folder"
+    """Folder, video or chat, as the flags or the user say."""
+    mode = args.mode or "folder"
+    if args.mode is None and sys.stdin.isatty():
+        chosen = args.video or input("[0] describe the images of a folder   [1] chat: ").strip() == "1"
+        mode = "chat" if chosen else "folder"
     if mode == "folder" and not args.video:
         return describe_folder(assistant, Path(args.image_dir), args.prompt or FOLDER_QUESTION, args.sampling, screen)
     chat = TerminalChat(Chat(assistant, args.sampling, args.max_seq_len), screen, args.video_frames)
@@ -108,14 +109,6 @@ def talk(assistant: Assistant, weight_file: Path, args: argparse.Namespace, scre
     if mode == "folder":
         return chat.ask(args.prompt or VIDEO_QUESTION)
     return chat.run(f"{weight_file.stem if args.load_from == 'model' else args.load_from} on {assistant.model.device}")
-
-
-def choose_chat() -> bool:
-    """Whether the person at the terminal wants to chat."""
-    while True:
-        choice = input("[0] describe the images of a folder   [1] chat: ").strip()
-        if choice in ("0", "1"):
-            return choice == "1"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""One conversation with memory: its turns, the images they show, and what the model has read of them. Terminal and page share it.
+"""One conversation with memory: its turns, the images they show, and what the model has read of them. For terminal and page.
 
 Legend: T tokens, P placeholders of an image, W width of the vision encoder.
 """
@@ -76,13 +76,15 @@ class Chat:
         stays in the history. An answer without any text leaves the history as it was, and images waiting.
         Raises UsageError when the question alone is too long.
         """
-        turns, pixels, rendered, dropped = self._make_room([*self.turns, self._turn(question)], [*self.pixels, *self.waiting])
+        turns, pixels = [*self.turns, self._turn(question)], [*self.pixels, *self.waiting]
+        turns, pixels, rendered, dropped = self._make_room(turns, pixels)
         room = self.max_length - len(rendered)
         sampling = replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room))
         said, self.dropped = [], 0
         try:
             prompt, features = self._prompt(rendered, pixels)
-            tokens = generate_stream(self.assistant.decoder, self._memory, prompt, features, sampling, self.assistant.renderer.im_end)
+            stop = self.assistant.renderer.im_end
+            tokens = generate_stream(self.assistant.decoder, self._memory, prompt, features, sampling, stop)
             for piece in self.assistant.pieces(tokens):
                 said.append(piece)
                 yield piece
@@ -123,14 +125,17 @@ class Chat:
         """The longest prompt. As part of a history it leaves room for a whole answer; a single question may leave less."""
         return self.max_length - min(self.sampling.max_new_tokens, self.max_length // (8 if turns == 1 else 2))
 
-    def _make_room(self, turns: list[Turn], pixels: list[torch.Tensor]) -> tuple[list[Turn], list[torch.Tensor], Rendered, int]:
+    def _make_room(
+        self, turns: list[Turn], pixels: list[torch.Tensor]
+    ) -> tuple[list[Turn], list[torch.Tensor], Rendered, int]:
         """The newest exchanges that fit, their images and rendering, and how many others were dropped."""
         dropped = 0
         while len(prompt := self.assistant.renderer.render_prompt(tuple(turns))) > (limit := self._limit(len(turns))):
             if len(turns) == 1:
                 fit = len(pixels) - math.ceil((len(prompt) - limit) / self.assistant.model.config.image_tokens)
                 remedy = f"{len(pixels)} images in it: {fit} would fit" if fit > 0 else "shorten it"
-                raise UsageError(f"the question is too long: {len(prompt)} tokens, more than {limit}; {remedy}, or raise --max_seq_len")
+                raise UsageError(f"the question is too long: {len(prompt)} tokens, more than {limit}; {remedy},"
+                                 " or raise --max_seq_len")  # fmt: skip
             pixels = pixels[turns[0].content.count(IMAGE_PLACEHOLDER) :]
             turns, dropped = turns[2:], dropped + 1  # a question and its answer
         return turns, pixels, prompt, dropped

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TextIO
@@ -39,7 +39,6 @@ COMMANDS = {
 PARAMETERS = {field.name: field.type for field in dataclasses.fields(Sampling)}
 STYLES = {"prompt": "1;36", "note": "2", "error": "31", "title": "1"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-HISTORY_LINES = 1000
 
 
 class Screen:
@@ -77,18 +76,13 @@ class TerminalChat:
             return self.read_lines("")
         self.screen.say(title, "title")
         self.screen.say("/image PATH shows an image, /help lists the commands, /exit leaves.")
-        history = history_file(os.environ)
-        readline = start_readline(history)
+        save_history = start_readline(history_file(os.environ))
         # Readline counts what stands between \001 and \002 as no width.
         prompt = f"\n\001\x1b[{STYLES['prompt']}m\002>\001\x1b[0m\002 " if self.screen.colour else "\n> "
         try:
             self.read_lines(prompt)
         finally:
-            if readline:
-                with suppress(OSError):  # a home that cannot be written: the history is one of this chat only
-                    history.parent.mkdir(parents=True, exist_ok=True)
-                    history.touch(mode=0o600)
-                    readline.write_history_file(history)
+            save_history()
 
     def read_lines(self, prompt: str) -> None:
         """Obeys line after line. Ctrl-C at the prompt begins a new line; without a terminal it ends the chat."""
@@ -161,17 +155,15 @@ class TerminalChat:
         for path in typed_paths(required("/video", argument)):
             room = self.chat.room() - len(self.chat.waiting)
             if room < 1:
-                raise UsageError(f"no room for a video beside the {len(self.chat.waiting)} images that wait:"
-                                 f" /undo takes them back, --max_seq_len {2 * self.chat.max_length} makes room")  # fmt: skip
+                raise UsageError(f"no room for a video beside the {len(self.chat.waiting)} images that wait: /undo takes them back,"
+                                 " a larger --max_seq_len makes room")  # fmt: skip
             frames = read_frames(Path(path).expanduser(), min(self.video_frames, room))
             times = labels(frames)
             for frame, time in zip(frames, times, strict=True):
                 self.chat.add_image(frame.image, time)
             self.queue.append(Shown(path, tuple(times)))
-            self.screen.say(f"{len(frames)} frames for the next question, at {', '.join(times)}: {path}")
-            if room < self.video_frames:
-                self.screen.say(f"({self.video_frames} frames do not fit in {self.chat.max_length} tokens: at most {room};"
-                                f" --max_seq_len {2 * self.chat.max_length} makes room)")  # fmt: skip
+            fit = f" ({self.video_frames} do not fit: a larger --max_seq_len makes room)" if room < self.video_frames else ""
+            self.screen.say(f"{len(frames)} frames for the next question, at {', '.join(times)}: {path}{fit}")
 
     def params(self, argument: str) -> None:
         """Changes how answers are sampled, or shows it."""
@@ -271,24 +263,30 @@ def history_file(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "minimind-v" / "history"
 
 
-def start_readline(history: Path):
-    """The readline module, with the history of earlier chats and completion by Tab; None where a system has none."""
+def start_readline(history: Path) -> Callable[[], None]:
+    """Line editing with the history of earlier chats and completion by Tab. Returns what saves the history."""
     try:
         import readline
-    except ImportError:
-        return None
+    except ImportError:  # not on every system
+        return lambda: None
     with suppress(OSError):
         readline.read_history_file(history)
-    readline.set_history_length(HISTORY_LINES)
+    readline.set_history_length(1000)
     readline.set_completer_delims(" /")  # names are listed, not whole lines
 
     def completer(_text: str, state: int) -> str | None:
         found = complete(readline.get_line_buffer()[: readline.get_endidx()])
         return found[state][readline.get_begidx() :] if state < len(found) else None
 
+    def save() -> None:
+        with suppress(OSError):  # a home that cannot be written: the history is one of this chat only
+            history.parent.mkdir(parents=True, exist_ok=True)
+            history.touch(mode=0o600)
+            readline.write_history_file(history)
+
     readline.set_completer(completer)
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
-    return readline
+    return save
 
 
 def complete(line: str) -> list[str]:
@@ -298,5 +296,6 @@ def complete(line: str) -> list[str]:
         return [f"{name} " for name in COMMANDS if command and name.startswith(command)]
     if command not in ("/image", "/video", "/save"):
         return []
-    paths = sorted(glob.glob(glob.escape(os.path.expanduser(typed)) + "*"))
-    return [f"{command} {typed}{path[len(os.path.expanduser(typed)) :]}{'/' if os.path.isdir(path) else ''}" for path in paths]
+    start = os.path.expanduser(typed)
+    return [f"{command} {typed}{path[len(start) :]}{'/' if os.path.isdir(path) else ''}"
+            for path in sorted(glob.glob(glob.escape(start) + "*"))]  # fmt: skip

@@ -23,7 +23,7 @@ from chat.scoring import Question, answer_in_batches
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
 from model.inference.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
-from model.inference.packed import PackedDecoder, pack_vision_encoder
+from model.inference.packed import PackedDecoder
 from tests.conftest import make_model, make_vision_encoder
 
 P = 196
@@ -177,18 +177,6 @@ def test_bf16_differs_by_rounding_alone(small):
     assert (own.float() - exact).abs().mean() < 1.5 * error + 1e-3
 
 
-def test_a_packed_tower_sees_the_same_and_leaves_its_model_alone():
-    tower, images = make_vision_encoder(), torch.randn(2, 3, 224, 224)
-    attention = tower.config._attn_implementation
-    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
-    packed = pack_vision_encoder(tower)
-    with torch.inference_mode():
-        own, original = packed(images).last_hidden_state, tower(images).last_hidden_state
-    assert torch.allclose(own, original, atol=1e-4) and type(packed.encoder.layers[0].mlp.fc1) is not torch.nn.Linear
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
-    assert tower.config._attn_implementation == attention == "sdpa"
-
-
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,10 +240,10 @@ def assistant(tokenizer):
 
 
 def watch(assistant) -> tuple[Recorder, list[int]]:
-    """Records what a chat's decoder reads, and how many images the tower sees."""
+    """Records what a chat's decoder reads, and how many images the vision encoder sees."""
     assistant.decoder = Recorder(assistant.decoder)
     encoded = []
-    assistant.vision_encoder.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    assistant.model.vision_encoder.register_forward_pre_hook(lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True)
     return assistant.decoder, encoded
 
 

@@ -198,7 +198,7 @@ def test_as_many_frames_as_fit(talk):
     room = talk.chat.chat.room()
     talk("/image red.png")
     said = talk("/video v.mp4")
-    assert f"{room - 1} frames for" in said and f"20 frames do not fit in 2048 tokens: at most {room - 1}; --max_seq_len 4096" in said
+    assert f"{room - 1} frames for" in said and "20 do not fit: a larger --max_seq_len makes room" in said
     assert "no room for a video beside the" in talk("/video v.mp4") and len(talk.chat.chat.waiting) == room
     assert "more than fit" in talk("/image red.png")
     assert "too long" not in talk("What?") or "would fit" in talk("/retry")
@@ -292,15 +292,33 @@ def test_history_lies_in_the_state_folder(monkeypatch):
         assert history_file(environ) == Path("/home/me/.local/state/minimind-v/history")
 
 
-@pytest.mark.parametrize("damage", ["none", "a file above", "a folder in its place"])
-def test_a_history_that_is_not_there_or_cannot_be_read(tmp_path, damage):
-    pytest.importorskip("readline")
-    if damage == "a folder in its place":
-        (tmp_path / "history").mkdir()
-    elif damage == "a file above":
-        (tmp_path / "file").touch()
-    readline = start_readline(tmp_path / ("file/history" if damage == "a file above" else "history"))
-    assert readline.get_current_history_length() == 0
+@pytest.fixture
+def readline():
+    readline = pytest.importorskip("readline")
+    readline.clear_history()
+    yield readline
+    readline.clear_history()
+
+
+def test_history_outlives_a_chat(readline, tmp_path):
+    path = tmp_path / "state" / "history"
+    save = start_readline(path)
+    for line in ("one", "三"):
+        readline.add_history(line)
+    save()
+    readline.clear_history()
+    start_readline(path)
+    assert [readline.get_history_item(number) for number in (1, 2)] == ["one", "三"] and path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["file/history", "folder"])
+def test_a_history_that_cannot_be_written_is_one_of_this_chat_only(readline, tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    save = start_readline(tmp_path / name)
+    readline.add_history("kept for now")
+    save()
+    assert readline.get_history_item(1) == "kept for now"
 
 
 class Tty(io.StringIO):

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from model.conversation import Rendered, Renderer, Turn
 from model.device import bf16_is_fast, usable_device
 from model.errors import UsageError
 from model.inference.generation import Features, Prompt, Sampling, generate_batch
-from model.inference.packed import PackedDecoder, pack_vision_encoder
+from model.inference.packed import PackedDecoder
 from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
-from model.vision import encode_images, normalize
+from model.vision import normalize
 
 
 @dataclass
@@ -29,21 +29,18 @@ class Assistant:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer = field(init=False)
     decoder: PackedDecoder = field(init=False, repr=False)
-    vision_encoder: CLIPVisionModel | None = field(init=False, repr=False)
 
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.model.config.image_tokens)
         self.model.eval()
         self.decoder = PackedDecoder(self.model)
-        encoder = self.model.vision_encoder
-        self.vision_encoder = None if encoder is None else pack_vision_encoder(encoder)
 
     @torch.inference_mode()
     def encode(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         """Patch vectors [N, P, W] of images uint8 [3, 224, 224]; raises UsageError when there is no vision encoder."""
-        if self.vision_encoder is None:
+        if self.model.vision_encoder is None:
             raise UsageError("the model was loaded without a vision encoder and cannot see; give one by --vision_model_path")
-        return encode_images(self.vision_encoder, normalize(torch.stack(pixels).to(self.model.device)))
+        return self.model.encode_images(normalize(torch.stack(pixels).to(self.model.device)))
 
     def generate(self, conversations: list[tuple[Turn, ...]], pixels: list[torch.Tensor], sampling: Sampling) -> list[str]:
         """Answers to B conversations at once. `pixels` are uint8 [3, 224, 224], all images in reading order; one that

@@ -3,8 +3,8 @@
 A prompt is read in chunks into a key/value cache; then each token is chosen from the last logits and fed back. What two
 prompts have in common at their beginning is computed once: across the turns of a chat, and across a batch.
 
-Legend of shapes: B rows, T tokens, K tokens in the cache, N images, P placeholders of an image, W width of the vision encoder,
-V vocabulary.
+Legend of shapes: B rows, T tokens, K tokens in the cache, P placeholders of an image, W width of the vision encoder, V
+vocabulary.
 """
 
 import math

@@ -5,21 +5,18 @@ memory: projections that read the same input are one product, and on a CPU their
 which `F.linear` would make anew at every call. The model that is packed keeps its own weights and stays as it was.
 
 Legend of shapes: B rows, T tokens of this call, K tokens in the cache with these, D hidden size, H query heads,
-G key/value heads, d size of a head, N images, P placeholders of an image, W width of the vision encoder.
+G key/value heads, d size of a head, V vocabulary.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionModel
 
-from model.layers import RMSNorm, causal_attention, rope_tables
+from model.layers import RMSNorm, rope_tables
 from model.model_minimind import FeedForward, MiniMindForCausalLM
 from model.moe import MOEFeedForward
-from model.vision import attend_by_products
 
 
 def pack_linear(*linears: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -39,25 +36,6 @@ def pack_linear(*linears: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: F.linear(x, weight, bias)
     packed, product = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise.default
     return lambda x: product(x, packed, bias, "none", [], "")
-
-
-class PackedLinear(nn.Module):
-    """The same as a module."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.forward = pack_linear(linear)
-
-
-def pack_vision_encoder(encoder: CLIPVisionModel) -> CLIPVisionModel:
-    """A vision encoder of the same weights whose linear layers are packed; gives the same patch vectors, faster on a CPU."""
-    packed = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
-    attend_by_products(packed)
-    for module in list(packed.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child))
-    return packed
 
 
 class KeyValueCache:
@@ -103,21 +81,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """q [B, H, T, d] over k, v [B, G, K, d] -> [B, H, T, d]. `mask` bool [B or 1, 1, T, K], True where to look; without
-    one, a single token looks at everything and several at what stands before them (K = T).
-
-    The H/G query heads of a key head stand side by side as queries of their own: nothing is repeated.
-    """
-    B, H, T, d = q.shape
-    if mask is None and T > 1:
-        return causal_attention(q, k, v)
-    G = k.shape[1]
-    if mask is not None and T > 1:
-        mask = mask.repeat(1, 1, H // G, 1)
-    return F.scaled_dot_product_attention(q.reshape(B, G, H // G * T, d), k, v, attn_mask=mask).view(B, H, T, d)
-
-
 class PackedFeedForward:
     """SwiGLU in two products."""
 
@@ -161,17 +124,14 @@ class PackedBlock:
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.mlp = PackedExperts(block.mlp) if block.use_moe else PackedFeedForward(block.mlp)
 
-    def __call__(self, x: torch.Tensor, B: int, rope, cache: KeyValueCache, mask, last: torch.Tensor | None) -> torch.Tensor:
-        """x [B * T, D] -> [B * T, D]; or [B, D] at the places `last` int64 [B], when nobody reads the others."""
-        heads = self.qkv(self.norms[0](x)).view(B, len(x) // B, -1, self.head_dim).transpose(1, 2)
+    def __call__(self, x: torch.Tensor, B: int, rope, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
+        """x [B * T, D] -> [B * T, D]; `mask` bool [B or 1, 1, T, K], or None where every token sees all before it."""
+        heads = self.qkv(self.norms[0](x)).view(B, len(x) // B, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 G, T, d]
         rotated = rotate(heads[:, : -self.kv_heads], *rope)
         q = rotated[:, : -self.kv_heads]
         k, v = cache.append(self.layer, rotated[:, -self.kv_heads :], heads[:, -self.kv_heads :])
-        if last is not None:
-            rows = torch.arange(B, device=x.device)
-            q, x = q[rows, :, last].unsqueeze(2), x.view(B, -1, x.shape[-1])[rows, last]
-            mask = mask.expand(B, -1, -1, -1)[rows, :, last].unsqueeze(2)
-        attended = cached_attention(q, k, v, mask)
+        causal = mask is None and q.shape[2] > 1
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
         return x + self.mlp(self.norms[1](x))
 
@@ -195,24 +155,21 @@ class PackedDecoder:
         """Embeddings [B, T, D] after what `cache` holds -> logits [B, V] of each row's last token, or of its token
         `last` int64 [B].
 
-        `mask` bool [B or 1, 1, T, K] as in `cached_attention`; `positions` int64 [B, T], by default those that follow
-        the cache.
+        `mask` bool [B or 1, 1, T, K], True where to look, by default at all positions up to a token's own; `positions`
+        int64 [B, T], by default those that follow the cache.
         """
-        B, T, _ = x.shape
+        B, T, D = x.shape
         start = cache.length
         if positions is None:
             positions = torch.arange(start, start + T, device=x.device)[None]
+        if mask is None and start and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None]
         cos, sin = (table.unsqueeze(1) for table in rope_tables(self.model.config, positions))  # [B or 1, 1, T, d]
         first, second = sin.chunk(2, dim=-1)
         rope = cos, torch.cat((-first, second), dim=-1)
-        causal = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None] if T > 1 else None
-        if mask is None and start:
-            mask = causal
-        if last is None and T > 1:
-            last = torch.full((B,), T - 1, device=x.device)
         x = x.flatten(0, 1)
-        for block in self.blocks[:-1]:
-            x = block(x, B, rope, cache, mask, None)
-        x = self.blocks[-1](x, B, rope, cache, causal if mask is None else mask, last)
+        for block in self.blocks:
+            x = block(x, B, rope, cache, mask)
         cache.length += T
-        return self.head(self.norm(x))
+        x = x.view(B, T, D)
+        return self.head(self.norm(x[:, -1] if last is None else x[torch.arange(B, device=x.device), last]))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layers import RMSNorm, rope_tables
+from model.layers import rope_tables
 from model.model_minimind import FeedForward, MiniMindForCausalLM
 from model.moe import MOEFeedForward
 
@@ -68,14 +68,6 @@ class KeyValueCache:
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
 
 
-def pack_norm(norm: RMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function [..., D] -> [..., D]: x beside -x has mean 0 and the mean square of x, so its LayerNorm, which is one
-    kernel, is the RMSNorm of x, which is eight. Rounds once where the module rounds twice."""
-    D, eps = len(norm.weight), norm.eps
-    weight = torch.cat((norm.weight, norm.weight)).detach()
-    return lambda x: F.layer_norm(torch.cat((x, -x), dim=-1), (2 * D,), weight, None, eps)[..., :D].contiguous()
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`apply_rope` in three calls instead of seven, with the first half of `sin` negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -118,7 +110,7 @@ class PackedBlock:
     def __init__(self, block: nn.Module):
         attention = block.self_attn
         self.layer, self.head_dim = attention.layer_idx, attention.head_dim
-        self.norms = pack_norm(block.input_layernorm), pack_norm(block.post_attention_layernorm)
+        self.norms = block.input_layernorm, block.post_attention_layernorm
         self.qkv = pack_linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = pack_linear(attention.o_proj)
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
@@ -142,7 +134,7 @@ class PackedDecoder:
     def __init__(self, model: MiniMindForCausalLM):
         self.model = model
         self.blocks = [PackedBlock(block) for block in model.model.layers]
-        self.norm, self.head = pack_norm(model.model.norm), pack_linear(model.lm_head)
+        self.norm, self.head = model.model.norm, pack_linear(model.lm_head)
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache."""

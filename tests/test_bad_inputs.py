@@ -9,12 +9,11 @@ import zlib
 
 import numpy as np
 import pytest
-from chat.console import Screen
 from PIL import Image, PngImagePlugin
 
 from chat.chat import Chat
 from chat.scoring import ScoreJob, score
-from chat.terminal import TerminalChat
+from chat.terminal import Screen, TerminalChat
 from chat.video import read_frames
 from dataset import convert, validate
 from dataset.images import open_images

@@ -62,7 +62,7 @@ class Chooser:
 
     def scores(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """logits [B, V] after penalty, temperature, top-k and top-p, in fp32; `seen` bool [B, V] are the tokens that
-        stand in a row already. -inf where a token cannot be chosen."""
+        a row has already. -inf where a token cannot be chosen."""
         scores, s = logits.float(), self.sampling
         if s.repetition_penalty != 1.0 and seen is not None:
             # Divided or multiplied by sign: dividing a negative logit would make its token likelier.
@@ -168,7 +168,7 @@ def generate_stream(
     when the iterator is closed or an exception ends it.
     """
     model, key = decoder.model, prompt.key()
-    memory.keep(min(common_prefix(memory.key, key), len(key) - 1))  # the last one is read anew, for its logits
+    memory.keep(min(common_prefix(memory.key, key), len(key) - 1))  # the last one is read again, for its logits
     logits = None
     for part in embed(model, [prompt], [(len(memory.key), len(key))], features).split(chunk, dim=1):
         logits = decoder(part, memory.cache)
@@ -194,8 +194,8 @@ def read_prompts(
     """Reads B prompts: logits [B, V], the cache, which of its K places hold a token of a row (bool [B, K]), and the
     rows' lengths int64 [B].
 
-    What stands before and in the images is read once for all prompts that share it, and their rows are copies. Both
-    that and the rest are padded on the right, where causal attention needs no mask to ignore it.
+    The text up to the last image's end is read once for all prompts that share it, and their rows are copies. Both that
+    and the rest are padded on the right; `mask` hides the padding between the two from all that follows.
     """
     model, device = decoder.model, decoder.model.device
     shared = [min(p.image_starts[-1] + p.image_tokens, len(p.ids) - 1) if p.image_starts else 0 for p in prompts]
@@ -223,13 +223,13 @@ def generate_batch(
 ) -> list[list[int]]:
     """The tokens that follow each of B prompts, up to `stop` or `max_new_tokens`: the same as one by one.
 
-    A prompt that stands there several times gets as many samples. Rows that have ended leave the batch.
+    A prompt that is given several times gets as many samples. Rows that have ended leave the batch.
     """
     logits, cache, held, lengths = read_prompts(decoder, prompts, features)
     chooser, seen = Chooser(sampling, logits.device), tokens_seen(prompts, sampling, decoder.model)
     held = F.pad(held, (0, sampling.max_new_tokens), value=True)
     answers: list[list[int]] = [[] for _ in prompts]
-    rows, going = list(range(len(prompts))), [True] * len(prompts)  # whose row it is, and whether it goes on
+    rows, going = list(range(len(prompts))), [True] * len(prompts)  # whose answer a row is, and whether it continues
     for number in range(1, sampling.max_new_tokens + 1):
         tokens = chooser(logits, seen)
         for place, token in enumerate(tokens.tolist()):

@@ -46,26 +46,25 @@ class KeyValueCache:
 
     def __init__(self, layers: int):
         self.length = 0
-        self.keys: list[torch.Tensor | None] = [None] * layers  # [B, G, capacity, d] each
-        self.values: list[torch.Tensor | None] = [None] * layers
+        self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers  # [B, G, capacity, d] each
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes [B, G, T, d] after the first `length` positions of a layer; returns all [B, G, K, d]."""
         B, G, T, d = k.shape
-        end = self.length + T
-        if self.keys[layer] is None or end > self.keys[layer].shape[2]:
-            for held in (self.keys, self.values):
-                larger = k.new_empty(B, G, end + self.ROOM, d)
-                if self.length:
-                    larger[:, :, : self.length] = held[layer][:, :, : self.length]
-                held[layer] = larger
-        self.keys[layer].narrow(2, self.length, T).copy_(k)
-        self.values[layer].narrow(2, self.length, T).copy_(v)
-        return self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
+        held, start, end = self.layers[layer], self.length, self.length + T
+        if held is None or end > held[0].shape[2]:
+            larger = k.new_empty(2, B, G, end + self.ROOM, d).unbind()
+            if start:
+                larger[0][:, :, :start], larger[1][:, :, :start] = held[0][:, :, :start], held[1][:, :, :start]
+            self.layers[layer] = held = larger
+        keys, values = held
+        keys.narrow(2, start, T).copy_(k)
+        values.narrow(2, start, T).copy_(v)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the rows int64 [B'], in this order; a row may come several times."""
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

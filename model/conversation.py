@@ -1,16 +1,18 @@
-"""A conversation as tokens: checked, rendered to ids, labels and places of pictures. Training, evaluation, the demo and
-the processor share it.
+"""A conversation as tokens: checked, and rendered to ids, labels and image positions. Training, answers and the
+processor for transformers share it.
 
-Legend: T tokens, P placeholders of a picture (196). The layout is ChatML:
+Legend: T tokens, P placeholder tokens of an image (196). The layout is ChatML:
 
     <|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n
     <|im_start|>user\\nWhat is this? @@@...@<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n          <- "A cat.<|im_end|>\\n" carries the loss, nothing else
+
+A user's <image> becomes P times the token "@". Its embedding is never used: the model replaces it by a patch vector.
 """
 
 import re
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ from .errors import SampleError, UsageError, check_fetched, first_line
 from .model_minimind import IGNORE_INDEX
 
 IMAGE_PLACEHOLDER = "<image>"
-TYPED_PLACEHOLDER = "<\u200bimage>"  # a zero-width space keeps a typed mark from asking for a picture that is not there
+TYPED_PLACEHOLDER = "<\u200bimage>"  # of somebody who typed it: with a zero-width space it is text
 DEFAULT_SYSTEM = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
 
@@ -39,7 +41,7 @@ DEFAULT_TURN = Turn("system", DEFAULT_SYSTEM)
 
 
 class Conversation(Protocol):
-    """What is rendered: turns, and "file:line" for errors."""
+    """What is rendered: turns, and "file:line" for messages."""
 
     turns: tuple[Turn, ...]
     where: str
@@ -63,7 +65,7 @@ def parse_turns(conversations: Any, where: str = "") -> tuple[Turn, ...]:
         if role == "system" and number > 1:
             raise SampleError(f"turn {number} is a system turn; only the first may be", where)
         if role != "user" and IMAGE_PLACEHOLDER in content:
-            raise SampleError(f"turn {number} has an {IMAGE_PLACEHOLDER} mark; only a user's turn shows pictures", where)
+            raise SampleError(f"turn {number} has an {IMAGE_PLACEHOLDER} placeholder; only a user's turn shows images", where)
         turns.append(Turn(role, content))
     return tuple(turns)
 
@@ -79,8 +81,8 @@ def is_text(content: str) -> bool:
 
 @dataclass(frozen=True)
 class Rendered:
-    """ids int64 [T]; labels int64 [T], equal to the ids where there is loss and -100 elsewhere; for each picture the
-    index of its first placeholder."""
+    """ids int64 [T]; labels int64 [T], equal to the ids of supervised tokens and -100 elsewhere; for each image the index
+    of its first placeholder token."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -90,58 +92,40 @@ class Rendered:
         return len(self.ids)
 
 
-@dataclass
 class Renderer:
-    """Turns conversations into ids, with the tokenizer's special tokens placed by this code alone.
+    """Turns conversations into ids, with the special tokens placed by this code alone.
 
-    Text is text: "<|im_end|>" or "@" in somebody's message become ordinary tokens, never a boundary or a picture.
+    Text is text: "<|im_end|>" or "@" in somebody's message become ordinary tokens, never a boundary or an image.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    image_tokens: int = 196
-    image_token: str = "@"
-    _backend: Tokenizer = field(init=False, repr=False)
-    _run: int = field(init=False, repr=False)  # placeholders that stand for a picture while text is tokenized
-
-    def __post_init__(self):
-        # A copy of our own, in which special tokens inside text are split like any other text.
-        self._backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, image_token: str = "@"):
+        self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token
+        # A copy of its own, in which special tokens inside text are split like any other text.
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
-        ids = [self.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", self.image_token)]
-        if None in ids or self.tokenizer.unk_token_id in ids:
-            raise ValueError(f"the tokenizer lacks one of <|im_start|>, <|im_end|>, {self.image_token!r}")
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", image_token)]
+        if None in ids or tokenizer.unk_token_id in ids:
+            raise ValueError(f"the tokenizer lacks one of <|im_start|>, <|im_end|>, {image_token!r}")
         self.im_start, self.im_end, self.image_token_id = ids
-        # No longer token contains a placeholder: then its neighbours are cut the same whether one stands there or 196,
-        # and tokenizing one is several times faster.
-        alone = [token for token in self._backend.get_vocab() if self.image_token in token] == [self.image_token]
-        self._run = 1 if alone else self.image_tokens
-        self._newline, self._header, self._system = (
-            self._backend.encode(text, add_special_tokens=False).ids
-            for text in ("\n", "assistant\n", f"system\n{DEFAULT_SYSTEM}")
-        )
+        self._newline, self._header = (self._encode(text)[0] for text in ("\n", "assistant\n"))
 
     def render(self, sample: Conversation, max_length: int | None = None) -> Rendered:
         """The whole conversation, cut to `max_length` tokens at the end.
 
-        Raises SampleError when the cut would touch a picture or leave nothing to learn.
+        Raises SampleError when the cut would touch an image or leave no supervised token.
         """
         rendered = self.render_turns(sample.turns, sample.where)
         if max_length is not None and len(rendered) > max_length:
             starts = rendered.image_starts
             if starts and starts[-1] + self.image_tokens > max_length:
-                raise SampleError(
-                    f"{len(starts)} pictures of {self.image_tokens} tokens do not fit in {max_length} tokens (the last"
-                    f" ends at {starts[-1] + self.image_tokens}); raise --max_seq_len",
-                    sample.where,
-                )
+                raise SampleError(f"{len(starts)} images of {self.image_tokens} tokens do not fit in {max_length} tokens (the last"
+                                  f" ends at {starts[-1] + self.image_tokens}); raise --max_seq_len", sample.where)  # fmt: skip
             rendered = Rendered(rendered.ids[:max_length], rendered.labels[:max_length], starts)
         # The first token is never predicted, so a label there would teach nothing.
         if not (rendered.labels[1:] != IGNORE_INDEX).any():
-            raise SampleError(
-                f"no token of an answer is left within {max_length} tokens; raise --max_seq_len", sample.where
-            )
+            raise SampleError(f"no token of an answer is left within {max_length} tokens; raise --max_seq_len", sample.where)
         return rendered
 
     def render_prompt(self, turns: tuple[Turn, ...], continue_last: bool = False) -> Rendered:
@@ -155,8 +139,8 @@ class Renderer:
         return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
 
     def render_text(self, text: str) -> Rendered:
-        """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> mark is a
-        picture, and the ids of written-out turns are those of the turns."""
+        """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> is an image,
+        and the ids of written-out turns are those of the turns."""
         special, ids, starts, before = self.tokenizer.get_added_vocab(), [], [], None
         for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
             if piece in special:
@@ -179,46 +163,39 @@ class Renderer:
         labels: list[int] = []
         starts: list[int] = []
         for turn in turns:
-            header_and_content, answer_from = f"{turn.role}\n{turn.content}", None
             if turn.role == "assistant":
                 # Header and answer are tokenized apart, as at inference, where the header ends the prompt.
-                turn_ids, answer_from = self._header + self._encode(turn.content)[0], len(self._header)
-            elif turn == DEFAULT_TURN:
-                turn_ids = self._system
+                turn_ids = [self.im_start, *self._header, *self._encode(turn.content)[0], self.im_end, *self._newline]
+                unsupervised = 1 + len(self._header)
             else:
-                turn_ids, turn_starts = self._encode(header_and_content, turn.role == "user", where)
+                text_ids, turn_starts = self._encode(f"{turn.role}\n{turn.content}", turn.role == "user", where)
                 starts += [len(ids) + 1 + start for start in turn_starts]
-            turn_ids = [self.im_start, *turn_ids, self.im_end, *self._newline]
+                turn_ids = [self.im_start, *text_ids, self.im_end, *self._newline]
+                unsupervised = len(turn_ids)
             ids += turn_ids
-            if answer_from is None:
-                labels += [IGNORE_INDEX] * len(turn_ids)
-            else:
-                labels += [IGNORE_INDEX] * (answer_from + 1) + turn_ids[answer_from + 1 :]
+            labels += [IGNORE_INDEX] * unsupervised + turn_ids[unsupervised:]
         return Rendered(np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64), tuple(starts))
 
     def _encode(self, text: str, show_images: bool = False, where: str = "") -> tuple[list[int], list[int]]:
-        """ids of `text` with every <image> mark as P placeholders, and the index of each run's first token.
+        """ids of `text` with every <image> as P placeholder tokens, and the index of each run's first token.
 
         The text is tokenized with the placeholders in place, as the published code does, and the runs are found by
-        their character offsets: a literal "@" beside a mark moves nothing.
+        their character offsets: a literal "@" next to an <image> moves nothing.
         """
         if not show_images or IMAGE_PLACEHOLDER not in text:
             return self._backend.encode(text, add_special_tokens=False).ids, []
-        parts = text.split(IMAGE_PLACEHOLDER)
-        encoding = self._backend.encode((self.image_token * self._run).join(parts), add_special_tokens=False)
-        begins = [begin for begin, _ in encoding.offsets]
-        ids, starts, at, done = [], [], 0, 0
+        parts, P = text.split(IMAGE_PLACEHOLDER), self.image_tokens
+        encoding = self._backend.encode((self.image_token * P).join(parts), add_special_tokens=False)
+        begins = [begin for begin, _ in encoding.offsets]  # the first character of each token
+        starts, at = [], 0
         for part in parts[:-1]:
-            at += len(part)
-            first = bisect_left(begins, at)
-            span = encoding.ids[first : first + self._run]
-            if span != [self.image_token_id] * self._run or begins[first] != at:
-                raise SampleError(f"the tokenizer does not keep {self.image_tokens} {self.image_token!r} apart", where)
-            ids += encoding.ids[done:first]
-            starts.append(len(ids))
-            ids += [self.image_token_id] * self.image_tokens
-            at, done = at + self._run, first + self._run
-        return ids + encoding.ids[done:], starts
+            at += len(part)  # the first character of the run
+            start = bisect_left(begins, at)
+            if encoding.ids[start : start + P] != [self.image_token_id] * P or begins[start] != at:
+                raise SampleError(f"the tokenizer does not keep {P} {self.image_token!r} apart", where)
+            starts.append(start)
+            at += P
+        return encoding.ids, starts
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -28,12 +28,10 @@ IGNORE_INDEX = -100  # the label of a token without loss, as F.cross_entropy has
 
 
 class MiniMindConfig(PretrainedConfig):
-    """Configuration of the decoder; the defaults are the published 26M model.
+    """Configuration of the decoder; the defaults are the published 26M model. Raises ValueError for impossible sizes.
 
-    `rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}` turns YaRN on.
-    transformers keeps both it and `rope_theta` in `rope_parameters`.
-
-    Raises ValueError for sizes that cannot work together.
+    `rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}` turns YaRN on;
+    transformers keeps it, with `rope_theta`, in `rope_parameters`.
     """
 
     model_type = "minimind"
@@ -116,13 +114,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states, rope, attention_mask=None, past_key_values=None) -> torch.Tensor:
         """hidden_states [B, T, D] -> [B, T, D]; `rope` is cos and sin, [1 or B, 1, T, d] each.
 
         `attention_mask` [B, 1, T, K] is True where attention may look; None stands for plain causal attention, or for
@@ -187,8 +179,8 @@ class MiniMindBlock(GradientCheckpointingLayer):
 
 @dataclass
 class MiniMindModelOutput(ModelOutput):
-    """Hidden states [B, T, D] after the final norm, the cache, the sum of the routers' auxiliary losses, and if asked
-    for the input of every block with the final hidden states behind them."""
+    """Hidden states [B, T, D] after the final norm; the cache; if asked for, the input of every block and the final
+    hidden states; the sum of the routers' auxiliary losses."""
 
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
@@ -254,10 +246,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and past_key_values is None:
+        if (self.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         T = inputs_embeds.shape[1]
@@ -281,12 +272,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
         hidden_states = self.norm(hidden_states)
-        return MiniMindModelOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=(*inputs, hidden_states) if output_hidden_states else None,
-            aux_loss=torch.stack(aux_losses).sum() if aux_losses else None,
-        )
+        all_states = (*inputs, hidden_states) if output_hidden_states else None
+        return MiniMindModelOutput(hidden_states, past_key_values, all_states, sum(aux_losses) if aux_losses else None)
 
 
 def find_loss_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -338,10 +325,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions: no layer keeps them; model.inference.attention_map computes attention")
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
-            token_mask,
-        )  # fmt: skip
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                             output_hidden_states, token_mask)  # fmt: skip
         hidden_states, loss = outputs.last_hidden_state, None
         if labels is not None and labels.shape != hidden_states.shape[:2]:
             raise ValueError(f"labels {tuple(labels.shape)}, but tokens {tuple(hidden_states.shape[:2])}")
@@ -359,7 +344,5 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             count = max(1, len(loss_positions)) if num_items_in_batch is None else num_items_in_batch
             targets = labels.flatten()[loss_positions + 1]
             loss = F.cross_entropy(predictions.float(), targets, reduction="sum") / count
-        return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=outputs.aux_loss, logits=logits, past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )  # fmt: skip
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=outputs.aux_loss, logits=logits,
+                                         past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)

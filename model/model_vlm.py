@@ -1,13 +1,14 @@
 """The vision-language model: patch vectors take the places of image placeholders, the rest is the decoder.
 
     input_ids [B, T] -> token embeddings [B, T, D] ----------------------+
-    pixel_values -> vision encoder [N, P, W] -> projector [N, P, D] -----+-> splice [B, T, D] -> decoder -> logits [B, T, V]
+    pixel_values -> vision encoder [N, P, W] -> projector [N, P, D] -----+-> splice [B, T, D] -> decoder -> logits
 
-Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, P = 196 patches of an image,
-W width of the vision encoder, D of the decoder, V vocabulary.
+Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, P patches of an image (196),
+W width of the vision encoder, D of the decoder.
 Source: LLaVA (Liu et al., arXiv 2304.08485): a frozen encoder, one projector, a language model.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -49,17 +50,11 @@ def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tok
 
     For callers that know ids only. The renderer records positions itself, so that no user's text can pass for an image.
     """
-    positions = []
-    for row, ids in enumerate((input_ids == image_token_id).tolist()):
-        run = 0  # placeholders in a row, up to this column
-        for column, is_placeholder in enumerate(ids):
-            run = run + 1 if is_placeholder else 0
-            if run == image_tokens:
-                end = row * input_ids.shape[1] + column + 1
-                positions.append(torch.arange(end - image_tokens, end))
-                run = 0
-    flat = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    return flat.to(input_ids.device)
+    run, T = re.compile(b"\x01" * image_tokens), input_ids.shape[1]
+    rows = (input_ids == image_token_id).to(torch.uint8).tolist()
+    starts = [row * T + match.start() for row, ids in enumerate(rows) for match in run.finditer(bytes(ids))]
+    starts = torch.tensor(starts, dtype=torch.int64, device=input_ids.device)
+    return (starts.unsqueeze(1) + torch.arange(image_tokens, device=input_ids.device)).flatten()
 
 
 def splice_image_features(

@@ -39,7 +39,7 @@ class MoEGate(nn.Module):
         return topk_idx.view(B * T, -1), topk_weight.view(B * T, -1), aux_loss
 
     def _balance(self, scores: torch.Tensor, topk_idx: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-        """Sum over experts of (share of tokens sent there) * E/k * (mean score): equations 12-14 of the paper.
+        """Sum over experts of (fraction of tokens sent there) * E/k * (mean score): equations 12-14 of the paper.
 
         1.0 when the load is even. Taken per sequence and averaged (`seq_aux`), or once over all tokens.
         """
@@ -97,7 +97,7 @@ class MOEFeedForward(nn.Module):
         return torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
 
     def run_grouped(self, grouped: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """The same as one product over all experts, which leaves the counts on the device."""
+        """The same as one grouped product over all experts, which leaves the counts on the device."""
         ends = counts.cumsum(0).to(torch.int32)
 
         def product(x: torch.Tensor, name: str) -> torch.Tensor:

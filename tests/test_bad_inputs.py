@@ -74,7 +74,7 @@ LINES = {
     "no picture for the mark": (json.dumps({"conversations": turns()}), "1 <image> placeholders .* but 0 images"),
     "two marks, one picture": (json.dumps(row(question="<image><image>")), "2 <image> placeholders .* but 1 images"),
     "a picture without a mark": (json.dumps(row(question="a")), "0 <image> placeholders .* but 1 images"),
-    "mark in an answer": (json.dumps({"conversations": turns("a", "<image>")}), "only a user's turn shows pictures"),
+    "mark in an answer": (json.dumps({"conversations": turns("a", "<image>")}), "only a user's turn shows images"),
     "image a number": (json.dumps(row(image=5)), "'image' must be a file name"),
     "image an object": (json.dumps(row(image={"a": 1})), "'image' must be a file name"),
     "image a list of numbers": (json.dumps(row(image=[1])), "'image' must be a file name"),

@@ -56,12 +56,12 @@ def test_prompt_and_training_rows_share_their_beginning(renderer):
 
 @given(texts=st.lists(st.text(alphabet="@ a<>|\n!你é\u200d🙂", max_size=12), min_size=2, max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_pictures_are_where_the_renderer_put_them(texts):
-    """Whatever stands around the marks, a literal "@" included, each picture has its own 196 placeholders."""
+def test_images_are_where_the_renderer_put_them(texts):
+    """Whatever stands around the placeholders, a literal "@" included, each image has its own 196 tokens."""
     renderer = _shared_renderer()
     content = IMAGE_PLACEHOLDER.join(texts)
     if content.count(IMAGE_PLACEHOLDER) != len(texts) - 1:
-        return  # the texts spelled a mark of their own
+        return  # the texts spelled a placeholder of their own
     rendered = renderer.render(sample(content, "yes @", images=len(texts) - 1))
     assert len(rendered.image_starts) == len(texts) - 1
     covered = np.zeros(len(rendered), dtype=bool)
@@ -120,7 +120,7 @@ def test_several_turns_and_system(renderer):
     assert supervised_text(renderer, renderer.render(Sample(turns))) == "first<|im_end|>\nsecond<|im_end|>\n"
 
 
-def test_truncation_cuts_answers_but_no_picture(renderer):
+def test_truncation_cuts_answers_but_no_image(renderer):
     whole = sample(f"{IMAGE_PLACEHOLDER}What?", "one two three four five six seven eight", images=1)
     full = renderer.render(whole)
     for length in range(1, len(full) + 3):
@@ -149,7 +149,7 @@ def test_truncation_cuts_answers_but_no_picture(renderer):
         ({"conversations": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"conversations": [{"role": "system", "content": "x"}]}, "no assistant turn"),
         ({"conversations": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}, "turn 2 is a system"),
-        ({"conversations": [{"role": "assistant", "content": "see <image>"}]}, "only a user's turn shows pictures"),
+        ({"conversations": [{"role": "assistant", "content": "see <image>"}]}, "only a user's turn shows images"),
         ({"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}, "1 <image> placeholders .* 0 images"),
         ({"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}], "image": "a, b"}, "1 <image> placeholders .* 2 images"),
         ({"conversations": [{"role": "assistant", "content": "x"}], "image": 3}, "'image' must be"),
@@ -162,7 +162,7 @@ def test_bad_samples_are_told_what_is_wrong_and_where(row, message):
         parse_sample(row, "data.jsonl:7")
 
 
-def test_pictures_as_text_or_list():
+def test_images_as_text_or_list():
     turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "x"}]
     for image in ("a.jpg, b.jpg", "a.jpg,b.jpg", ["a.jpg", "b.jpg"]):
         assert parse_sample({"conversations": turns, "image": image}).images == ("a.jpg", "b.jpg")

@@ -1021,7 +1021,7 @@ def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     lengths = [len(renderer.render(parse_sample(own))) for own in rows if own.get("image", "").count(",") == 0]
     too_many = len(rows) - len(lengths)  # two pictures do not fit
     for expected in ("26 samples", "2 x image ... is not in", f"{path}:25: image 'missing.png'", "1 x not json",
-                     f"{too_many + (rows[0].get('image', '').count(',') == 1)} x N pictures of N tokens do not fit in N tokens",
+                     f"{too_many + (rows[0].get('image', '').count(',') == 1)} x N images of N tokens do not fit in N tokens",
                      f"longest {max(lengths)}", f"cuts {sum(length > 240 for length in lengths)} of them",
                      "an epoch: 26 samples, 7 updates of 4\n  to read: ", f" with 1 process; to train at 1 tokens/s: {np.mean(lengths) * 26 / 60:.1f} minutes"):  # fmt: skip
         assert expected in said["1"], said["1"]

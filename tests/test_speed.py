@@ -18,7 +18,6 @@ from dataset.features import CacheKey, FeatureCache
 from dataset.images import FolderImages
 from dataset.jsonl import JsonlSamples
 from dataset.vlm_dataset import VLMDataset, collate
-from model.conversation import Renderer, Turn
 from model.errors import DataError
 from model.layers import causal_attention
 from model.model_minimind import FeedForward, MiniMindConfig, find_loss_positions
@@ -336,15 +335,3 @@ def test_training_continues_when_the_cache_cannot_be_written(data, encoder_folde
     trainer.train_epochs(2, StopRequest())
     assert trainer.state.update == 22
     assert capsys.readouterr().err.count("keeps no more") == 1
-
-
-# --- the loader -------------------------------------------------------------------------------------------------------
-
-
-def test_one_placeholder_tokenized_stands_for_all(tokenizer):
-    short, long = Renderer(tokenizer), Renderer(tokenizer)
-    assert short._run == 1
-    long._run = 196
-    for text in ("<image>", "a@<image>@@ b", "<image><image>\n?", "!<image>!<image>?", "@@<image>é 你<image>\t@ <image>"):
-        a, b = (renderer.render_prompt((Turn("user", text),)) for renderer in (short, long))
-        assert a.ids.tolist() == b.ids.tolist() and a.image_starts == b.image_starts

@@ -3,9 +3,9 @@
     python -m model.convert out/sft_vlm_512.pth minimind-v                  # a folder for transformers, PEFT, the hub
     python -m model.convert minimind-v out/mine_512.pth                     # and weights for training and eval_vlm.py
 
-Reads   weights with the sidecar beside them, or a folder, also one that the original project published
+Reads   weights with the sidecar next to them, or a folder, also one that the original project published
 Writes  the folder: model.safetensors, config.json, tokenizer, processor, generation_config.json, sidecar.json (fingerprints
-        and training record), and the vision tower in vision_model/ (--vision_model_path none leaves it out); or weights
+        and training record), and the vision encoder in vision_model/ (--vision_model_path none leaves it out); or weights
         and sidecar. What exists already is not replaced. Nothing of a folder is ever executed.
 """
 

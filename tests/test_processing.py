@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 P = 196
 RED, BLUE = Image.new("RGB", (60, 40), "red"), Image.new("RGB", (30, 50), "blue")
 CONVERSATIONS = {
-    "a picture": [{"role": "user", "content": "<image>\nWhat is it?"}],
+    "an image": [{"role": "user", "content": "<image>\nWhat is it?"}],
     "several turns": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "<image>a<image>"},
                       {"role": "assistant", "content": "\n so"}, {"role": "user", "content": "@<image>@\n 也好🙂"}],
     "text alone": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "and?"}],
@@ -57,7 +57,7 @@ def turns_of(messages: list) -> tuple[Turn, ...]:
     return tuple(Turn(**message) for message in messages)
 
 
-def pictures_for(messages: list) -> list:
+def images_for(messages: list) -> list:
     return [RED, BLUE, RED][: sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)]
 
 
@@ -67,7 +67,7 @@ def positions(rendered) -> list[int]:
 
 @pytest.mark.parametrize("messages", [*CONVERSATIONS.values(), SPECIAL], ids=[*CONVERSATIONS, "special tokens are text"])
 def test_a_conversation_has_the_renderers_ids_and_positions(processor, renderer, messages):
-    images = pictures_for(messages)
+    images = images_for(messages)
     batch = processor.apply_chat_template(messages, images=images, add_generation_prompt=True, tokenize=True, return_dict=True)
     expected = renderer.render_prompt(turns_of(messages))
     assert batch.input_ids.tolist() == [expected.ids.tolist()] and batch.attention_mask.all()
@@ -84,14 +84,14 @@ def test_a_conversation_has_the_renderers_ids_and_positions(processor, renderer,
 def test_written_out_it_is_the_chat_template_and_has_the_same_ids(processor, tokenizer, messages, add_generation_prompt):
     text = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    images = pictures_for(messages)
+    images = images_for(messages)
     direct = processor.apply_chat_template(messages, images=images, add_generation_prompt=add_generation_prompt,
                                            tokenize=True, return_dict=True)  # fmt: skip
     written = processor(images=images or None, text=text)
     assert list(direct) == list(written) and all(torch.equal(direct[name], written[name]) for name in direct)
 
 
-def test_parts_are_texts_and_pictures_of_every_kind(processor, tmp_path):
+def test_parts_are_texts_and_images_of_every_kind(processor, tmp_path):
     BLUE.save(tmp_path / "blue.png")
     parts = [{"type": "image", "image": RED}, {"type": "image", "path": str(tmp_path / "blue.png")}, {"type": "text", "text": "Both?"},
              {"type": "image"}, {"type": "image", "image": np.asarray(RED)}]  # fmt: skip
@@ -103,7 +103,7 @@ def test_parts_are_texts_and_pictures_of_every_kind(processor, tmp_path):
     assert "pixel_values" not in processor.apply_chat_template(typed, tokenize=True, return_dict=True)
 
 
-def test_a_last_turn_may_be_gone_on_with(processor, renderer):
+def test_a_last_turn_may_be_continued(processor, renderer):
     messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two"}]
     ids = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)[0].tolist()
     prompt = renderer.render_prompt(turns_of(messages[:1])).ids.tolist()
@@ -111,9 +111,9 @@ def test_a_last_turn_may_be_gone_on_with(processor, renderer):
     assert processor.apply_chat_template(messages, continue_final_message=True).endswith("assistant\none two")
 
 
-def test_assistant_masks_are_where_training_has_loss(processor, renderer):
+def test_assistant_masks_are_the_supervised_tokens_of_training(processor, renderer):
     rows = [{"conversations": [*messages, {"role": "assistant", "content": "A cat."}]} for messages in CONVERSATIONS.values()]
-    images = [pictures_for(row["conversations"]) for row in rows]
+    images = [images_for(row["conversations"]) for row in rows]
     batch = processor.apply_chat_template([row["conversations"] for row in rows], images=images, tokenize=True, return_dict=True,
                                           return_assistant_tokens_mask=True, padding_side="right")  # fmt: skip
     for row, some, ids, mask in zip(rows, images, batch.input_ids, batch.assistant_masks, strict=True):
@@ -125,7 +125,7 @@ def test_assistant_masks_are_where_training_has_loss(processor, renderer):
 
 def test_generate_takes_what_the_processor_gives_alone_and_in_batches(processor, model):
     conversations = [*CONVERSATIONS.values(), SPECIAL]
-    images = [pictures_for(messages) for messages in conversations]
+    images = [images_for(messages) for messages in conversations]
     chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     greedy = {"max_new_tokens": 5, "do_sample": False}
     batch = processor.apply_chat_template(conversations, images=images, **chat)
@@ -162,20 +162,20 @@ def test_a_processor_survives_saving(processor, tmp_path):
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [(lambda p: p(images=[RED], text="none"), "0 <image> marks, but 1 pictures"),
-     (lambda p: p(text="<image>"), "1 <image> marks, but 0 pictures"),
-     (lambda p: p(images=[[RED], [RED]], text=["<image><image>", "none"]), r"\[2, 0\] <image> marks, but \[1, 1\] pictures"),
+    [(lambda p: p(images=[RED], text="none"), "0 <image> placeholders, but 1 images"),
+     (lambda p: p(text="<image>"), "1 <image> placeholders, but 0 images"),
+     (lambda p: p(images=[[RED], [RED]], text=["<image><image>", "none"]), r"\[2, 0\] <image> placeholders, but \[1, 1\] images"),
      (lambda p: p(images=[RED]), "text is missing"),
-     (lambda p: p(images=[3], text="<image>"), "a picture is a PIL picture"),
+     (lambda p: p(images=[3], text="<image>"), "an image is a PIL image"),
      (lambda p: p(text="a", return_tensors="np"), "only PyTorch tensors"),
      (lambda p: p(text=["a", "b c d e"], padding=False), "need padding"),
      (lambda p: p(text="a b c d e f", padding="max_length", max_length=2), "none is cut"),
      (lambda p: p.apply_chat_template([{"role": "tool", "content": "x"}]), "role 'tool'"),
      (lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}]), "'audio'"),
-     (lambda p: p.apply_chat_template([{"role": "user", "content": "<image>"}], tokenize=True), "wait for a picture"),
+     (lambda p: p.apply_chat_template([{"role": "user", "content": "<image>"}], tokenize=True), "wait for an image"),
      (lambda p: p.apply_chat_template(SPECIAL, tools=[{}]), "tools: conversations"),
      (lambda p: p.apply_chat_template(SPECIAL, add_generation_prompt=True, continue_final_message=True), "not both"),
-     (lambda p: type(p.image_processor)(image_mean=[0.5, 0.5, 0.5]), "as the tower was trained")],
+     (lambda p: type(p.image_processor)(image_mean=[0.5, 0.5, 0.5]), "as the vision encoder was trained")],
 )  # fmt: skip
 def test_mistakes_are_named(processor, call, message):
     with pytest.raises(ValueError, match=message):
@@ -243,11 +243,11 @@ def test_lora_trains_whole_modules_beside_it(folder, processor, tmp_path, settin
 
 
 def test_the_model_takes_what_the_processor_gives_with_labels_and_in_the_order_of_the_decoder(processor, model):
-    batch = processor.apply_chat_template(CONVERSATIONS["a picture"], images=[RED], tokenize=True, return_dict=True)
+    batch = processor.apply_chat_template(CONVERSATIONS["an image"], images=[RED], tokenize=True, return_dict=True)
     with torch.no_grad():
         expected = model(**batch).logits
         assert torch.equal(model(**batch, labels=batch["input_ids"]).logits, expected)
-        pictures = {name: batch[name] for name in ("pixel_values", "image_positions")}
-        assert torch.equal(model(batch["input_ids"], batch["attention_mask"], **pictures).logits, expected)
+        images = {name: batch[name] for name in ("pixel_values", "image_positions")}
+        assert torch.equal(model(batch["input_ids"], batch["attention_mask"], **images).logits, expected)
         with pytest.raises(ValueError, match="position_ids"):
             model(batch["input_ids"], None, batch["pixel_values"])

@@ -1,6 +1,6 @@
-"""Pictures and text to model inputs, as transformers' processors do it, by the renderer and the pixels of training.
+"""Images and text to model inputs, as transformers' processors do it, with the renderer and the pixels of training.
 
-Legend: B rows of a batch, T tokens, N pictures of the whole batch in reading order, P placeholders of a picture.
+Legend: B rows of a batch, T tokens, N images of the whole batch in reading order, P placeholder tokens of an image.
 """
 
 from pathlib import Path
@@ -25,11 +25,11 @@ from model.conversation import (
 from model.model_minimind import IGNORE_INDEX
 from model.vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
 
-SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's picture, as transformers and OpenAI have them
+SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's image, of transformers and OpenAI
 
 
 def open_image(source: Any) -> Image.Image:
-    """A PIL picture, uint8 array [H, W, 3], path, URL or base64 text as a PIL picture. Raises ValueError for others."""
+    """A PIL image, uint8 array [H, W, 3], path, URL or base64 text as a PIL image. Raises ValueError for others."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3:
@@ -38,13 +38,13 @@ def open_image(source: Any) -> Image.Image:
         return Image.open(source)
     if isinstance(source, str):
         return load_image(source)
-    raise ValueError(f"a picture is a PIL picture, an uint8 array [H, W, 3], a path or a URL, not {type(source).__name__}")
+    raise ValueError(f"an image is a PIL image, a uint8 array [H, W, 3], a path or a URL, not {type(source).__name__}")
 
 
 class MiniMindVImageProcessor(BaseImageProcessor):
-    """Pictures as CLIP was trained on them; see `preprocess` and `normalize` of vision.py.
+    """Images as CLIP was trained on them; see `preprocess` and `normalize` of vision.py.
 
-    Its settings are fixed and written out for other programs. Raises ValueError for others.
+    The settings are fixed, and written out for other programs. Raises ValueError for others.
     """
 
     model_input_names = ["pixel_values"]
@@ -53,11 +53,11 @@ class MiniMindVImageProcessor(BaseImageProcessor):
         fixed = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
         for name, value in fixed.items():
             if kwargs.setdefault(name, value) != value:
-                raise ValueError(f"{name} {kwargs[name]}: pictures are prepared with {value}, as the tower was trained")
+                raise ValueError(f"{name} {kwargs[name]}: images are prepared with {value}, as the vision encoder was trained")
         super().__init__(**kwargs)
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """One picture or a list of them, as `open_image` takes them -> float `pixel_values` [N, 3, 224, 224]."""
+        """One image or a list of them, as `open_image` takes them -> float `pixel_values` [N, 3, 224, 224]."""
         images = images if isinstance(images, list | tuple) else [images]
         pixels = torch.stack([preprocess(open_image(image)) for image in images])
         return BatchFeature({"pixel_values": normalize(pixels)}, tensor_type=return_tensors)
@@ -79,10 +79,10 @@ def pad_batch(rows: list[Rendered], image_tokens: int, pad_id: int, side: str, T
 
 
 def flatten_message(message: Any) -> tuple[Any, list]:
-    """A message with its content as one text, and its pictures in reading order; None for one that is given apart.
+    """A message with its content as one text, and its images in reading order; None for one that is given apart.
 
-    In a text an <image> is a mark. In a list of parts pictures are parts, so an <image> in a text part is text; a newline
-    stands between a picture and what is beside it, as in the training data. Raises ValueError for parts of other kinds.
+    In a text an <image> is a placeholder. In a list of parts images are parts, so an <image> in a text part is text; a
+    newline stands between an image and what is next to it, as in the training data. Raises ValueError for other parts.
     """
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list | tuple):
@@ -103,19 +103,19 @@ def flatten_message(message: Any) -> tuple[Any, list]:
 
 
 def flatten_images(images: Any) -> list:
-    """Nothing, a picture, a list of them, or lists in a list, as one list."""
+    """Nothing, an image, a list of them, or lists in a list, as one list."""
     if images is None:
         return []
     return [one for some in images for one in flatten_images(some)] if isinstance(images, list | tuple) else [images]
 
 
 class MiniMindVProcessor(ProcessorMixin):
-    """Tokenizer and image processor in one: `processor(images, text)` for texts with <image> marks,
+    """Tokenizer and image processor in one: `processor(images, text)` for texts with <image> placeholders,
     `processor.apply_chat_template(messages, tokenize=True, return_dict=True)` for conversations.
 
-    Both give `input_ids`, `attention_mask` and, with pictures, `pixel_values` and `image_positions`, as PyTorch tensors,
-    which `generate` and `forward` take as they are. Conversations become the very ids of training, by the renderer, for
-    which text is text: "<|im_end|>" or "@" in somebody's message is no boundary and no picture.
+    Both give `input_ids`, `attention_mask` and, with images, `pixel_values` and `image_positions`, as PyTorch tensors,
+    which `generate` and `forward` take as they are. Conversations become the ids of training, by its renderer, for which
+    text is text: "<|im_end|>" or "@" in somebody's message is no boundary and no image.
 
     Options of both: `padding` True, or "max_length" to fill up to `max_length`; `padding_side` "left", where prompts want
     it, or "right". Nothing is ever cut.
@@ -133,18 +133,18 @@ class MiniMindVProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, **kwargs)
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **options) -> BatchFeature:
-        """B texts and their pictures, in one flat list or a list for each text. Special tokens that stand in a text are
-        special, as everywhere in transformers.
+        """B texts and their images, in one flat list or a list for each text. Special tokens in a text are special, as
+        everywhere in transformers.
 
-        Raises ValueError when marks and pictures do not match, with both counts.
+        Raises ValueError when placeholders and images do not match, with both counts.
         """
         texts = [text] if isinstance(text, str) else text
         if not texts or not all(isinstance(one, str) for one in texts):
-            raise ValueError("text is missing: a text, or a list of them, with an <image> mark for each picture")
+            raise ValueError("text is missing: a text, or a list of them, with an <image> placeholder for each image")
         if isinstance(images, list | tuple) and any(isinstance(some, list | tuple) for some in images):
             marks, given = [one.count(IMAGE_PLACEHOLDER) for one in texts], [len(flatten_images(some)) for some in images]
             if marks != given:
-                raise ValueError(f"the texts have {marks} {IMAGE_PLACEHOLDER} marks, but {given} pictures")
+                raise ValueError(f"the texts have {marks} {IMAGE_PLACEHOLDER} placeholders, but {given} images")
         batch = self._batch([self.renderer.render_text(one) for one in texts], flatten_images(images), **options)
         del batch["labels"]
         return batch
@@ -156,13 +156,13 @@ class MiniMindVProcessor(ProcessorMixin):
     ) -> str | list[str] | torch.Tensor | BatchFeature:  # fmt: skip
         """One conversation or a list of them as text, or with `tokenize` as ids, with `return_dict` as model inputs.
 
-        A message's content is a text with <image> marks, or a list of parts; pictures come with the parts, and those of
-        marks and of parts without one from `images`, in reading order. `return_assistant_tokens_mask` adds
-        `assistant_masks` [B, T], 1 where training has loss.
-        Raises ValueError for messages the model does not know, and when pictures and marks do not match.
+        A message's content is a text with <image> placeholders, or a list of parts; images come with the parts, and those
+        of placeholders and of parts without one from `images`, in reading order. `return_assistant_tokens_mask` adds
+        `assistant_masks` [B, T], 1 for the supervised tokens of training.
+        Raises ValueError for messages the model does not know, and when images and placeholders do not match.
         """
         if add_generation_prompt and continue_final_message:
-            raise ValueError("add_generation_prompt begins an answer, continue_final_message goes on with one: not both")
+            raise ValueError("add_generation_prompt begins an answer, continue_final_message continues one: not both")
         if unknown := [name for name in ("chat_template", "tools", "documents") if options.pop(name, None) is not None]:
             raise ValueError(f"{', '.join(unknown)}: conversations with this model have the one layout it was trained with")
         many = isinstance(conversation[0], list | tuple)
@@ -171,12 +171,12 @@ class MiniMindVProcessor(ProcessorMixin):
         if not tokenize:
             texts = [write_out(one, add_generation_prompt, continue_final_message) for one in turns]
             return texts if many else texts[0]
-        shown, given = [picture for one in flat for _, pictures in one for picture in pictures], flatten_images(images)
-        waiting = sum(picture is None for picture in shown)
+        shown, given = [image for one in flat for _, some in one for image in some], flatten_images(images)
+        waiting = sum(image is None for image in shown)
         if waiting != len(given):
-            raise ValueError(f"{waiting} {IMAGE_PLACEHOLDER} marks and parts wait for a picture from images=, which has {len(given)}")
+            raise ValueError(f"{waiting} {IMAGE_PLACEHOLDER} placeholders and parts wait for an image from images=, which has {len(given)}")
         given = iter(given)
-        shown = [next(given) if picture is None else picture for picture in shown]
+        shown = [next(given) if image is None else image for image in shown]
         if add_generation_prompt or continue_final_message:
             rows = [self.renderer.render_prompt(one, continue_final_message) for one in turns]
         else:
@@ -194,7 +194,7 @@ class MiniMindVProcessor(ProcessorMixin):
         """Model inputs, labels included."""
         marks, longest = sum(len(row.image_starts) for row in rows), max(map(len, rows))
         if marks != len(images):
-            raise ValueError(f"{marks} {IMAGE_PLACEHOLDER} marks, but {len(images)} pictures")
+            raise ValueError(f"{marks} {IMAGE_PLACEHOLDER} placeholders, but {len(images)} images")
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors {return_tensors!r}: only PyTorch tensors ('pt') are made")
         if padding == "max_length" and (max_length is None or max_length < longest):

@@ -1,10 +1,10 @@
-"""Train the demo's frozen vision tower: a tiny CLIP on pictures drawn here, with captions written here.
+"""Train the demo's frozen vision encoder: a tiny CLIP on images drawn here, with captions written here.
 
     python -m model.recipes.train_tiny_clip                       # about 50 minutes on two cores; writes the folder below
     python -m model.recipes.train_tiny_clip --steps 20 --save_dir /tmp/t  # a quick look
 
 Reads nothing. Writes `model/vision_model/tiny-clip/`: config.json, model.safetensors (fp16, vision half only),
-preprocessor_config.json. The pictures are one flat shape on a pale background; a caption names its size, colour, shape
+preprocessor_config.json. The images are one flat shape on a pale background; a caption names its size, colour, shape
 and place. The objective is CLIP's symmetric InfoNCE (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
 Three choices keep an hour on two cores enough:
@@ -13,7 +13,7 @@ Three choices keep an hour on two cores enough:
 - A batch draws from few colours and places, so its captions differ mostly in shape and size. Colour is learned in
   minutes; a patch is 16 pixels wide and shape needs the pressure.
 - For the first nine tenths only some patches are encoded (FLIP, arXiv 2212.00794): those under the shape first,
-  then random ones. The last tenth sees whole pictures.
+  then random ones. The last tenth sees whole images.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
-from model.vision import save_vision_encoder
+from model.vision import normalize, preprocess, save_vision_encoder
 
 FOLDER = Path(__file__).resolve().parents[1] / "vision_model" / "tiny-clip"
 SHAPES = ("circle", "triangle", "rectangle", "diamond", "star", "cross", "ring", "crescent")
@@ -41,7 +41,7 @@ COLOURS = {
     "gray": (128, 128, 128), "teal": (0, 128, 128), "brown": (165, 42, 42), "orange": (255, 140, 0),
     "purple": (128, 0, 128), "pink": (255, 105, 180), "white": (255, 255, 255),
 }  # fmt: skip
-SIZES = {"small": (0.14, 0.24), "medium": (0.26, 0.38), "large": (0.40, 0.56)}  # side as a share of the picture
+SIZES = {"small": (0.14, 0.24), "medium": (0.26, 0.38), "large": (0.40, 0.56)}  # side as a fraction of the image
 PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right"))
 TEMPLATES = (
     "a {size} {colour} {shape} at the {place}",
@@ -58,7 +58,7 @@ CONTEXT = 16  # words in the longest caption, <end> included, rounded up
 
 @dataclass(frozen=True)
 class Scene:
-    """What a drawn picture shows, and so what its caption says."""
+    """What a drawn image shows, and so what its caption says."""
 
     size: str
     colour: str
@@ -94,7 +94,7 @@ def _polygon(shape: str, x0: float, y0: float, w: float, h: float) -> list[tuple
 def draw(scene: Scene, rng: random.Random, size: int = 224) -> tuple[Image.Image, tuple[float, float, float, float]]:
     """Draws `scene` with random position inside its place, colour jitter, background and resolution.
 
-    Returns the RGB picture of `size` x `size` pixels and the shape's box (x0, y0, x1, y1) as shares of the side.
+    Returns the RGB image of `size` x `size` pixels and the shape's box (x0, y0, x1, y1) as fractions of the side.
     """
     canvas = rng.choice((48, 64, 64, 96, 128, 224))
     oversample = rng.choice((1, 1, 2))  # 1 leaves jagged edges, 2 smooths them
@@ -109,13 +109,13 @@ def draw(scene: Scene, rng: random.Random, size: int = 224) -> tuple[Image.Image
     elif scene.shape == "triangle":
         h *= rng.uniform(0.8, 1.0)
     row, column = divmod(PLACES.index(scene.place), 3)
-    # The middle of the shape lies in its ninth of the picture; the shape itself is kept whole.
+    # The middle of the shape lies in its ninth of the image; the shape itself is kept whole.
     cx = min(max((column + rng.random()) / 3, w / 2), 1 - w / 2)
     cy = min(max((row + rng.random()) / 3, h / 2), 1 - h / 2)
     x0, y0 = cx - w / 2, cy - h / 2
 
-    picture = Image.new("RGB", (side, side), background)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), background)
+    pen = ImageDraw.Draw(image)
     box = (x0 * side, y0 * side, (x0 + w) * side, (y0 + h) * side)
     if scene.shape in ("circle", "ring", "crescent"):
         pen.ellipse(box, fill=colour)
@@ -126,10 +126,10 @@ def draw(scene: Scene, rng: random.Random, size: int = 224) -> tuple[Image.Image
     else:
         pen.polygon(_polygon(scene.shape, box[0], box[1], w * side, h * side), fill=colour)
     if oversample > 1:
-        picture = picture.resize((canvas, canvas), Image.Resampling.BOX)
+        image = image.resize((canvas, canvas), Image.Resampling.BOX)
     if canvas != size:
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    return picture, (x0, y0, x0 + w, y0 + h)
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return image, (x0, y0, x0 + w, y0 + h)
 
 
 def tokenize(captions: list[str]) -> torch.Tensor:
@@ -158,9 +158,9 @@ class DrawnBatches(Dataset):
         else:
             colours, places = set(rng.sample(sorted(COLOURS), 4)), set(rng.sample(PLACES, 3))
             pool = [scene for scene in ALL_SCENES if scene.colour in colours and scene.place in places]
-        scenes = rng.sample(pool, self.batch_size)  # all different: every caption has one right picture
+        scenes = rng.sample(pool, self.batch_size)  # all different: every caption has one right image
         drawn = [draw(scene, rng) for scene in scenes]
-        pixels = torch.stack([_to_tensor(picture) for picture, _ in drawn])
+        pixels = torch.stack([preprocess(image) for image, _ in drawn])
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         priority = torch.rand(self.batch_size, 14, 14, generator=generator)
         for grid, (_, (x0, y0, x1, y1)) in zip(priority, drawn, strict=True):
@@ -169,12 +169,8 @@ class DrawnBatches(Dataset):
         return pixels, words, priority.flatten(1)
 
 
-def _to_tensor(picture: Image.Image) -> torch.Tensor:
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1)
-
-
 class TinyCLIP(nn.Module):
-    """Two towers and a temperature; `forward` returns unit vectors for pictures and for captions."""
+    """Vision encoder, text encoder and a temperature; each encoder gives unit vectors of 128."""
 
     def __init__(self):
         super().__init__()
@@ -190,15 +186,11 @@ class TinyCLIP(nn.Module):
         self.vision_projection = nn.Linear(192, 128, bias=False)
         self.text_projection = nn.Linear(128, 128, bias=False)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255  # CLIP's own pixel statistics
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
-        self.register_buffer("mean", mean.view(3, 1, 1))
-        self.register_buffer("std", std.view(3, 1, 1))
 
     def encode_images(self, pixels: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """uint8 pixels [B, 3, 224, 224] -> unit vectors [B, 128]; `keep` [B, K] names the patches to encode."""
         vision = getattr(self.vision, "vision_model", self.vision)
-        tokens = vision.embeddings((pixels - self.mean) / self.std)  # [B, 197, 192]
+        tokens = vision.embeddings(normalize(pixels))  # [B, 197, 192]
         if keep is not None:
             index = torch.cat([keep.new_zeros(len(keep), 1), keep + 1], dim=1)  # the class token always stays
             tokens = tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -210,23 +202,23 @@ class TinyCLIP(nn.Module):
         return F.normalize(self.text_projection(self.text(words).pooler_output).float(), dim=-1)
 
 
-def contrastive_loss(pictures: torch.Tensor, captions: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(images: torch.Tensor, captions: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Symmetric InfoNCE over a batch of unit vectors [B, D]: row i of one belongs to row i of the other."""
-    logits = scale * pictures @ captions.T
+    logits = scale * images @ captions.T
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 @torch.no_grad()
 def zero_shot(model: TinyCLIP, count: int = 2048, seed: int = 10**6) -> dict[str, float]:
-    """Share of fresh drawn pictures whose best caption of all 2,592 names each attribute rightly."""
+    """Fraction of newly drawn images whose best caption of all 2,592 names each attribute rightly."""
     model.eval()
     captions = model.encode_captions(tokenize([scene.caption(TEMPLATES[0]) for scene in ALL_SCENES]))
     rng = random.Random(seed)
     right = dict.fromkeys(("size", "colour", "shape", "place"), 0)
     for start in range(0, count, 128):
         scenes = [rng.choice(ALL_SCENES) for _ in range(min(128, count - start))]
-        pixels = torch.stack([_to_tensor(draw(scene, rng)[0]) for scene in scenes])
+        pixels = torch.stack([preprocess(draw(scene, rng)[0]) for scene in scenes])
         best = (model.encode_images(pixels) @ captions.T).argmax(1).tolist()
         for scene, guess in zip(scenes, best, strict=True):
             for name in right:
@@ -254,7 +246,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = TinyCLIP()
-    print(f"vision tower: {sum(p.numel() for p in model.vision.parameters()):,} parameters", flush=True)
+    print(f"vision encoder: {sum(p.numel() for p in model.vision.parameters()):,} parameters", flush=True)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
@@ -267,8 +259,8 @@ def main() -> None:
             group["lr"] = args.learning_rate * warmup * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
         keep = priority.topk(args.patches).indices if progress <= 0.9 else None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            pictures, captions = model.encode_images(pixels, keep), model.encode_captions(words)
-        loss = contrastive_loss(pictures, captions, model.log_temperature.exp().clamp(max=100))
+            images, captions = model.encode_images(pixels, keep), model.encode_captions(words)
+        loss = contrastive_loss(images, captions, model.log_temperature.exp().clamp(max=100))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -277,7 +269,7 @@ def main() -> None:
             figures = zero_shot(model, 512) if step % 200 == 0 else ""
             print(f"step {step}/{args.steps} loss {loss.item():.3f}", figures, flush=True)
             save(model, args.save_dir)
-    print("zero-shot on 2,048 fresh pictures:", zero_shot(model))
+    print("zero-shot on 2,048 new images:", zero_shot(model))
     print(f"saved to {args.save_dir}")
 
 

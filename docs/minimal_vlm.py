@@ -1,8 +1,8 @@
 """A vision-language model in one file: what this repository does, without anything that makes it fast or safe.
 
     python -m dataset.demo --prepare_only             # once: 5,000 images of coloured shapes, and questions about them
-    python docs/minimal_vlm.py                        # trains in three stages, then answers 500 held-out questions
-    python docs/minimal_vlm.py out/sft_vlm_256.pth    # only answers; reads the weights of the real scripts, too
+    python docs/minimal_vlm.py                        # three stages into out/minimal_256.pth, 500 held-out questions
+    python docs/minimal_vlm.py out/sft_vlm_256.pth    # the questions alone, here to what the real scripts trained
 
 Read it from top to bottom. The idea (LLaVA, arXiv 2304.08485): a language model reads vectors and does not care where
 they come from, so an image may enter as vectors in the places of words.

@@ -1,7 +1,9 @@
 """docs/minimal_vlm.py is the oracle: what trains, renders and answers here computes what the one plain file computes."""
 
+import ast
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -17,11 +19,12 @@ from docs import minimal_vlm as minimal
 from model.conversation import Renderer, parse_turns
 from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder
+from model.load import read_native
 from model.model_minimind import FeedForward
 from model.moe import MOEFeedForward
 from model.vision import normalize
 from model.weights import load_weights, save_weights
-from tests.conftest import FIXTURES, make_model, make_vision_encoder, training_flags, write_jsonl
+from tests.conftest import FIXTURES, REPOSITORY, make_model, make_vision_encoder, training_flags, write_jsonl
 from trainer.main import main
 
 SAID = ("A cat.", "two\nlines", "", "你好 🙂", "yes @@ <|im_end|> a")
@@ -235,3 +238,43 @@ def test_names_and_shapes_are_the_published_ones(size):
     with torch.device("meta"):
         state = minimal.MiniVLM(minimal.Config(hidden_size=width, num_hidden_layers=layers)).state_dict()
     assert {name: list(tensor.shape) for name, tensor in state.items()} == manifest
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_stands_alone():
+    source = (REPOSITORY / "docs" / "minimal_vlm.py").read_text(encoding="utf-8")
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {name.split(".")[0] for node in imports for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])}
+    assert modules - sys.stdlib_module_names == {"torch", "transformers", "tokenizers", "PIL"}
+    assert len(source.splitlines()) <= 400
+
+
+def test_the_run_trains_writes_and_prints_its_accuracy(tmp_path, monkeypatch, capsys):
+    """On a few samples; the answers to the 500 questions are given here, every fifth of them right."""
+    (tmp_path / "model").symlink_to(REPOSITORY / "model")
+    (tmp_path / "out").mkdir()
+    images = tmp_path / "demo" / "images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(images / "a.png")
+    said = {"conversations": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "yes"}], "image": "a.png"}
+    other = {**said, "conversations": [said["conversations"][0], {"role": "assistant", "content": "no"}]}
+    for file, *_ in minimal.STAGES:
+        write_jsonl(tmp_path / "demo" / file, [said] * 3)
+    monkeypatch.setattr(minimal, "DEMO", tmp_path / "demo")
+    monkeypatch.setattr(minimal, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(minimal, "generate", lambda model, prompt: minimal.load_tokenizer(REPOSITORY / "model").encode("yes").ids)
+    monkeypatch.setattr(sys, "argv", ["minimal_vlm.py"])
+    with pytest.raises(SystemExit, match=r"dataset\.demo --prepare_only"):
+        minimal.main()
+    write_jsonl(tmp_path / "demo" / "test.jsonl", [said if number % 5 == 0 else other for number in range(500)])
+    minimal.main()
+    assert "accuracy 0.200 on 500 test questions" in capsys.readouterr().out
+    weights = tmp_path / "out" / "minimal_256.pth"
+    loaded = read_native(weights, vision_model_path=REPOSITORY / "model" / "vision_model" / "tiny-clip")
+    assert loaded.model.config.num_hidden_layers == 4
+    monkeypatch.setattr(sys, "argv", ["minimal_vlm.py", str(weights)])
+    monkeypatch.setattr(minimal, "train", lambda *_: pytest.fail("weights were given"))
+    minimal.main()
+    assert "accuracy 0.200" in capsys.readouterr().out

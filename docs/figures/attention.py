@@ -36,10 +36,10 @@ def draw_attention(path: Path, assistant: Assistant, files: list[Path], question
         axis.axis("off")
     for (words, shown, *maps), (image, answer, seen) in zip(axes, rows, strict=True):
         wrapped = "\n\n".join("\n".join(textwrap.wrap(text, 18, max_lines=5, placeholder=" …")) for text in (question, answer))
-        words.text(0, 0.5, wrapped, va="center", fontsize=9)
+        words.text(0, 0.5, wrapped, va="center", fontsize=9, parse_math=False)
         shown.imshow(image)
         for axis, token, heat in zip(maps, seen.tokens, seen.maps, strict=False):  # heat [1, s, s]: of the only image
             axis.imshow(overlay(image, heat[0]))
             word = textwrap.shorten(token, 14, placeholder="…") or "…"
-            axis.set_title(f"{word}\n{float(heat.sum()):.0%} on the image", fontsize=8)
+            axis.set_title(f"{word}\n{float(heat.sum()):.0%} on the image", fontsize=8, parse_math=False)
     save(figure, path)

@@ -45,7 +45,9 @@ def draw_loss(path: Path, files: list[Path]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", markersize=4, color=color, label=name)
         axis.axhline(math.log(vocabulary), color="gray", linestyle="--", linewidth=1, label=f"knows nothing: ln {vocabulary:,}")
-        axis.set(yscale="log", xlabel="update", title=f"{file.name.removesuffix('.metrics.jsonl')}: {curves['loss'][-1][1]:.2g} at the end")
+        axis.set(yscale="log", xlabel="update")
+        title = f"{file.name.removesuffix('.metrics.jsonl')}: {curves['loss'][-1][1]:.2g} at the end"
+        axis.set_title(title, fontsize=10, parse_math=False)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss")
     axes[0][-1].legend(loc="best", fontsize=8)

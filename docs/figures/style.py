@@ -10,7 +10,6 @@ matplotlib.use("Agg")
 FONTS = ("DejaVu Sans", "Noto Sans CJK TC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang TC", "Microsoft JhengHei")
 installed = font_manager.get_font_names()
 matplotlib.rcParams["font.family"] = [font for font in FONTS if font in installed]  # a character is drawn by the first that has it
-matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in an answer is one
 
 
 def save(figure: plt.Figure, path: Path) -> None:

@@ -183,7 +183,7 @@ def open_images(paths: str | Path) -> ImageSource:
             if not os.path.exists(name):
                 raise DataError(f"{name} does not exist; a folder or a .zip of images is wanted")
         return ManyImages([_open_one(Path(name)) for name in names])
-    return _open_one(Path(names[0] if names else paths))
+    return _open_one(Path(names[0])) if names else FolderImages(str(paths))
 
 
 def _open_one(path: Path) -> ImageSource:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dataset.sources import open_samples
-from model.conversation import load_tokenizer
 from model.storage import REPOSITORY
+from model.weights import load_tokenizer
 
 from .synthetic import Size, conversation, words_of
 

@@ -28,10 +28,11 @@ from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from docs import minimal_vlm
 from machine import peak_memory
-from model.conversation import Renderer, load_tokenizer
+from model.conversation import Renderer
 from model.model_minimind import FeedForward, MiniMindConfig
 from model.moe import MOEFeedForward
 from model.storage import REPOSITORY
+from model.weights import load_tokenizer
 
 from .synthetic import Size, make_encoder, write_data
 

@@ -27,9 +27,10 @@ import torch
 from tqdm import tqdm
 
 from machine import cores
-from model.conversation import Renderer, load_tokenizer
+from model.conversation import Renderer
 from model.errors import DataError, SampleError, UsageError, print_anything
 from model.storage import REPOSITORY, check_plot, home_for_tilde
+from model.weights import load_tokenizer
 
 from .images import ImageSource, open_images
 from .sources import Mixture, open_samples

@@ -13,14 +13,13 @@ A user's <image> becomes P times the token "@". Its embedding is never used: the
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .errors import SampleError, UsageError, check_fetched, first_line
+from .errors import SampleError
 from .model_minimind import IGNORE_INDEX
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -196,15 +195,3 @@ class Renderer:
             starts.append(start)
             at += P
         return encoding.ids, starts
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; raises UsageError when there is none that can be read."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of damaged files, all kinds
-        check_fetched(folder)
-        raise UsageError(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {first_line(error)}. Fetch its files"
-                         " again; the project's own lies in model/ (--tokenizer_path)") from error  # fmt: skip

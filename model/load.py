@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
-from .conversation import load_tokenizer
 from .errors import UsageError, check_fetched, first_line
 from .model_vlm import VISION_FOLDER, MiniMindVLM, VLMConfig
-from .vision import CLIP_FOLDER, load_vision_encoder
 from .weights import (
+    CLIP_FOLDER,
     check_fingerprints,
     fingerprints,
     load_state,
+    load_tokenizer,
+    load_vision_encoder,
     load_weights,
     parse_sidecar,
     read_sidecar,

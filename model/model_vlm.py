@@ -17,7 +17,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.hub import cached_file
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
-from .vision import VisionProj, encode_images, load_vision_encoder, patches_per_image, save_vision_encoder
+from .vision import VisionProj, encode_images, patches_per_image
+from .weights import load_vision_encoder, save_vision_encoder
 
 VISION_FOLDER = "vision_model"  # holds the vision encoder, inside a folder in transformers format
 # Keys of the original project's configuration files that have no meaning here.

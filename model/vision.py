@@ -7,9 +7,6 @@ W width of the vision encoder (768), D of the decoder.
 Sources: CLIP (Radford et al., arXiv 2103.00020), ViT (2010.11929), the linear projector (LLaVA, 2304.08485).
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,16 +14,10 @@ from PIL import Image, ImageOps
 from torch import nn
 from transformers import CLIPVisionModel
 
-from .errors import UsageError, check_fetched, first_line
-
 IMAGE_SIZE = 224  # pixels a side
-CLIP_FOLDER = Path(__file__).resolve().parent / "vision_model" / "clip-vit-base-patch16"  # the default encoder's place
 # Mean and standard deviation of CLIP's training pixels per channel, of values in [0, 1] (its release's constants).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# transformers 4 wrote the encoder's weights under this prefix and finds no others; version 5 reads both.
-CLASSIC_PREFIX = "vision_model."
 
 
 class VisionProj(nn.Module):
@@ -123,43 +114,3 @@ def attend_by_products(encoder: CLIPVisionModel) -> None:
 def patches_per_image(encoder: CLIPVisionModel) -> int:
     """P, the number of patch vectors of one image."""
     return (encoder.config.image_size // encoder.config.patch_size) ** 2
-
-
-def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
-    """The frozen vision half of a CLIP folder in transformers format, in eval mode and fp32.
-
-    A folder of a whole CLIPModel serves as well: its text half is never read into memory.
-    Raises UsageError when the folder is missing, holds another kind of model, or lacks some of the weights.
-    """
-    folder = Path(folder)
-    if not os.path.isfile(folder / "config.json"):  # False, not an error, for the odd paths a sidecar may name
-        raise UsageError(
-            f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
-            f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
-            f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
-            f"or name another CLIP folder with --vision_model_path; the demo's own is {CLIP_FOLDER.parent / 'tiny-clip'}."
-        )
-    try:
-        encoder, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    except Exception as error:  # damaged files raise errors of all kinds
-        check_fetched(folder)
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"cannot load a CLIP vision encoder from {folder}: {reason}") from error
-    problem = ""
-    if info["missing_keys"]:
-        problem = f"{len(info['missing_keys'])} weights missing (first: {min(info['missing_keys'])})"
-    elif not all(torch.isfinite(weight).all() for weight in encoder.parameters()):
-        problem = "weights that are not finite"
-    elif encoder.config.image_size != IMAGE_SIZE:
-        problem = f"made for images of {encoder.config.image_size} pixels, not {IMAGE_SIZE}"
-    if problem:
-        raise UsageError(f"the vision encoder in {folder} cannot be used: {problem}. Fetch the folder again, or name"
-                         " another with --vision_model_path")  # fmt: skip
-    return encoder.eval().requires_grad_(False)
-
-
-def save_vision_encoder(encoder: CLIPVisionModel, folder: str | Path) -> None:
-    """Writes the encoder as a transformers folder, under the names that every release reads."""
-    state = encoder.state_dict()
-    state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in state.items()}
-    encoder.save_pretrained(folder, state_dict=state)

@@ -1,7 +1,11 @@
-"""Files of weights: the state dict in fp16 and its sidecar, read strictly and without executing what they hold."""
+"""What a model is made of, on disk: weights in fp16 with their sidecar, vision encoder, tokenizer.
+
+All of it is read strictly, and nothing that a file holds is executed.
+"""
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -9,12 +13,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
-from .model_vlm import MiniMindVLM
 from .storage import write_atomically
-from .vision import CLASSIC_PREFIX
+from .vision import IMAGE_SIZE
+
+CLIP_FOLDER = Path(__file__).resolve().parent / "vision_model" / "clip-vit-base-patch16"  # the default encoder's place
+# transformers 4 wrote the encoder's weights under this prefix and finds no others; version 5 reads both.
+CLASSIC_PREFIX = "vision_model."
 
 
 def read_tensors(path: Path, what: str) -> Any:
@@ -51,7 +58,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
-def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def fingerprints(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What weights depend on without containing it; no vision encoder where the model has none."""
     prints = {"tokenizer": tokenizer_fingerprint(tokenizer)}
     if model.vision_encoder is not None:
@@ -59,7 +66,7 @@ def fingerprints(model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase) -> dict
     return prints
 
 
-def half_weights(model: MiniMindVLM) -> dict[str, torch.Tensor]:
+def half_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A copy of the state dict on the CPU, in fp16.
 
     Raises FloatingPointError when a weight does not fit into fp16, rather than giving infinity.
@@ -104,7 +111,7 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, si
     return fingerprint
 
 
-def save_weights(path: Path, model: MiniMindVLM, sidecar: dict) -> None:
+def save_weights(path: Path, model: PreTrainedModel, sidecar: dict) -> None:
     """Writes weights and sidecar. Raises FloatingPointError (see `half_weights`) and StorageError."""
     write_weights(path, half_weights(model), model.config.to_diff_dict(), sidecar)
 
@@ -171,7 +178,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_state(path: Path, model: MiniMindVLM, state: dict[str, torch.Tensor]) -> list[str]:
+def load_state(path: Path, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> list[str]:
     """Loads the state dict that was read from `path` into `model`, strictly. Returns the names that stay randomly
     initialized: the projector's, when the weights are a plain language model's.
 
@@ -199,7 +206,7 @@ def load_state(path: Path, model: MiniMindVLM, state: dict[str, torch.Tensor]) -
     return projector
 
 
-def load_weights(path: Path, model: MiniMindVLM, expected: dict[str, str] | None = None) -> list[str]:
+def load_weights(path: Path, model: PreTrainedModel, expected: dict[str, str] | None = None) -> list[str]:
     """Loads the weights at `path` into `model`, as `load_state` does.
 
     Raises UsageError for a missing or corrupt file, for weights that `load_state` refuses or that are not those of the
@@ -239,3 +246,55 @@ def check_fingerprints(path: Path, used: dict[str, str], recorded: dict[str, str
                 f"{path} was trained with another {kind.replace('_', ' ')} (fingerprint {recorded[kind]}, in use:"
                 f" {value}). Give the one it was trained with by {flags[kind]}."
             )
+
+
+def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
+    """The frozen vision half of a CLIP folder in transformers format, in eval mode and fp32.
+
+    A folder of a whole CLIPModel serves as well: its text half is never read into memory.
+    Raises UsageError when the folder is missing, holds another kind of model, or lacks some of the weights.
+    """
+    folder = Path(folder)
+    if not os.path.isfile(folder / "config.json"):  # False, not an error, for the odd paths a sidecar may name
+        raise UsageError(
+            f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
+            f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
+            f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
+            f"or name another CLIP folder with --vision_model_path; the demo's own is {CLIP_FOLDER.parent / 'tiny-clip'}."
+        )
+    try:
+        encoder, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    except Exception as error:  # damaged files raise errors of all kinds
+        check_fetched(folder)
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"cannot load a CLIP vision encoder from {folder}: {reason}") from error
+    problem = ""
+    if info["missing_keys"]:
+        problem = f"{len(info['missing_keys'])} weights missing (first: {min(info['missing_keys'])})"
+    elif not all(torch.isfinite(weight).all() for weight in encoder.parameters()):
+        problem = "weights that are not finite"
+    elif encoder.config.image_size != IMAGE_SIZE:
+        problem = f"made for images of {encoder.config.image_size} pixels, not {IMAGE_SIZE}"
+    if problem:
+        raise UsageError(f"the vision encoder in {folder} cannot be used: {problem}. Fetch the folder again, or name"
+                         " another with --vision_model_path")  # fmt: skip
+    return encoder.eval().requires_grad_(False)
+
+
+def save_vision_encoder(encoder: CLIPVisionModel, folder: str | Path) -> None:
+    """Writes the encoder as a transformers folder, under the names that every release reads."""
+    state = encoder.state_dict()
+    state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in state.items()}
+    encoder.save_pretrained(folder, state_dict=state)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; raises UsageError when there is none that can be read."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of damaged files, all kinds
+        check_fetched(folder)
+        raise UsageError(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {first_line(error)}. Fetch its files"
+                         " again; the project's own lies in model/ (--tokenizer_path)") from error  # fmt: skip

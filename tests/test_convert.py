@@ -27,8 +27,8 @@ from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
 from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
-from model.vision import load_vision_encoder, normalize, preprocess
-from model.weights import fingerprints, read_sidecar, save_weights
+from model.vision import normalize, preprocess
+from model.weights import fingerprints, load_vision_encoder, read_sidecar, save_weights
 from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 P = 196

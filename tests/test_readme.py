@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from model import convert
-from model.vision import load_vision_encoder
-from model.weights import fingerprints, save_weights
+from model.weights import fingerprints, load_vision_encoder, save_weights
 from tests.conftest import REPOSITORY, make_model
 from tests.test_reading_path import READING_PATH
 

@@ -10,8 +10,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from model.errors import UsageError
 from model.recipes.train_tiny_clip import TinyCLIP, save
-from model.vision import encode_images, load_vision_encoder, save_vision_encoder
-from model.weights import vision_encoder_fingerprint
+from model.vision import encode_images
+from model.weights import load_vision_encoder, save_vision_encoder, vision_encoder_fingerprint
 from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"

@@ -20,12 +20,12 @@ from dataset.images import ImageSource, open_images
 from dataset.sources import Mixture, Order, SampleSource, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from machine import cores
-from model.conversation import Renderer, load_tokenizer
+from model.conversation import Renderer
 from model.device import bf16_is_fast, why_not_compile
 from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision import attend_by_products, load_vision_encoder, patches_per_image
-from model.weights import fingerprints, load_weights
+from model.vision import attend_by_products, patches_per_image
+from model.weights import fingerprints, load_tokenizer, load_vision_encoder, load_weights
 
 from .checkpoint import load_training_state
 from .config import TrainConfig

@@ -93,22 +93,13 @@ class Chat:
                 self.turns, self.pixels, self.waiting = [*turns, Turn("assistant", "".join(said))], pixels, []
                 self.dropped = dropped
 
-    def encode_ahead(self, pixels: list[torch.Tensor]) -> Iterator[None]:
-        """Encodes images, one a step, before a question shows them."""
-        for image in pixels:
-            self._encode([image])
-            yield
-
-    def _encode(self, pixels: list[torch.Tensor]) -> None:
-        """Computes the patch vectors of images that have none yet."""
+    def _prompt(self, rendered: Rendered, pixels: list[torch.Tensor]) -> tuple[Prompt, dict[int, torch.Tensor]]:
+        """The prompt with its images by number, and the features of each number. Images not seen before are encoded; what is
+        no longer shown is forgotten."""
         new = list(dict.fromkeys(image for image in pixels if image not in self._features))
         for image, features in zip(new, self.assistant.encode(new) if new else (), strict=True):
             self._features[image] = self._encoded, features
             self._encoded += 1
-
-    def _prompt(self, rendered: Rendered, pixels: list[torch.Tensor]) -> tuple[Prompt, dict[int, torch.Tensor]]:
-        """The prompt with its images by number, and the features of each number; those of other images are forgotten."""
-        self._encode(pixels)
         self._features = {image: self._features[image] for image in pixels}
         prompt = self.assistant.prompt(rendered, [self._features[image][0] for image in pixels])
         return prompt, dict(self._features.values())

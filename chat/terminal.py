@@ -42,8 +42,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Screen:
-    """Text to a terminal, in colour where it can, or to a file. Control characters do not reach the terminal, which would
-    obey them."""
+    """Text to a terminal, in colour where it can, or to a file. Control characters, which a terminal obeys, are replaced."""
 
     def __init__(self, file: TextIO, environ: Mapping[str, str] = os.environ):
         self.file = file
@@ -70,7 +69,7 @@ class TerminalChat:
         self.queue: list[Shown] = []  # for the next question
         self.unanswered: str | None = None  # the last question, when no answer came
 
-    def run(self, title: str = "") -> None:
+    def run(self, title: str) -> None:
         """Until /exit or the end of input."""
         if not sys.stdin.isatty():
             return self.read_lines("")
@@ -180,8 +179,8 @@ class TerminalChat:
         elif self.take_back() is None:
             raise UsageError("nothing to take back")
         else:
-            waits = f"; with the next question: {', '.join(shown.path for shown in self.queue)}" if self.queue else ""
-            self.screen.say(f"taken back: the last question and its answer{waits}")
+            waiting = f"; with the next question: {', '.join(shown.path for shown in self.queue)}" if self.queue else ""
+            self.screen.say(f"taken back: the last question and its answer{waiting}")
 
     def retry(self, _argument: str) -> None:
         """Asks the last question again."""

@@ -56,11 +56,8 @@ def look(
     prompt = renderer.render_prompt(tuple(turns[:-1]))
     answer = renderer.render_turns(tuple(turns)).ids[len(prompt) :].tolist()
     answer = answer[: answer.index(renderer.im_end)]
-    try:
-        maps = attention_to_images(assistant.model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
-                                   assistant.encode(list(pixels[:shown])), layer, head)  # fmt: skip
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    maps = attention_to_images(assistant.model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
+                               assistant.encode(list(pixels[:shown])), layer, head)  # fmt: skip
     return AnswerAttention(split_text(assistant.tokenizer, answer), maps.cpu())
 
 
@@ -86,20 +83,13 @@ def attention_to_images(
     `prompt_ids` int64 [L] end where the answer begins; `image_starts` are the indices of each image's first
     placeholder in them; `answer_ids` int64 [A]; `image_features` [N, P, W] are the vision encoder's output.
     A forward pass of its own through the model's blocks: the attention that answers and trains never computes weights.
-    Raises ValueError for an empty answer, for images that do not match their positions, for patches that make no
-    square, and for a layer or head that does not exist.
+    Raises UsageError for a layer or head that does not exist.
     """
     config, P = model.config, model.config.image_tokens
     side, count = math.isqrt(P), len(answer_ids)
     for name, value, limit in (("layer", layer, config.num_hidden_layers), ("head", head, config.num_attention_heads)):
         if value is not None and not 0 <= value < limit:
-            raise ValueError(f"{name} {value} is not there: the model has {limit}, counted from 0")
-    if count == 0:
-        raise ValueError("the answer has no token")
-    if side**2 != P:
-        raise ValueError(f"{P} patches of an image make no square")
-    if len(image_starts) != len(image_features):
-        raise ValueError(f"positions for {len(image_starts)} images in the prompt, but {len(image_features)} images")
+            raise UsageError(f"{name} {value} is not there: the model has {limit}, counted from 0")
 
     ids = torch.cat((prompt_ids, answer_ids[:-1])).to(model.device)
     positions = torch.tensor(image_starts, dtype=torch.int64, device=model.device)[:, None]

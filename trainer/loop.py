@@ -96,9 +96,9 @@ class Trainer:
         self.loader = Loader(run, workers)
         self.validation = None
         if self.config.eval_data_path:
-            from .validation import Validation  # most runs have none
+            from .validation import Validation  # it uses compute_loss, from here
 
-            self.validation = Validation(run, workers, compute_loss, encode)
+            self.validation = Validation(run, workers)
         self.logged = self.began = time.monotonic()
         self.began_update = self.state.update
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)

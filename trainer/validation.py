@@ -6,7 +6,6 @@ are encoded as in training: again each time, or with --cache_features once.
 
 import math
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +21,7 @@ from model.model_minimind import IGNORE_INDEX
 from .build import Loader, Run, make_sampler, open_cache
 from .checkpoint import TrainState
 from .guards import BadSampleGuard, Stopped, StopRequest
+from .loop import compute_loss, encode
 
 ASKED = 3  # questions answered at each validation
 ANSWER_TOKENS = 32
@@ -62,12 +62,11 @@ def hold_out(run: Run) -> tuple[Run, np.ndarray]:
 
 
 class Validation:
-    """Measures a run's model on held-out data; how losses and image features are computed comes from the training."""
+    """Measures a run's model on held-out data."""
 
-    def __init__(self, run: Run, workers: int, compute_loss: Callable, encode: Callable):
+    def __init__(self, run: Run, workers: int):
         self.run, numbers = hold_out(run)
         self.loader, self.interval = Loader(self.run, workers), run.config.eval_interval
-        self.compute_loss, self.encode = compute_loss, encode
         self.bad_samples = BadSampleGuard(run.ranks, run.config.on_bad_sample == "raise")
         self.asked = numbers[np.linspace(0, len(numbers) - 1, min(ASKED, len(numbers))).astype(int)].tolist()
         when = f"every {self.interval} updates and at the end" if self.interval else "after every epoch"
@@ -100,7 +99,7 @@ class Validation:
             if stop.signum:
                 break
             self.bad_samples.report(list(batch.bad), list(batch.truncated))
-            loss, _ = self.compute_loss(self.run, self.run.model, batch)
+            loss, _ = compute_loss(self.run, self.run.model, batch)
             total, supervised = total + loss.item() * batch.supervised, supervised + batch.supervised
             read, bad = read + len(batch.indices) + len(batch.bad), bad + len(batch.bad)
         if self.run.cache:
@@ -128,7 +127,7 @@ class Validation:
             answer = self.run.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False,
                 eos_token_id=dataset.renderer.im_end, pad_token_id=config.pad_token_id,
-                image_features=self.encode(self.run, batch)[:images] if images else None,
+                image_features=encode(self.run, batch)[:images] if images else None,
                 image_positions=batch.image_positions[: images * config.image_tokens] if images else None,
             )[0, end:]  # fmt: skip
         return {

@@ -164,7 +164,7 @@ def test_the_experiments_run_as_written(after_the_demo, capsys):
     for block in blocks("docs/how-it-works.md", "python"):
         if "get_peft_model" in block:
             continue  # tests/test_processing.py
-        compiled = compile(block.replace(", 500)", ", 8)"), "how-it-works.md", "exec")
+        compiled = compile(block.replace(", 200)", ", 8)"), "how-it-works.md", "exec")
         exec(compiled, scope)
     printed = capsys.readouterr().out
     assert len(re.findall(r"(?m)^[\w' ]+ \{'colour': \d", printed)) >= 6, printed

@@ -20,7 +20,7 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def test_a_tiny_run_gives_the_figures_of_the_rows_asked_for(tmp_path, monkeypatch, capsys):
-    names = ["sft_first_epoch", "sft_cached", "moe", "decode_single", "decode_batch32", "jsonl_later_start"]
+    names = ["sft_first_epoch", "sft_cached", "decode_single", "decode_batch32", "jsonl_later_start"]
     assert run(monkeypatch, "--tiny", "--rounds", 1, "--rows", ",".join(names), "--json", tmp_path / "a.json", "--against", REPOSITORY) == 0
     rows = {row.pop("name"): row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
     assert list(rows) == names

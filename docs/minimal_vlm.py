@@ -263,7 +263,7 @@ class Conversations(Dataset):
     """The Examples of a jsonl file, cut to `max_length` tokens, each made when it is asked for."""
 
     def __init__(self, path: Path, image_folder: Path, tokenizer: Tokenizer, max_length: int = 1536):
-        self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         self.image_folder, self.tokenizer, self.max_length = image_folder, tokenizer, max_length
 
     def __len__(self) -> int:
@@ -360,8 +360,8 @@ def train(model: MiniVLM, data: Dataset, batch_size: int, learning_rate: float, 
 def generate(model: MiniVLM, prompt: Batch, max_new_tokens: int = 64, stop: int | None = IM_END) -> list[int]:
     """The tokens that follow a prompt of one row, always the likeliest (greedy), up to `stop`. Keys and values of a
     token do not depend on later ones, so they are kept, and each step reads the newest token alone."""
-    x, caches = model.embed(prompt.ids, prompt.pixels, prompt.image_positions), [{} for _ in model.model.layers]
-    tokens: list[int] = []
+    x = model.embed(prompt.ids, prompt.pixels, prompt.image_positions)
+    caches, tokens = [{} for _ in model.model.layers], []
     while len(tokens) < max_new_tokens:
         token = model.lm_head(model(x, caches)[:, -1]).argmax(-1)  # int64 [1]
         if token.item() == stop:

@@ -64,7 +64,7 @@ def parse_turns(conversations: Any, where: str = "") -> tuple[Turn, ...]:
         if role == "system" and number > 1:
             raise SampleError(f"turn {number} is a system turn; only the first may be", where)
         if role != "user" and IMAGE_PLACEHOLDER in content:
-            raise SampleError(f"turn {number} has an {IMAGE_PLACEHOLDER} placeholder; only a user's turn shows images", where)
+            raise SampleError(f"turn {number} has an {IMAGE_PLACEHOLDER}; only a user's turn shows images", where)
         turns.append(Turn(role, content))
     return tuple(turns)
 
@@ -80,8 +80,8 @@ def is_text(content: str) -> bool:
 
 @dataclass(frozen=True)
 class Rendered:
-    """ids int64 [T]; labels int64 [T], equal to the ids of supervised tokens and -100 elsewhere; for each image the index
-    of its first placeholder token."""
+    """ids int64 [T]; labels int64 [T], equal to the ids of supervised tokens and -100 elsewhere; for each image the
+    index of its first placeholder token."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -119,17 +119,19 @@ class Renderer:
         if max_length is not None and len(rendered) > max_length:
             starts = rendered.image_starts
             if starts and starts[-1] + self.image_tokens > max_length:
-                raise SampleError(f"{len(starts)} images of {self.image_tokens} tokens do not fit in {max_length} tokens (the last"
-                                  f" ends at {starts[-1] + self.image_tokens}); raise --max_seq_len", sample.where)  # fmt: skip
+                raise SampleError(f"{len(starts)} images of {self.image_tokens} tokens do not fit in {max_length} tokens"
+                                  f" (the last ends at {starts[-1] + self.image_tokens}); raise --max_seq_len",
+                                  sample.where)  # fmt: skip
             rendered = Rendered(rendered.ids[:max_length], rendered.labels[:max_length], starts)
         # The first token is never predicted, so a label there would teach nothing.
         if not (rendered.labels[1:] != IGNORE_INDEX).any():
-            raise SampleError(f"no token of an answer is left within {max_length} tokens; raise --max_seq_len", sample.where)
+            problem = f"no token of an answer is left within {max_length} tokens; raise --max_seq_len"
+            raise SampleError(problem, sample.where)
         return rendered
 
     def render_prompt(self, turns: tuple[Turn, ...], continue_last: bool = False) -> Rendered:
-        """The conversation so far and the opening of the assistant's answer, or with `continue_last` the last turn as that
-        opening; no labels."""
+        """The conversation so far and the opening of the assistant's answer, or with `continue_last` the last turn as
+        that opening; no labels."""
         rendered = self.render_turns(turns)
         if continue_last:
             ids = rendered.ids[: -1 - len(self._newline)]
@@ -138,8 +140,8 @@ class Renderer:
         return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
 
     def render_text(self, text: str) -> Rendered:
-        """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> is an image,
-        and the ids of written-out turns are those of the turns."""
+        """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> is an
+        image, and the ids of written-out turns are those of the turns."""
         special, ids, starts, before = self.tokenizer.get_added_vocab(), [], [], None
         for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
             if piece in special:
@@ -160,17 +162,17 @@ class Renderer:
             turns = (DEFAULT_TURN, *turns)
         ids: list[int] = []
         labels: list[int] = []
-        starts: list[int] = []
+        starts: list[int] = []  # of images, in reading order
         for turn in turns:
             if turn.role == "assistant":
                 # Header and answer are tokenized apart, as at inference, where the header ends the prompt.
                 turn_ids = [self.im_start, *self._header, *self._encode(turn.content)[0], self.im_end, *self._newline]
-                unsupervised = 1 + len(self._header)
+                unsupervised = 1 + len(self._header)  # the rest is learned, with the end of the turn
             else:
                 text_ids, turn_starts = self._encode(f"{turn.role}\n{turn.content}", turn.role == "user", where)
-                starts += [len(ids) + 1 + start for start in turn_starts]
+                starts += [len(ids) + 1 + start for start in turn_starts]  # 1 for <|im_start|>
                 turn_ids = [self.im_start, *text_ids, self.im_end, *self._newline]
-                unsupervised = len(turn_ids)
+                unsupervised = len(turn_ids)  # nobody has to learn to ask
             ids += turn_ids
             labels += [IGNORE_INDEX] * unsupervised + turn_ids[unsupervised:]
         return Rendered(np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64), tuple(starts))

@@ -83,8 +83,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: i
     """softmax(q k^T / sqrt(d)) v under a causal mask: q [B, H, T, d], k and v [B, G, T, d] -> [B, H, T, d].
 
     On an accelerator this is `scaled_dot_product_attention`. Its CPU kernel reaches a quarter of the speed of a matrix
-    product in bf16 (most of it lost in the backward), so there the same is spelled out as matrix products: the H/G query
-    heads that share a key head side by side, in blocks of queries, each of which sees the keys up to its own end.
+    product in bf16 (most of it lost in the backward), so there the same is spelled out as matrix products: the H / G
+    query heads that share a key head side by side, in blocks of queries, each of which sees the keys up to its own end.
     Worth 1.4x in training.
     """
     if q.device.type != "cpu":

@@ -38,30 +38,30 @@ class MiniMindConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 1_000_000.0  # rope_theta when none is given
 
-    vocab_size: int = 6400
+    vocab_size: int = 6400  # small, so that most of the 26M weights are in the blocks
     hidden_size: int = 512
     num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8  # of 64 channels each
+    num_key_value_heads: int = 2  # each read by 4 query heads
     intermediate_size: int | None = None  # None: 8/3 of hidden_size, rounded up to a multiple of 64
     max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-5  # keeps a vector of zeros from a division by zero
     rope_parameters: dict | None = None
     hidden_act: str = "silu"
     initializer_range: float | None = None  # standard deviation of random weights; None: 1 / sqrt(hidden_size)
     use_cache: bool = True
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = True  # embedding and lm_head are one matrix [V, D], 3.3M weights
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     # Mixture of Experts; the names are those of the published configuration files.
     use_moe: bool = False
-    num_experts_per_tok: int = 2
+    num_experts_per_tok: int = 2  # routed ones
     n_routed_experts: int = 4
-    n_shared_experts: int = 1
+    n_shared_experts: int = 1  # these see every token
     scoring_func: str = "softmax"
-    aux_loss_alpha: float = 0.1
-    seq_aux: bool = True
+    aux_loss_alpha: float = 0.1  # weight of the loss that keeps the experts evenly loaded
+    seq_aux: bool = True  # balance within each sequence; False: over the whole batch
     norm_topk_prob: bool = True
 
     def __post_init__(self, **kwargs):
@@ -109,10 +109,10 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = nn.Linear(width, width, bias=False)  # D -> H * d: what each token looks for
+        self.k_proj = nn.Linear(width, kv_width, bias=False)  # D -> G * d: what it can be found by
+        self.v_proj = nn.Linear(width, kv_width, bias=False)  # D -> G * d: what it passes on
+        self.o_proj = nn.Linear(width, width, bias=False)  # H * d -> D
 
     def forward(self, hidden_states, rope, attention_mask=None, past_key_values=None) -> torch.Tensor:
         """hidden_states [B, T, D] -> [B, T, D]; `rope` is cos and sin, [1 or B, 1, T, d] each.
@@ -220,7 +220,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MiniMindBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # the residual stream itself is never normed
         self.post_init()
 
     def forward(
@@ -245,7 +245,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if (self.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
@@ -278,7 +278,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
 def find_loss_positions(labels: torch.Tensor) -> torch.Tensor:
     """Indices int64 [S] into B * T of the positions before supervised tokens of `labels` [B, T]: they predict these."""
-    supervised = labels.new_zeros(labels.shape, dtype=torch.bool)
+    supervised = labels.new_zeros(labels.shape, dtype=torch.bool)  # nothing follows the last position of a row
     supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return supervised.flatten().nonzero().squeeze(1)
 
@@ -342,7 +342,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         if labels is not None:
             # The position before a token predicts it. In fp32: a sum of many small exponentials.
             count = max(1, len(loss_positions)) if num_items_in_batch is None else num_items_in_batch
-            targets = labels.flatten()[loss_positions + 1]
+            targets = labels.flatten()[loss_positions + 1]  # [S]
             loss = F.cross_entropy(predictions.float(), targets, reduction="sum") / count
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=outputs.aux_loss, logits=logits,
                                          past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)

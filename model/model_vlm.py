@@ -3,8 +3,8 @@
     input_ids [B, T] -> token embeddings [B, T, D] ----------------------+
     pixel_values -> vision encoder [N, P, W] -> projector [N, P, D] -----+-> splice [B, T, D] -> decoder -> logits
 
-Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, P patches of an image (196),
-W width of the vision encoder, D of the decoder.
+Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, P patches of an image
+(196), W width of the vision encoder, D of the decoder.
 Source: LLaVA (Liu et al., arXiv 2304.08485): a frozen encoder, one projector, a language model.
 """
 
@@ -77,8 +77,8 @@ def splice_image_features(
 class MiniMindVLM(MiniMindForCausalLM):
     """Decoder, projector, and a frozen vision encoder that is held but is no submodule.
 
-    The encoder appears in neither `parameters()` nor `state_dict()`, and `train()` does not reach it. It does follow the
-    model to its device, and into its transformers folder. Without one, the model reads text and `image_features`.
+    The encoder appears in neither `parameters()` nor `state_dict()`, and `train()` does not reach it. It does follow
+    the model to its device, and into its transformers folder. Without one, the model reads text and `image_features`.
     """
 
     config_class = VLMConfig
@@ -100,12 +100,12 @@ class MiniMindVLM(MiniMindForCausalLM):
                     f" {self.config.image_tokens} of width {self.config.vision_hidden_size}"
                 )
             vision_encoder.eval().requires_grad_(False)
-        self.__dict__["vision_encoder"] = vision_encoder  # past nn.Module's registration, on purpose
+        self.__dict__["vision_encoder"] = vision_encoder  # not registered as a submodule
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers' own, with the vision encoder if the folder (or repository) brings one, in the number format it
-        was saved in unless a `dtype` is given. Raises ValueError for weights that do not fit the configuration, and
+        """As transformers' own, with the vision encoder if the folder (or repository) brings one, in the number format
+        it was saved in unless a `dtype` is given. Raises ValueError for weights that do not fit the configuration, and
         UsageError for a damaged encoder."""
         place = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
@@ -144,9 +144,9 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings [B, T, D] with the images' projected patch vectors at their positions."""
-        inputs_embeds = self.model.embed_tokens(input_ids)
+        inputs_embeds = self.model.embed_tokens(input_ids)  # [B, T, D]; those of placeholders are replaced below
         if image_features is None and pixel_values is not None and len(pixel_values):
-            image_features = self.encode_images(pixel_values)
+            image_features = self.encode_images(pixel_values)  # [N, P, W], without gradients
         if image_features is None or len(image_features) == 0:
             if self.training:
                 # Every parameter takes part in every step: under DDP a rank without images would otherwise leave the
@@ -185,8 +185,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise ValueError("images go with input_ids; inputs_embeds hold them already (see `embed`)")
         if input_ids is not None and inputs_embeds is None:
             input_ids, inputs_embeds = None, self.embed(input_ids, pixel_values, image_positions, image_features)
-        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
-                               logits_to_keep, **kwargs)  # fmt: skip
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels,
+                               use_cache, logits_to_keep, **kwargs)  # fmt: skip
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, is_first_iteration=False, image_mask=None, image_features=None, **kwargs
@@ -205,7 +205,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise ValueError("prefill_chunk_size: a prompt with images is read as a whole; leave it out")
         T = inputs["input_ids"].shape[1]
         rows, columns = image_mask.nonzero(as_tuple=True)
-        columns = columns - (input_ids.shape[1] - T)  # the cache holds those below 0
+        columns = columns - (input_ids.shape[1] - T)  # those below 0 are in the cache
         seen = columns >= 0
         features = image_features.flatten(0, 1)[seen].unsqueeze(0)
         return {**inputs, "image_features": features, "image_positions": (rows * T + columns)[seen]}
@@ -225,8 +225,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             mask.view(-1)[positions] = True
             mask &= input_ids == self.config.image_token_id
             if mask.sum() != len(features) * P:
-                raise ValueError(f"{len(features)} images, but image positions for {mask.sum() / P:g} among the placeholders"
-                                 " of input_ids; image_positions count through all rows, so batches cannot be joined by"
+                raise ValueError(f"{len(features)} images, but image positions for {mask.sum() / P:g} among the"
+                                 " placeholders of input_ids; image_positions count through all rows, so batches cannot be joined by"
                                  " their rows (as a pipeline's batch_size does)")  # fmt: skip
             rows = features.split((mask.sum(1) // P).tolist())  # the images of each row
             features = torch.cat([row for row in rows for _ in range(expand_size)])

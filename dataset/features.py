@@ -16,7 +16,6 @@ power cut, or two processes writing at once cost no more than encoding an image 
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 from model.errors import DataError, SampleError
-from model.storage import hold
+from model.storage import hold, write_atomically
 
 if TYPE_CHECKING:  # which imports this module
     from .sources import SampleSource
@@ -69,7 +68,7 @@ class FeatureCache:
                 self._prepare(samples)
                 self._map_files()
                 self.rebuilt_because = f"its files were damaged ({error})"
-            # Held open: should another run remake the files, this one goes on with its own.
+            # Held open: should another run remake the files, this one continues with its own.
             self._files = [open(self.folder / name, "r+b", buffering=0) for name in ("features.bin", "filled.bin")]  # noqa: SIM115
         finally:
             lock.release()
@@ -159,18 +158,12 @@ class FeatureCache:
             self._forget()
         self._check_disk(len(names))
         for name, values in (("starts.npy", starts), ("slots.npy", slots)):  # others may have the old ones mapped
-            with open(self.folder / f"{name}.tmp", "wb") as file:
-                np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+            write_atomically(self.folder / name, lambda file, values=values: np.save(file, values))
         for name, size in (("features.bin", self.image_bytes), ("filled.bin", RECORD.itemsize)):
             with open(self.folder / name, "ab") as file:
                 file.truncate(len(names) * size)
         meta = {"key": asdict(self.key), "data": data, "images": images, "count": len(names)}
-        temporary = meta_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(meta, indent=2) + "\n")
-        os.replace(temporary, meta_file)
+        write_atomically(meta_file, lambda file: file.write(json.dumps(meta, indent=2).encode()))
         if not old or keep:
             return None
         return "the images listed in the data are others" if same_key else f"it was made with another encoder or format: {old.get('key')}"
@@ -199,7 +192,7 @@ class FeatureCache:
         self._filled = np.memmap(self.folder / "filled.bin", RECORD, "r", shape=shape[:1]) if self.count else None
 
     def __getstate__(self) -> dict:
-        # A reader in another process maps the files anew: a map that travels by pickle would travel as a copy.
+        # A reader in another process maps the files itself: pickled, a map would become a copy.
         return {"folder": self.folder, "key": self.key}
 
     def __setstate__(self, state: dict) -> None:

@@ -6,8 +6,8 @@
     alpaca            {"instruction": "What?", "input": ..., "output": ..., "history": [["Hi", "Hello"]], "image": "a.jpg"}
     cauldron          {"images": [...], "texts": [{"user": "What?", "assistant": ...}, ...]}, FineVision's as well
 
-Images that no <image> mark places stand before the first question. What a tool returns is read like a user's turn: without
-loss. A mark in an answer, or beside images that are parts of a message, is text (TYPED_PLACEHOLDER).
+Images that no <image> placeholder places stand before the first question. What a tool returns is read like a user's turn: without
+loss. A placeholder in an answer, or beside images that are parts of a message, is text (TYPED_PLACEHOLDER).
 """
 
 import base64
@@ -100,7 +100,7 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
 
 
 def part_of(part: Any, placed: list, where: str) -> str:
-    """The text of a message's part; of an image a mark, and in `placed` what it is, or None, and its number among
+    """The text of a message's part; of an image a placeholder, and in `placed` what it is, or None, and its number among
     the row's images, None for the next of them."""
     kind = "text" if isinstance(part, str) else part.get("type")
     if kind in ("text", "input_text", "output_text"):

@@ -29,7 +29,7 @@ from .vlm_dataset import Sample, parse_sample
 
 CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")  # the first that is there counts
 FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
-BATCH_ROWS = 64  # to read at a time: Arrow holds no list of more than 2 GB
+BATCH_ROWS = 256  # to read at a time: Arrow holds no list of more than 2 GB
 ROWS = arrow.schema([  # of the copy
     ("row", arrow.large_binary()),  # json text, as a line of jsonl has it
     ("images", arrow.list_(arrow.large_binary())), ("names", arrow.list_(arrow.large_string())),  # one or the other of each image
@@ -60,17 +60,23 @@ class ParquetSamples:
             )
         with open(copy, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._rows = arrow.ipc.open_file(arrow.py_buffer(mapped)).read_all()
-        self._sizes, self._placeholders = (self._rows[name].to_numpy() for name in ("size", "placeholders"))
+        reader = arrow.ipc.open_file(arrow.py_buffer(mapped))
+        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._bounds = np.cumsum([0, *map(len, self._batches)])
+        self._sizes, self._placeholders, self._crcs = (
+            np.concatenate([batch.column(name).to_numpy() for batch in self._batches]) for name in ("size", "placeholders", "crc")
+        )
 
     def __reduce__(self):
         return ParquetSamples, (self.path,)  # another process maps the copy itself
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._bounds[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        where, row = self.where(index), {name: self._rows[name][index].as_py() for name in ROWS.names[:4]}
+        number, where = int(np.searchsorted(self._bounds, index, side="right")) - 1, self.where(index)
+        place = int(index - self._bounds[number])  # in its batch: a table of all batches takes a hundred times as long
+        row = {name: self._batches[number].column(name)[place].as_py() for name in ROWS.names[:4]}
         if row["problem"] is not None:
             raise SampleError(row["problem"], where)
         images = tuple(name if blob is None else blob for blob, name in zip(row["images"], row["names"], strict=True))
@@ -86,7 +92,7 @@ class ParquetSamples:
 
     def fingerprint(self) -> str:
         """A hash of all texts."""
-        return hashlib.blake2b(self._rows["crc"].to_numpy(), digest_size=16).hexdigest()
+        return hashlib.blake2b(self._crcs, digest_size=16).hexdigest()
 
     def _write_copy(self, file: BinaryIO) -> None:
         print(f"notice: the rows of {self.path} are copied to .{self.path.name}.rows once", file=sys.stderr)

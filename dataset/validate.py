@@ -131,7 +131,7 @@ def check_all(checker: Checker, processes: int) -> Iterator[Report]:
     if processes == 1 or "fork" not in get_all_start_methods():  # on Windows
         yield from map(_check, spans)
         return
-    # Forked, the processes share the checker's memory; torch's threads do not live on in them, and one is waited for in vain.
+    # Forked processes share the memory of the checker. Torch has lost its threads in them, and would wait for them: one thread each.
     with ProcessPoolExecutor(processes, get_context("fork"), torch.set_num_threads, (1,)) as pool:
         yield from pool.map(_check, spans)
 

@@ -38,7 +38,7 @@ class Sample:
 def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | None = None) -> Sample:
     """A decoded json line as a Sample; `images` replace its field `image` where a format holds them itself.
 
-    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> marks that do
+    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> placeholders that do
     not match the images; of a format that convert knows it names the command.
     """
     try:
@@ -54,9 +54,9 @@ def _parse(row: Any, where: str, images: tuple[str | bytes, ...] | None) -> Samp
         raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
     turns = parse_turns(row.get("conversations"), where)
     images = parse_images(row.get("image"), where) if images is None else images
-    marks = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if marks != len(images):
-        raise SampleError(f"{marks} {IMAGE_PLACEHOLDER} placeholders in the user's turns, but {len(images)} images", where)
+    placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    if placeholders != len(images):
+        raise SampleError(f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the user's turns, but {len(images)} images", where)
     if not any(turn.role == "assistant" for turn in turns):
         raise SampleError("no assistant turn: nothing to learn from", where)
     return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))

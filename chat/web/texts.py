@@ -152,10 +152,9 @@ ERRORS = [
 
 # Streamlit's own words, by what they contain, as page.js puts them.
 PAGE_WORDS = {
-    "en": [("File is too large", "The file has more than 20 MB; save it smaller.")],
+    "en": [],
     "zh": [
-        ("File is too large", "檔案超過 20 MB，請存成較小的檔案。"),
-        ("exceeds", "檔案超過 20 MB，請存成較小的檔案。"),
+        ("File must be", "檔案超過 20 MB，請存成較小的檔案。"),
         ("Drag and drop", "把圖片拖放到這裡"),
         ("Upload or drag", "附加或拖放圖片"),
         ("Upload files", "附加圖片"),

@@ -1,4 +1,4 @@
-// What only a browser can do. WORDS and LIMIT stand before it (texts.py): Streamlit's own English in the page's language.
+// What only a browser can do. texts.py puts window.pageWords before it: Streamlit's own English, and the words to show.
 const narrow = () => window.innerWidth < 768;
 
 // The veil of the token that is pointed at, tapped or reached by keyboard lies over the images.

@@ -150,25 +150,24 @@ ERRORS = [
     ("(\\S+) is no readable|is refused|is torn|corrupt", "權重檔無法讀取：已損壞或不是權重檔，請重新下載或重新訓練。原始訊息："),
 ]
 
-# Streamlit's own words, by what they contain, as page.js puts them.
-PAGE_WORDS = {
-    "en": [],
-    "zh": [
-        ("File must be", "檔案超過 20 MB，請存成較小的檔案。"),
-        ("Drag and drop", "把圖片拖放到這裡"),
-        ("Upload or drag", "附加或拖放圖片"),
-        ("Upload files", "附加圖片"),
-        ("No results", "沒有符合的項目"),
-        ("Select all", "全選"),
-        ("Press Enter to apply", "按 Enter 套用"),
-        ("Press Ctrl+Enter to apply", "按 Ctrl+Enter 套用"),
-        ("Press ⌘+Enter to apply", "按 ⌘+Enter 套用"),
-        ("Take Photo", "拍照"),
-        ("Clear photo", "清除照片"),
-        ("This app would like to use your camera", "這個網頁想使用你的相機"),
-        ("Learn how to allow access", "如何允許使用"),
-    ],
-}
+# Streamlit's own words, by what they contain, and in Chinese; page.js puts them in place.
+PAGE_WORDS = [
+    ("File must be", "檔案超過 20 MB，請存成較小的檔案。"),
+    ("Drag and drop", "把圖片拖放到這裡"),
+    ("Upload or drag", "附加或拖放圖片"),
+    ("Upload files", "附加圖片"),
+    ("No results", "沒有符合的項目"),
+    ("Select all", "全選"),
+    ("Press Enter to apply", "按 Enter 套用"),
+    ("Press Ctrl+Enter to apply", "按 Ctrl+Enter 套用"),
+    ("Press ⌘+Enter to apply", "按 ⌘+Enter 套用"),
+    ("Take Photo", "拍照"),
+    ("Clear photo", "清除照片"),
+    ("This app would like to use your camera", "這個網頁想使用你的相機"),
+    ("Learn how to allow access", "如何允許使用"),
+    ("Fullscreen", "全螢幕"),
+    ("Download as CSV", "下載 CSV"),
+]
 
 
 class Labels:
@@ -201,8 +200,9 @@ class Labels:
     def install(self) -> None:
         """Styles, and what only a browser can do."""
         st.html(FOLDER / "page.css")
-        words = f"window.pageWords = {json.dumps(PAGE_WORDS[self.language])};"
-        st.html(f"<script>{words}\n(() => {{ {(FOLDER / 'page.js').read_text()} }})()</script>", unsafe_allow_javascript=True)
+        words = json.dumps(PAGE_WORDS if self.language == "zh" else [])
+        script = f"window.pageWords = {words};\n(() => {{ {(FOLDER / 'page.js').read_text()} }})()"
+        st.html(f"<script>{script}</script>", unsafe_allow_javascript=True)
 
 
 def in_chinese(text: str) -> str:

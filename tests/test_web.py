@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_sessions_take_turns_in_the_order_in_which_they_ask():
         waiting = turns.waiting
         threads[-1].start()
         while turns.waiting == waiting:
-            pass
+            time.sleep(0.01)
     gate.set()
     for thread in threads:
         thread.join(60)
@@ -365,9 +366,10 @@ def test_failures_are_told_and_leave_the_conversation_usable(new_session, monkey
     assert "太長" in in_chinese(session.exchanges[1].problem)
     session.again("What colour?")
     assert converse(session) == "red", "the images of the failed question are asked about again"
-    session.assistant.vision_encoder, encoder = None, session.assistant.vision_encoder
+    model = session.assistant.model
+    model.vision_encoder, encoder = None, model.vision_encoder
     assert "cannot see" in (converse(session, "What colour?", "blue") or session.exchanges[-1].problem)
-    session.assistant.vision_encoder = encoder
+    model.vision_encoder = encoder
     assert converse(session, "What colour?", "blue") == "blue"
 
 

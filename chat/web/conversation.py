@@ -38,9 +38,10 @@ class Turns:
     def run(self, step: Callable, *args) -> Any:
         """What the step returns, once its turn has come."""
         with self._lock:
+            done = self._thread.submit(step, *args)
             self.waiting += 1
         try:
-            return self._thread.submit(step, *args).result()
+            return done.result()
         finally:
             with self._lock:
                 self.waiting -= 1

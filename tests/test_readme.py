@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from model import convert
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import fingerprints, load_vision_encoder, save_weights
-from tests.conftest import REPOSITORY, make_model
+from tests.conftest import REPOSITORY
 from tests.test_reading_path import READING_PATH
 
 READMES = ["README.md", "README_zh.md"]
@@ -129,7 +130,8 @@ def after_the_demo(tmp_path, tokenizer, monkeypatch) -> Path:
     (tmp_path / "model").symlink_to(REPOSITORY / "model")
     encoder = load_vision_encoder(REPOSITORY / "model" / "vision_model" / "tiny-clip")
     for weight in ("llm", "pretrain_vlm", "sft_vlm"):
-        model = make_model(tower=encoder, hidden_size=256, num_hidden_layers=1, vision_hidden_size=encoder.config.hidden_size)
+        config = VLMConfig(hidden_size=256, num_hidden_layers=1, vision_hidden_size=encoder.config.hidden_size)
+        model = MiniMindVLM(config, encoder)
         record = {"fingerprints": fingerprints(model, tokenizer), "training": {"vision_model_path": "model/vision_model/tiny-clip"}}
         save_weights(tmp_path / "out" / f"{weight}_256.pth", model, record)
     demo = tmp_path / "dataset" / "demo"

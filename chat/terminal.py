@@ -139,10 +139,9 @@ class TerminalChat:
     def image(self, argument: str) -> None:
         """Queues one or several images."""
         for path in typed_paths(required("/image", argument)):
-            notes: list[SampleError] = []
-            self.chat.add_image(load_image(Path(path).expanduser(), path, "", notes))
+            self.chat.add_image(load_image(Path(path).expanduser(), path))
             self.queue.append(Shown(path))
-            self.screen.say(f"image {len(self.chat.waiting)} for the next question: {path}{' (truncated)' if notes else ''}")
+            self.screen.say(f"image {len(self.chat.waiting)} for the next question: {path}")
         if len(self.chat.waiting) > (room := self.chat.room()):
             self.screen.say(f"more than fit beside a question: about {room} do; /undo takes the last one back", "error")
 

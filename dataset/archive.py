@@ -1,7 +1,6 @@
 """Images in a zip or a tar, read in place."""
 
 import contextlib
-import hashlib
 import io
 import os
 import posixpath
@@ -18,7 +17,7 @@ import numpy as np
 from model.errors import DataError, SampleError, check_fetched, reason, shown
 from model.storage import read_index
 
-from .images import IMAGE_SUFFIXES, MAX_BYTES, ImageRefused, ImageSource, likeness
+from .images import IMAGE_SUFFIXES, MAX_BYTES, ImageRefused, ImageSource, hash_of, likeness
 
 IN_TAR, ENCRYPTED = 2**16, 2**16 + 1  # in place of a zip's method
 
@@ -57,15 +56,15 @@ class ArchiveImages(ImageSource):
         root = os.path.commonpath(folders) + "/" if "" not in folders else ""
         names = [(name, name) for name in entries] + [(name.removeprefix(root), name) for name in entries if root and name.startswith(root)]
         most = 2**32 - 1  # larger ones are refused when they are wanted
-        found = [(name_hash(likeness(alias)), name_hash(alias), offset, min(most, size), min(most, unpacked), crc, method)
+        found = [(hash_of(likeness(alias)), hash_of(alias), offset, min(most, size), min(most, unpacked), crc, method)
                  for alias, (offset, size, unpacked, crc, method) in ((alias, entries[name]) for alias, name in names)]  # fmt: skip
         index.write(np.sort(np.array(found, self.ENTRY), order="like").tobytes())
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[np.void]:
         name = posixpath.normpath(name.replace("\\", "/") if loosely else name)
-        like = name_hash(likeness(name))
+        like = hash_of(likeness(name))
         begin, end = (int(np.searchsorted(self._entries["like"], like, side)) for side in ("left", "right"))
-        found = [entry for entry in self._entries[begin:end] if loosely or entry["name"] == name_hash(name)]
+        found = [entry for entry in self._entries[begin:end] if loosely or entry["name"] == hash_of(name)]
         return list({int(entry["offset"]): entry for entry in found}.values())
 
     def open(self, name: str, where: str) -> BinaryIO:
@@ -126,9 +125,3 @@ def tar_entries(path: Path) -> dict[str, tuple[int, ...]]:
             elif entry.islnk() and target in found:
                 found[name] = found[target]
     return found
-
-
-def name_hash(name: str) -> np.uint64:
-    """64 bits of a file name: among a million names, two are alike once in forty million data sets."""
-    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))

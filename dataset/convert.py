@@ -34,10 +34,10 @@ from model.vision import to_rgb
 
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .images import ImageSource, load_image, open_images
+from .jsonl import parse_images, parse_sample
 from .parquet import IMAGE_COLUMNS, cells_of, find_columns, read_batches, read_schema, row_of
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import counted
-from .vlm_dataset import parse_images, parse_sample
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "more": arrow.string()})  # fmt: skip

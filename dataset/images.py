@@ -4,13 +4,14 @@ A sample names its images, or holds them (bytes of an image file, as parquet has
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import re
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
@@ -28,7 +29,6 @@ Ref = str | bytes
 
 MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can unfold to gigabytes
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
-MOST_MISSING = 0.05  # fraction of an image that may be missing: of its pixels or rows
 PLUGINS = {"HEIC": ("HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif"), "JPEG XL": ("JXL", "pillow_jxl", "pillow-jxl-plugin")}
 Image.init()  # registers all formats
 CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
@@ -57,21 +57,15 @@ class ImageSource:
     path: str | Path  # of them all
     missing = False  # whether there is no such folder
 
-    def load(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> Image.Image:
-        """The decoded image; raises SampleError. `notes` is told of a truncated file."""
-        if isinstance(ref, bytes):
-            return load_image(io.BytesIO(ref), f"of {len(ref)} bytes", where, notes)
-        return load_image(self.open(ref, where), ref, where, notes)
+    def load(self, ref: Ref, where: str = "") -> Image.Image:
+        """The decoded image; raises SampleError."""
+        return load_image(io.BytesIO(ref) if isinstance(ref, bytes) else self.open(ref, where), name_of(ref), where)
 
-    def pixels(self, ref: Ref, where: str = "", notes: list[SampleError] | None = None) -> torch.Tensor:
-        """What the model sees of the image, uint8 [3, 224, 224]; as `load` otherwise."""
-        image = self.load(ref, where, notes)
-        try:
+    def pixels(self, ref: Ref, where: str = "") -> torch.Tensor:
+        """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError."""
+        image = self.load(ref, where)
+        with unreadable(name_of(ref), where):
             return preprocess(image)
-        except MemoryError:
-            raise
-        except Exception as error:  # as decoders do: all kinds
-            raise SampleError(f"image {shown(ref if isinstance(ref, str) else 'of the row')} cannot be converted: {reason(error)}", where) from error
 
     def read(self, name: str, where: str = "") -> bytes:
         """The bytes of the image's file; raises SampleError."""
@@ -115,22 +109,18 @@ class FolderImages(ImageSource):
         self._listings: dict[str, dict[str, list[str]]] = {}  # of folders where a name was not found: names by likeness
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[str]:
-        try:  # os.path is several times faster here than Path
-            path = os.path.normpath(os.path.join(self.path, name.replace("\\", "/") if loosely else name))
-            if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
-                raise SampleError(f"image {shown(name)} leads out of {self.path}", where)
-            return [found for found in (self._alike(path) if loosely else [path]) if is_file(found)]
-        except SampleError:
-            raise
-        except (OSError, ValueError) as error:  # too long, a NUL, half a character, a circle of links
-            raise SampleError(f"image {shown(name)} is no file name: {reason(error)}", where) from error
+        # os.path is several times faster here than Path; isfile is False for what can be no name, as with a NUL.
+        path = os.path.normpath(os.path.join(self.path, name.replace("\\", "/") if loosely else name))
+        if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
+            raise SampleError(f"image {shown(name)} leads out of {self.path}", where)
+        return [found for found in (self._alike(path) if loosely else [path]) if os.path.isfile(found)]
 
     def _alike(self, path: str) -> list[str]:
         """Paths below the folder that differ from this one in spelling alone."""
-        parts, found = os.path.relpath(path, self.path).split(os.sep), [self.path]
-        for part in parts:
+        found = [self.path]
+        for part in os.path.relpath(path, self.path).split(os.sep):
             found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(likeness(part), [])]
-        return found + [os.path.join(self.path, "\\".join(parts))] * (len(parts) > 1)  # as some unpack a zip of Windows
+        return found
 
     def _names(self, folder: str) -> dict[str, list[str]]:
         if folder not in self._listings:
@@ -178,12 +168,12 @@ def open_images(paths: str | Path) -> ImageSource:
     A single missing folder is no error yet: text-only data and parquet need none.
     """
     names = [name for name in split_names(str(paths), os.path.exists) if name]
-    if len(names) > 1:
-        for name in names:
-            if not os.path.exists(name):
-                raise DataError(f"{name} does not exist; a folder or a .zip of images is wanted")
-        return ManyImages([_open_one(Path(name)) for name in names])
-    return _open_one(Path(names[0])) if names else FolderImages(str(paths))
+    if len(names) < 2:
+        return _open_one(Path(names[0])) if names else FolderImages("")
+    for name in names:
+        if not os.path.exists(name):
+            raise DataError(f"{name} does not exist; a folder or a .zip of images is wanted")
+    return ManyImages([_open_one(Path(name)) for name in names])
 
 
 def _open_one(path: Path) -> ImageSource:
@@ -220,50 +210,30 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def load_image(file: Path | BinaryIO, name: str, where: str = "", notes: list[SampleError] | None = None,
-               most_pixels: int = MAX_PIXELS) -> Image.Image:  # fmt: skip
-    """Opens and decodes one file of at most so many pixels; raises SampleError with the name and the reason. `notes` is told of a
-    truncated file."""
-    try:
+def load_image(file: Path | BinaryIO, name: str, where: str = "", most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes one file of at most so many pixels; raises SampleError with the name and the reason."""
+    with unreadable(name, where):
         if isinstance(file, Path) and not is_regular(file):
             raise ImageRefused("it is a folder, a pipe or a device")
-        image, truncated = decode(file.read_bytes() if isinstance(file, Path) else file.read(), most_pixels)
+        return decode(file.read_bytes() if isinstance(file, Path) else file.read(), most_pixels)
+
+
+@contextlib.contextmanager
+def unreadable(name: str, where: str) -> Iterator[None]:
+    """Raises SampleError for whatever a decoder raises: OSError, SyntaxError, struct.error, ValueError, ..."""
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, ValueError, ...
+    except Exception as error:
         raise SampleError(f"image {shown(name)} cannot be read: {reason(error)}", where) from error
-    if truncated and notes is not None:
-        notes.append(SampleError(f"image {shown(name)} is truncated; used, for nearly all of it is there", where))
-    return image
 
 
-def decode(data: bytes, most_pixels: int) -> tuple[Image.Image, bool]:
-    """The first frame, decoded, and whether the file is truncated: then nearly all of it is there.
+def decode(data: bytes, most_pixels: int) -> Image.Image:
+    """The first frame, decoded.
 
-    Raises ImageRefused, and what decoders raise, which is all kinds.
+    Raises ImageRefused for what is no image or has too many pixels, and what decoders raise, which is all kinds.
     """
-    image = open_image(data, most_pixels)
-    try:
-        image.load()
-        return image, False
-    except OSError as error:
-        if "truncated" not in str(error):
-            raise
-        if jpeg := image.format in ("JPEG", "MPO"):
-            image = open_image(data + b"\xff\xd9", most_pixels)  # with an end mark; what is missing becomes grey
-        else:
-            image.tile = []  # its decoder has left the rows that came; the others are as they were filled
-        image.load()
-        filling = (127, 128) if jpeg else (0, image.info.get("transparency", 0) if image.format == "GIF" else 0)
-        blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), filling)
-        missing = blank.all(2).mean() if jpeg else blank.all(1).mean(0).max()  # a JPEG comes in blocks, others in rows, perhaps a channel at a time
-        if missing > MOST_MISSING or (jpeg and lacks_scans(image, data)):
-            raise ImageRefused("it is truncated, and too much of it is missing") from error
-        return image, True
-
-
-def open_image(data: bytes, most_pixels: int) -> Image.Image:
-    """The image, not yet decoded; raises ImageRefused for what is none or has too many pixels."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -279,22 +249,19 @@ def open_image(data: bytes, most_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=[format])
     if image.width * image.height > most_pixels:
         raise ImageRefused(f"it has {image.width} x {image.height} pixels, more than {most_pixels:,}; save it smaller")
+    image.load()
     return image
 
 
-def lacks_scans(image: Image.Image, data: bytes) -> bool:
-    """Whether a progressive JPEG ends before a scan with the last bits of the highest frequencies (ITU-T T.81, B.2.3) begins."""
-    scan = data[data.rfind(b"\xff\xda") + 4 :]  # how many components, two bytes of each; first and last frequency; bits
-    last_frequency, bits = (scan + bytes(11))[2 * scan[0] + 2 :][:2] if scan else (0, 0)
-    return "progressive" in image.info and (last_frequency != 63 or bits & 15 != 0)
+def name_of(ref: Ref) -> str:
+    """An image as messages call it."""
+    return ref if isinstance(ref, str) else f"of {len(ref)} bytes"
 
 
-def is_file(path: str) -> bool:
-    """Whether there is a regular file, by whatever links; raises OSError for what can be no path."""
-    try:
-        return is_regular(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+def hash_of(ref: Ref) -> np.uint64:
+    """64 bits of a name or of an image's bytes: among a million, two are alike once in forty million data sets."""
+    data = ref if isinstance(ref, bytes) else ref.encode(errors="surrogatepass")
+    return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), "<u8")[0]
 
 
 def likeness(name: str) -> str:

@@ -1,40 +1,87 @@
-"""Samples from a jsonl file, each found by the byte offset of its line.
+"""Samples, and where they are in a jsonl file: each is found by the byte offset of its line.
 
 The offsets are collected once, by reading the file, and stored next to it as `.NAME.index`; later starts map that file into
-memory, and all processes share its pages. Packed files (.gz, .bz2, .zst) and json documents are copied line by line first.
+memory, and all processes share its pages. Of packed files and json documents a copy is read (dataset/lines.py).
 """
 
 import hashlib
 import json
-import sys
+import struct
 import zlib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from model.conversation import IMAGE_PLACEHOLDER
-from model.errors import DataError, NoSamples, SampleError, shown
-from model.storage import derived_file, read_index
+from model.conversation import IMAGE_PLACEHOLDER, Turn, parse_turns
+from model.errors import NoSamples, SampleError, shown
+from model.storage import read_index
 
-from .vlm_dataset import Sample, parse_sample
-
-UNPACK = {".gz": ("gzip", "gzip -dk"), ".bz2": ("bz2", "bzip2 -dk"), ".zst": ("zstd", "zstd -dk")}  # codec, command
-UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")  # how a file in UTF-16 begins
-BOM = b"\xef\xbb\xbf"  # at the start of a file, or where one was appended to another
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # suffix and codec
+BLANK = b" \t\r\n\xef\xbb\xbf"  # an empty line may have a byte order mark
 LINE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("placeholders", "<i4"), ("number", "<i4"), ("crc", "<u4")])
-MOST_BYTES = 2**30  # of a line
 BYTES_PER_TOKEN = 4  # of English in a vocabulary of 6,400; only lengths relative to each other matter
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A checked sample: turns, and the images they show in reading order, by name or as the bytes of an image file.
+    `where` is "file:line"."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[str | bytes, ...] = ()
+    where: str = ""
+    kind: str = ""  # of the answers, for scoring; optional
+
+
+def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | None = None) -> Sample:
+    """A decoded json line as a Sample; `images` replace its field `image` where a format holds them itself.
+
+    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> placeholders that do
+    not match the images; of a format that convert knows it names the command.
+    """
+    try:
+        return _parse(row, where, images)
+    except SampleError as error:
+        from .foreign import remedy  # for an error alone
+
+        raise SampleError(error.problem + remedy(row, where), where) from error
+
+
+def _parse(row: Any, where: str, images: tuple[str | bytes, ...] | None) -> Sample:
+    if not isinstance(row, dict):
+        raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
+    turns = parse_turns(row.get("conversations"), where)
+    images = parse_images(row.get("image"), where) if images is None else images
+    placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    if placeholders != len(images):
+        raise SampleError(f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the user's turns, but {len(images)} images", where)
+    if not any(turn.role == "assistant" for turn in turns):
+        raise SampleError("no assistant turn: nothing to learn from", where)
+    return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))
+
+
+def parse_images(value: Any, where: str = "") -> tuple[str, ...]:
+    """The `image` field: absent, "a.jpg", "a.jpg, b.jpg" or a list."""
+    if value is None or value == "":
+        return ()
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise SampleError(f"'image' must be a file name, several with commas between, or a list: {shown(value)}", where)
+    return tuple(name.strip() for name in names)
+
+
 class JsonlSamples:
-    """The samples of a jsonl file; empty lines are none. Raises DataError for a file that holds no lines of text."""
+    """The samples of a jsonl file; empty lines are none. Raises DataError for a file that holds no samples."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._lines_path = one_object_a_line(self.path)
+        self.path = self._lines_path = Path(path)
+        if is_packed(self.path) or kind_of(self.path) == ".json":
+            from .lines import one_object_a_line  # not needed for jsonl
+
+            self._lines_path = one_object_a_line(self.path)
         index = read_index(self._lines_path, "index", LINE, self._write_index)
         self._lines, self._fingerprint = index[:-1], index[-1].tobytes().hex()
         if not len(self._lines):
@@ -73,34 +120,21 @@ class JsonlSamples:
             raise SampleError(f"the line cannot be read: {error}", where) from error
         if zlib.crc32(content) != line["crc"]:
             raise SampleError("the file has changed since the start: the line is not what it was", where)
-        try:
-            text = content.removeprefix(BOM).decode()
-        except UnicodeDecodeError as error:
-            raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
-        return parse_json(text, where)
+        return parse_json(content, where)
 
     def _write_index(self, index: BinaryIO) -> None:
         """A LINE for every line that is not empty, and a hash of them in place of a last one."""
-        digest, lines, offset, placeholder = hashlib.blake2b(digest_size=LINE.itemsize), [], 0, IMAGE_PLACEHOLDER.encode()
-
-        def flush() -> None:
-            records = np.array(lines, LINE).tobytes()
-            digest.update(records)
-            index.write(records)
-            bar.update(offset - bar.n)
-            lines.clear()
-
-        bar = tqdm(total=self._lines_path.stat().st_size, unit="B", unit_scale=True, desc=f"index of {self.path.name}", delay=3, disable=None)
+        digest, record, offset = hashlib.blake2b(digest_size=LINE.itemsize), struct.Struct("<qiiiI"), 0
+        size, placeholder = self._lines_path.stat().st_size, IMAGE_PLACEHOLDER.encode()
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index of {self.path.name}", delay=3, disable=None)
         with open(self._lines_path, "rb") as file, bar:
-            for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), start=1):
-                if len(line) > MOST_BYTES:
-                    raise DataError(f"{self.path}:{number} has more than {MOST_BYTES:,} bytes in one line")
-                if line.removeprefix(BOM).strip():
-                    lines.append((offset, len(line), line.count(placeholder), number, zlib.crc32(line)))
+            for number, line in enumerate(file, start=1):
+                if line.strip(BLANK):
+                    entry = record.pack(offset, len(line), line.count(placeholder), number, zlib.crc32(line))
+                    digest.update(entry)
+                    index.write(entry)
                 offset += len(line)
-                if len(lines) == 2**16:
-                    flush()
-            flush()
+                bar.update(len(line))
         index.write(digest.digest())
 
 
@@ -111,78 +145,15 @@ def kind_of(path: Path) -> str:
 
 def is_packed(path: Path) -> bool:
     """Whether the name says so."""
-    return path.suffix.lower() in UNPACK
+    return path.suffix.lower() in PACKED
 
 
-def one_object_a_line(path: Path) -> Path:
-    """The file itself if it holds one object a line; of a packed file or a json document, a copy that does. Raises DataError."""
-    begin = next(read_pieces(path), b"")
-    if begin.startswith(UTF16):
-        raise DataError(f"{path} is UTF-16 text; UTF-8 is wanted: iconv -f UTF-16 -t UTF-8 '{path}' > data.jsonl")
-    begin = begin.removeprefix(BOM).lstrip()
-    document = begin.startswith(b"[") or (kind_of(path) == ".json" and begins_document(begin.partition(b"\n")[0]))
-    if not document and not is_packed(path):
-        return path
-
-    def write(copy: BinaryIO) -> None:
-        print(f"notice: the lines of {path} are copied to .{path.name}.lines once", file=sys.stderr)
-        pieces = read_pieces(path)
-        copy.writelines(lines_of(b"".join(pieces)) if document else pieces)
-
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Decoded json; raises SampleError."""
     try:
-        copy = derived_file(path, "lines", write)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is neither one json document nor one object a line: {error}") from error
-    if copy is None:
-        command = f"{UNPACK[path.suffix.lower()][1]} '{path}'" if is_packed(path) else f"jq -c '.[]' '{path}' > data.jsonl"
-        raise DataError(f"neither the folder of {path} nor ~/.cache has room for its lines; write them elsewhere: {command}")
-    return copy
-
-
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """The file, or what is packed in it, a MB at a time; raises DataError where that is damaged."""
-    with open(path, "rb") as file:
-        source = file
-        if is_packed(path):
-            import pyarrow  # takes a while, and is needed for nothing else here
-
-            source = pyarrow.input_stream(file, compression=UNPACK[path.suffix.lower()][0])
-        try:
-            yield from iter(lambda: source.read(2**20), b"")
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error}; it is damaged or truncated, or packed otherwise than its name says") from error
-
-
-def begins_document(line: bytes) -> bool:
-    """Whether a .json file that begins with this line is one document, rather than one object a line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return isinstance(row, dict) and isinstance(row.get("data"), list)
-
-
-def lines_of(document: bytes) -> Iterator[bytes]:
-    """The samples of a json document: an array, an object with one as `data`, or a single sample."""
-    content = json.loads(document.decode("utf-8-sig"), object_pairs_hook=no_duplicates)
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-    for row in content if isinstance(content, list) else [content]:
-        yield json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Decoded json; raises SampleError, also for an object that names a key twice, which could mean either."""
-    try:
-        return json.loads(text, object_pairs_hook=no_duplicates)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits are plain ValueErrors
-        raise SampleError(f"not json ({error}): {text.encode(errors='replace')[:60]!r}", where) from error
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-    """A json object; raises ValueError when a key stands there twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {shown(next(name for name in names if names.count(name) > 1))} stands there twice")
-    return row
+        begin = text[:60] if isinstance(text, bytes) else text[:60].encode(errors="replace")
+        raise SampleError(f"not json ({error}): {begin!r}", where) from error

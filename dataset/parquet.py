@@ -8,7 +8,6 @@ import hashlib
 import json
 import mmap
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,10 @@ from tqdm import tqdm
 
 from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import DataError, NoSamples, SampleError
-from model.storage import derived_file
 
 from .foreign import as_list, image_of, remedy, with_images
-from .jsonl import BYTES_PER_TOKEN, parse_json
-from .vlm_dataset import Sample, parse_sample
+from .jsonl import BYTES_PER_TOKEN, Sample, parse_json, parse_sample
+from .lines import copied
 
 CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")  # the first that is there counts
 FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
@@ -52,12 +50,7 @@ class ParquetSamples:
         names = read_schema(self.path)[0].names
         self._text, self._images = find_columns(self.path, names)
         self._columns = [name for name in (self._text, self._images, *FURTHER) if name in names]
-        copy = derived_file(self.path, "rows", self._write_copy)
-        if copy is None:
-            raise DataError(
-                f"neither the folder of {self.path} nor ~/.cache has room for a copy of its rows, which is read in its place;"
-                f" name a larger disk by XDG_CACHE_HOME"
-            )
+        copy = copied(self.path, "rows", self._write_copy)
         with open(copy, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = arrow.ipc.open_file(arrow.py_buffer(mapped))
@@ -95,7 +88,6 @@ class ParquetSamples:
         return hashlib.blake2b(self._crcs, digest_size=16).hexdigest()
 
     def _write_copy(self, file: BinaryIO) -> None:
-        print(f"notice: the rows of {self.path} are copied to .{self.path.name}.rows once", file=sys.stderr)
         with arrow.ipc.new_file(file, ROWS) as writer:
             for batch, first in read_batches(self.path, self._columns, f"copy of {self.path.name}"):
                 rows = [copied_row(batch, number, self._text, self._images, self.where(first + number)) for number in range(len(batch))]

@@ -4,13 +4,12 @@ A sample source is anything with `len()`, `[i] -> Sample` (raising SampleError) 
 formats join here, in `open_file`.
 """
 
-import errno
 import glob
 import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,15 +19,13 @@ from model.errors import DataError, NoSamples, check_fetched
 from model.storage import is_regular
 
 from .images import split_names
-from .jsonl import UNPACK, JsonlSamples, is_packed, kind_of
-from .vlm_dataset import Sample
+from .jsonl import PACKED, JsonlSamples, Sample, is_packed, kind_of
 
 FILES = (".jsonl", ".ndjson", ".parquet")  # taken from a folder; .json, too, when it is named
 MOST_WEIGHT = 1000
 T = TypeVar("T")
 HOLD_OUT = 1  # in a key of random numbers: the choice of held-out samples is no order of an epoch
-
-
+ROUNDS = 6  # of a Permutation
 Order = Callable[[np.ndarray], np.ndarray]  # places in an epoch, int64 [k], to samples' numbers, int64 [k]
 
 
@@ -50,11 +47,14 @@ class SampleSource(Protocol):
 
 
 class Mixture:
-    """Several sources as one: their samples numbered through, and an order that takes from each by its weight."""
+    """Several sources as one: their samples numbered through, and an order that takes from each by its weight.
+
+    With a weight other than 1 a source continues where it stopped the epoch before: no sample is repeated until all have come.
+    """
 
     def __init__(self, sources: list[SampleSource], weights: list[float]):
         self.sources, self.weights = sources, weights
-        self.bounds = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+        self.bounds = running_sum([len(source) for source in sources])
         self.held_out = np.empty(0, dtype=np.int64)  # numbers of samples that no epoch takes, ascending
 
     def __len__(self) -> int:
@@ -65,10 +65,14 @@ class Mixture:
         held_out = np.diff(np.searchsorted(self.held_out, self.bounds))
         return [len(source) - int(count) for source, count in zip(self.sources, held_out, strict=True)]
 
+    def _counts(self) -> list[int]:
+        """Samples that each source gives to an epoch; at least one."""
+        return [max(1, round(size * weight)) for size, weight in zip(self._sizes(), self.weights, strict=True)]
+
     @property
     def epoch_size(self) -> int:
         """Samples of an epoch, weights considered."""
-        return sum(map(samples_per_epoch, self._sizes(), self.weights))
+        return sum(self._counts())
 
     def hold_out(self, part: float, seed: int) -> np.ndarray:
         """Takes this fraction of every source's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
@@ -84,9 +88,31 @@ class Mixture:
 
     def order(self, seed: int, epoch: int) -> Order:
         """The epoch's order of samples, before the sampler puts those of similar lengths together."""
-        order = EpochOrder(self._sizes(), self.weights, seed, epoch)
+        sizes, counts = self._sizes(), self._counts()
+        begins, ends = running_sum(sizes), running_sum(counts)
+        shuffled = Permutation(sum(counts), (seed, epoch))
         skipped = self.held_out - np.arange(len(self.held_out))  # of each held-out sample: how many others come before it
-        return lambda places: (numbers := order(places)) + np.searchsorted(skipped, numbers, side="right")
+
+        def within(source: int, places: np.ndarray) -> np.ndarray:
+            """The samples of a source at places among those it gives to the epoch."""
+            if self.weights[source] == 1:
+                return places
+            running, numbers = places + epoch * counts[source], np.empty_like(places)
+            for number in np.unique(running // sizes[source]):  # of passes through the source
+                own = running // sizes[source] == number
+                permuted = Permutation(sizes[source], (seed, source, int(number)))
+                numbers[own] = permuted(running[own] % sizes[source])
+            return numbers
+
+        def order(places: np.ndarray) -> np.ndarray:
+            mixed = shuffled(places)
+            source, numbers = np.searchsorted(ends, mixed, side="right") - 1, np.empty_like(mixed)
+            for number in np.unique(source):
+                own = source == number
+                numbers[own] = begins[number] + within(int(number), mixed[own] - ends[number])
+            return numbers + np.searchsorted(skipped, numbers, side="right")
+
+        return order
 
     def _place(self, index: int) -> tuple[SampleSource, int]:
         number = int(np.searchsorted(self.bounds, index, side="right")) - 1
@@ -152,7 +178,7 @@ def split_weight(entry: str) -> tuple[str, float]:
     return (path, value) if colon else (entry, 1.0)
 
 
-def find_files(entry: str) -> Iterator[Path]:
+def find_files(entry: str) -> list[Path]:
     """The data files that an entry of --data_path means, by name; raises DataError, UsageError for one that was not fetched."""
     found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
     if not found:
@@ -162,29 +188,28 @@ def find_files(entry: str) -> Iterator[Path]:
             f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
             f"or name a jsonl or parquet file of your own (format: README, 'Train on your own images')."
         )
-    pattern, any_file = not os.path.exists(entry), False
-    for path in map(Path, found):
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if kind_of(file) in FILES and not file.is_dir())
-            files = [file for file in files if not file.name.startswith(".")]
-        else:
-            files = [path] * (not pattern or kind_of(path) in (*FILES, ".json"))  # what a pattern meets may be anything
-        for file in files:
-            if (pattern or path.is_dir()) and is_packed(file) and file.with_suffix("").exists():
-                continue  # unpacked beside it
-            if file.exists() and not is_regular(file):
-                raise DataError(f"{file} is a pipe or a device; data are read more than once: write them to a file")
-            check_fetched(file)
-            any_file = True
-            yield file
-    if not any_file:
+    files = [Path(entry)] if found == [entry] and not os.path.isdir(entry) else []
+    if not files:
+        for path in map(Path, found):
+            if path.is_dir():
+                files += sorted(file for file in path.iterdir() if kind_of(file) in FILES)
+            elif kind_of(path) in (*FILES, ".json"):
+                files.append(path)
+        files = [file for file in files if not file.name.startswith(".") and not file.is_dir()]
+        files = [file for file in files if not (is_packed(file) and file.with_suffix("").exists())]
+    if not files:
         raise DataError(f"{entry} holds no .jsonl and no .parquet files (.json files are named, or met by a pattern: {entry.rstrip('/')}/*.json)")
+    for file in files:
+        if file.exists() and not is_regular(file):
+            raise DataError(f"{file} is a pipe or a device; data are read more than once: write them to a file")
+        check_fetched(file)
+    return files
 
 
 def open_file(path: Path) -> SampleSource:
     """The samples of one file; raises DataError."""
     if kind_of(path) not in (*FILES, ".json") or (kind_of(path) == ".parquet" and is_packed(path)):
-        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, or such packed as {', '.join(UNPACK)})")
+        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, or such packed as {', '.join(PACKED)})")
     try:
         if path.suffix.lower() != ".parquet":
             return JsonlSamples(path)
@@ -192,8 +217,7 @@ def open_file(path: Path) -> SampleSource:
 
         return ParquetSamples(path)
     except OSError as error:
-        remedy = "; raise the limit (ulimit -n) or join files" if error.errno == errno.EMFILE else ""
-        raise DataError(f"cannot read {path}: {error}{remedy}") from error
+        raise DataError(f"cannot read {path}: {error}") from error
 
 
 def open_files(paths: Iterable[Path], opened: Callable[[Path], T] = open_file) -> list[T]:
@@ -209,9 +233,6 @@ def open_files(paths: Iterable[Path], opened: Callable[[Path], T] = open_file) -
     if empty:
         print(f"notice: {len(empty)} of {len(empty) + len(sources)} files left out: {empty[0]}", file=sys.stderr)
     return sources
-
-
-ROUNDS = 6
 
 
 class Permutation:
@@ -248,38 +269,6 @@ def scramble(bits: np.ndarray) -> np.ndarray:
     return bits ^ bits >> np.uint64(31)
 
 
-class EpochOrder:
-    """The order of one epoch over several sources, source s taking part with `weights[s]` times its samples.
-
-    With a weight other than 1 a source continues where it stopped the epoch before: no sample is repeated until all have come.
-    """
-
-    def __init__(self, sizes: list[int], weights: list[float], seed: int, epoch: int):
-        self.sizes, self.weights, self.seed, self.epoch = sizes, weights, seed, epoch
-        self.counts = [samples_per_epoch(size, weight) for size, weight in zip(sizes, weights, strict=True)]
-        self.bounds, self.begins = (np.concatenate([[0], np.cumsum(values)]) for values in (self.counts, sizes))
-        self.shuffled = Permutation(int(self.bounds[-1]), (seed, epoch))
-
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        mixed = self.shuffled(places)
-        source, numbers = np.searchsorted(self.bounds, mixed, side="right") - 1, np.empty_like(mixed)
-        for s in np.unique(source):
-            own = source == s
-            numbers[own] = self.begins[s] + self._within(int(s), mixed[own] - self.bounds[s])
-        return numbers
-
-    def _within(self, s: int, places: np.ndarray) -> np.ndarray:
-        """The samples of source s at places among those it gives to the epoch."""
-        if self.weights[s] == 1:
-            return places
-        running, numbers = places + self.epoch * self.counts[s], np.empty_like(places)
-        passes = running // self.sizes[s]
-        for number in np.unique(passes):
-            own = passes == number
-            numbers[own] = Permutation(self.sizes[s], (self.seed, s, int(number)))(running[own] % self.sizes[s])
-        return numbers
-
-
-def samples_per_epoch(size: int, weight: float) -> int:
-    """Samples that a source of `size` with `weight` gives to each epoch; at least one."""
-    return max(1, round(size * weight))
+def running_sum(counts: list[int]) -> np.ndarray:
+    """Where each of several parts begins, and the end of the last."""
+    return np.concatenate([[0], np.cumsum(counts)])

@@ -4,23 +4,20 @@
     python -m dataset.validate "shards/*.parquet" --plot lengths.png
 
 Every sample is checked, tokenized and its images decoded, in several processes. Prints what is wrong by kind, with the
-first places of each; which images are truncated; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
+first places of each; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
 and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
 """
 
 import argparse
-import hashlib
 import os
 import re
 import sys
 import time
-from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods, get_context
-from operator import iadd
 
 import numpy as np
 import torch
@@ -32,7 +29,7 @@ from model.errors import DataError, SampleError, UsageError, print_anything
 from model.storage import REPOSITORY, check_plot, home_for_tilde
 from model.weights import load_tokenizer
 
-from .images import ImageSource, open_images
+from .images import ImageSource, hash_of, open_images
 from .sources import Mixture, open_samples
 
 CHUNK = 256  # samples that a process checks at a time
@@ -40,42 +37,8 @@ SHOWN = 5  # places named for each kind of trouble
 STAGES = {640: "train_pretrain_vlm.py", 1536: "train_sft_vlm.py"}  # by their --max_seq_len
 
 
-@dataclass
-class Report:
-    """What was found in some of the samples; reports add up. 20 bytes a sample."""
-
-    samples: int = 0
-    images: int = 0
-    bad: dict[str, int] = field(default_factory=dict)  # bad samples by kind
-    remarks: dict[str, int] = field(default_factory=dict)  # good samples that something is to be said of, by kind
-    places: dict[str, list[str]] = field(default_factory=dict)  # the first of each kind
-    supervised: int = 0  # tokens
-    used: int = 0  # tokens that max_seq_len leaves
-    numbers: array = field(default_factory=lambda: array("Q"))  # of the good samples
-    lengths: array = field(default_factory=lambda: array("I"))  # their tokens
-    hashes: array = field(default_factory=lambda: array("Q"))  # of their content
-
-    def note(self, counts: dict[str, int], kind: str, count: int, places: list[str]) -> None:
-        """`count` more samples of a kind in `bad` or `remarks`, and where the first of them are."""
-        counts[kind] = counts.get(kind, 0) + count
-        known = self.places.setdefault(kind, [])
-        known += places[: SHOWN - len(known)]
-
-    def add(self, other: "Report") -> None:
-        """Takes up what another report found."""
-        for name in ("samples", "images", "supervised", "used", "numbers", "lengths", "hashes"):
-            setattr(self, name, iadd(getattr(self, name), getattr(other, name)))  # arrays grow in place
-        for ours, theirs in ((self.bad, other.bad), (self.remarks, other.remarks)):
-            for kind, count in theirs.items():
-                self.note(ours, kind, count, other.places[kind])
-
-    def duplicates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of samples whose conversation and images came before, and of those they repeat."""
-        hashes = np.frombuffer(self.hashes, np.uint64)
-        _, first, kind = np.unique(hashes, return_index=True, return_inverse=True)
-        numbers, first = np.frombuffer(self.numbers, np.uint64), first[kind]
-        again = first != np.arange(len(hashes))
-        return numbers[again], numbers[first[again]]
+FOUND = np.dtype([("images", "u4"), ("length", "u4"), ("used", "u4"), ("supervised", "u4"), ("hash", "u8")])  # of a sample
+Report = tuple[np.ndarray, list[SampleError]]  # FOUND of each sample, a length of 0 for a bad one, and what is wrong with those
 
 
 def kind_of(error: SampleError) -> str:
@@ -92,28 +55,19 @@ class Checker:
 
     def check(self, span: range) -> Report:
         """A report on the samples with these numbers."""
-        report = Report(samples=len(span))
-        for index in span:
-            notes: list[SampleError] = []
+        found, errors = np.zeros(len(span), FOUND), []
+        for row, index in enumerate(span):
             try:
                 sample = self.samples[index]
-                whole = self.renderer.render(sample)
-                used = self.renderer.render(sample, self.max_length)
+                whole, used = self.renderer.render(sample), self.renderer.render(sample, self.max_length)
                 for ref in sample.images:
-                    self.images.pixels(ref, sample.where, notes)
+                    self.images.pixels(ref, sample.where)
             except SampleError as error:
-                report.note(report.bad, kind_of(error), 1, [str(error)])
+                errors.append(error)
                 continue
-            for note in notes:
-                report.note(report.remarks, kind_of(note), 1, [str(note)])
-            report.images += len(sample.images)
-            report.supervised += int((used.labels[1:] != -100).sum())
-            report.used += len(used)
-            content = hashlib.blake2b(repr([sample.turns, sample.images]).encode(errors="surrogatepass"), digest_size=8)
-            report.numbers.append(index)
-            report.lengths.append(len(whole))
-            report.hashes.append(int.from_bytes(content.digest(), "little"))
-        return report
+            content = hash_of(repr([sample.turns, sample.images]))
+            found[row] = len(sample.images), len(whole), len(used), (used.labels[1:] != -100).sum(), content
+        return found, errors
 
 
 _checker: Checker | None = None  # of this process
@@ -161,36 +115,33 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.1f} minutes"
 
 
-def tell(report: Report, args: argparse.Namespace, samples: Mixture) -> None:
-    """Prints the report, but for times."""
-    bad = sum(report.bad.values())
-    print(f"{counted(report.samples, 'sample')}, {counted(report.images, 'image')}; {bad:,} bad ({bad / max(1, report.samples):.2%})")
-    for kind, count in sorted((report.bad | report.remarks).items(), key=lambda item: (item[0] in report.remarks, -item[1])):
-        print(f"  {count:,} x {kind}")
-        for place in report.places[kind]:
-            print(f"      {place}")
-    if not report.lengths:
-        return
-    lengths = np.frombuffer(report.lengths, np.uint32)
+def tell_errors(errors: list[SampleError]) -> None:
+    """Prints the kinds of what is wrong, the most frequent first, with their first places."""
+    places = defaultdict(list)
+    for error in errors:
+        places[kind_of(error)].append(str(error))
+    for kind, found in sorted(places.items(), key=lambda item: -len(item[1])):
+        print(f"  {len(found):,} x {kind}", *(f"      {place}" for place in found[:SHOWN]), sep="\n")
+
+
+def tell_lengths(found: np.ndarray, max_length: int) -> None:
+    """Prints how long the good samples are, and how many would be cut."""
+    lengths = found["length"]
     middle, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
-    print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest}; {report.supervised / report.used:.1%}"
-          " of those trained on carry loss")  # fmt: skip
-    for limit in sorted({*STAGES, args.max_seq_len}):
+    print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest};"
+          f" {found['supervised'].sum() / found['used'].sum():.1%} of those trained on carry loss")  # fmt: skip
+    for limit in sorted({*STAGES, max_length}):
         cut = int((lengths > limit).sum())
         print(f"--max_seq_len {limit} cuts {cut:,} of them ({cut / len(lengths):.2%})" + (f", the default of {STAGES[limit]}" if limit in STAGES else ""))
-    again, first = report.duplicates()
-    print(f"{counted(len(again), 'sample')} standing there more than once" + "".join(
-        f"\n      {samples.where(int(b))} is {samples.where(int(a))}" for a, b in zip(first[:SHOWN], again[:SHOWN], strict=True)))  # fmt: skip
-    print(f"an epoch: {counted(samples.epoch_size, 'sample')}, {counted(-(-samples.epoch_size // args.batch_size), 'update')} of {args.batch_size}")
 
 
-def tell_times(report: Report, args: argparse.Namespace, samples: Mixture, seconds: float) -> None:
-    """Prints how long an epoch takes: to read, by the time that this took, and to train."""
-    line = f"  to read: {duration(seconds * samples.epoch_size / report.samples)} with {counted(args.processes, 'process')}"
-    if args.tokens_per_second:
-        tokens = report.used / max(1, len(report.lengths)) * samples.epoch_size
-        line += f"; to train at {args.tokens_per_second:,g} tokens/s: {duration(tokens / args.tokens_per_second)}"
-    print(line)
+def tell_duplicates(hashes: np.ndarray, numbers: np.ndarray, samples: Mixture) -> None:
+    """Prints which samples have conversation and images of one that came before; `numbers` are those of the samples."""
+    _, first, kind = np.unique(hashes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[kind] != np.arange(len(hashes)))
+    print(f"{counted(len(again), 'sample')} standing there more than once")
+    for later in again[:SHOWN]:
+        print(f"      {samples.where(int(numbers[later]))} is {samples.where(int(numbers[first[kind[later]]]))}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,15 +163,31 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_plot(args.plot)
         samples, images = open_samples(args.data), open_images(args.images_path)
-        renderer, total = Renderer(load_tokenizer(args.tokenizer_path)), Report()
+        checker = Checker(samples, images, Renderer(load_tokenizer(args.tokenizer_path)), args.max_seq_len)
+        reports, errors = [], []
         with tqdm(total=len(samples), unit="sample", disable=not sys.stderr.isatty()) as bar:
-            for report in check_all(Checker(samples, images, renderer, args.max_seq_len), args.processes):
-                total.add(report)
-                bar.update(report.samples)
-        tell(total, args, samples)
-        tell_times(total, args, samples, time.monotonic() - begin)
+            for found, wrong in check_all(checker, args.processes):
+                reports.append(found)
+                errors += wrong
+                bar.update(len(found))
+        found = np.concatenate(reports)
+        numbers = np.flatnonzero(found["length"])  # of the good samples
+        good, seconds = found[numbers], time.monotonic() - begin
+        print(f"{counted(len(found), 'sample')}, {counted(good['images'].sum(), 'image')};"
+              f" {len(errors):,} bad ({len(errors) / len(found):.2%})")  # fmt: skip
+        tell_errors(errors)
+        if len(good):
+            tell_lengths(good, args.max_seq_len)
+            tell_duplicates(good["hash"], numbers, samples)
+        size = samples.epoch_size
+        print(f"an epoch: {counted(size, 'sample')}, {counted(-(-size // args.batch_size), 'update')} of {args.batch_size}")
+        line = f"  to read: {duration(seconds * size / len(found))} with {counted(args.processes, 'process')}"
+        if args.tokens_per_second and len(good):
+            needed = good["used"].mean() * size / args.tokens_per_second
+            line += f"; to train at {args.tokens_per_second:,g} tokens/s: {duration(needed)}"
+        print(line)
         if args.plot:
-            plot(np.frombuffer(total.lengths, np.uint32), args.max_seq_len, args.plot)
+            plot(good["length"], args.max_seq_len, args.plot)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads us, `head` perhaps, has read enough; the flush at the end must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -230,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return int(bool(total.bad))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

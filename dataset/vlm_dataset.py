@@ -5,71 +5,26 @@ placeholders and patch vectors of an image, W width of the vision encoder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model.conversation import IMAGE_PLACEHOLDER, Renderer, Turn, parse_turns
-from model.errors import SampleError, shown
+from model.conversation import Renderer
+from model.errors import SampleError
 from model.model_minimind import IGNORE_INDEX, find_loss_positions
 
-from .features import FeatureCache
 from .images import ImageSource, Ref
+from .jsonl import Sample
+
+if TYPE_CHECKING:
+    from .features import FeatureCache  # which only --cache_features loads
 
 MULTIPLE = 8  # of tokens, the length of a batch: fewer shapes to compile for, and what matrix units like
 NO_PIXELS = torch.empty(0, 3, 224, 224, dtype=torch.uint8)
 NO_FEATURES = torch.empty(0, 0, 0, dtype=torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A checked sample: turns, and the images they show in reading order, by name or as the bytes of an image file.
-    `where` is "file:line"."""
-
-    turns: tuple[Turn, ...]
-    images: tuple[str | bytes, ...] = ()
-    where: str = ""
-    kind: str = ""  # of the answers, for scoring; optional
-
-
-def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | None = None) -> Sample:
-    """A decoded json line as a Sample; `images` replace its field `image` where a format holds them itself.
-
-    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> placeholders that do
-    not match the images; of a format that convert knows it names the command.
-    """
-    try:
-        return _parse(row, where, images)
-    except SampleError as error:
-        from .foreign import remedy  # for an error alone
-
-        raise SampleError(error.problem + remedy(row, where), where) from error
-
-
-def _parse(row: Any, where: str, images: tuple[str | bytes, ...] | None) -> Sample:
-    if not isinstance(row, dict):
-        raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
-    turns = parse_turns(row.get("conversations"), where)
-    images = parse_images(row.get("image"), where) if images is None else images
-    placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if placeholders != len(images):
-        raise SampleError(f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the user's turns, but {len(images)} images", where)
-    if not any(turn.role == "assistant" for turn in turns):
-        raise SampleError("no assistant turn: nothing to learn from", where)
-    return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))
-
-
-def parse_images(value: Any, where: str = "") -> tuple[str, ...]:
-    """The `image` field: absent, "a.jpg", "a.jpg, b.jpg" or a list."""
-    if value is None or value == "":
-        return ()
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise SampleError(f"'image' must be a file name, several with commas between, or a list: {shown(value)}", where)
-    return tuple(name.strip() for name in names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +33,7 @@ class ImageInput:
 
     pixels: torch.Tensor | None = None  # uint8 [3, 224, 224]
     features: torch.Tensor | None = None  # bf16 [P, W]
-    slot: int = -1  # place in the feature cache; -1 without one
-    signature: int = 0  # of the image's file, for the cache
-    note: str = ""  # of a file that ends early, and that is used
+    entry: tuple[int, int] = (-1, 0)  # in the feature cache, if there is one: slot, and signature of the image's file
 
 
 @dataclass(frozen=True)
@@ -96,7 +49,7 @@ class Example:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be trained on, or not on the whole of it, and why."""
+    """A sample that cannot be trained on, and why."""
 
     index: int
     reason: str
@@ -106,7 +59,7 @@ class VLMDataset(Dataset):
     """Item i is an Example, or a BadSample: what to do about those is the trainer's decision."""
 
     def __init__(self, samples: Sequence[Sample], images: ImageSource, renderer: Renderer, max_length: int,
-                 cache: FeatureCache | None = None):  # fmt: skip
+                 cache: "FeatureCache | None" = None):  # fmt: skip
         self.samples, self.images, self.renderer, self.max_length = samples, images, renderer, max_length
         self.cache = cache
 
@@ -125,24 +78,20 @@ class VLMDataset(Dataset):
         try:
             sample = self.samples[index]
             rendered = self.renderer.render(sample, self.max_length)
-            slots = self.cache.slots_of(index) if self.cache else [-1] * len(sample.images)
-            if len(slots) != len(sample.images):
-                raise SampleError("other images than at the start: the file has changed; start again", sample.where)
-            for ref, slot in zip(sample.images, slots, strict=True):
+            for ref in sample.images:
                 if ref not in images:
-                    images[ref] = self._image(ref, slot, sample.where)
+                    images[ref] = self._image(ref, sample.where)
         except SampleError as error:
             return BadSample(index, str(error))
         shown = tuple(images[ref] for ref in sample.images)
         return Example(index, rendered.ids, rendered.labels, rendered.image_starts, shown)
 
-    def _image(self, ref: Ref, slot: int, where: str) -> ImageInput:
-        signature = self.images.signature(ref, where) if self.cache else 0
-        features = self.cache.read(slot, signature) if self.cache else None
-        if features is not None:
-            return ImageInput(features=features, slot=slot, signature=signature)
-        notes: list[SampleError] = []
-        return ImageInput(pixels=self.images.pixels(ref, where, notes), slot=slot, signature=signature, note="".join(map(str, notes)))
+    def _image(self, ref: Ref, where: str) -> ImageInput:
+        if self.cache is None:
+            return ImageInput(pixels=self.images.pixels(ref, where))
+        entry = self.cache.slot_of(ref), self.images.signature(ref, where)
+        features = self.cache.read(*entry)
+        return ImageInput(self.images.pixels(ref, where) if features is None else None, features, entry)
 
 
 @dataclass(frozen=True)
@@ -161,13 +110,11 @@ class Batch:
     features: torch.Tensor  # bf16 [K, P, W]
     image_index: torch.Tensor  # int64 [N]
     image_positions: torch.Tensor  # int64 [N * P], indices into B * T'
-    slots: tuple[int, ...] = ()  # of the U images, in the feature cache
-    signatures: tuple[int, ...] = ()  # likewise
+    entries: tuple[tuple[int, int], ...] = ()  # of the U images, in the feature cache
     indices: tuple[int, ...] = ()  # the samples' numbers in the data set
     tokens: int = 0  # real ones, padding apart
     supervised: int = 0  # tokens that carry loss
-    bad: tuple[BadSample, ...] = field(default=())
-    truncated: tuple[BadSample, ...] = ()  # good ones, of which an image's file ends early
+    bad: tuple[BadSample, ...] = ()
 
     def _map(self, function) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -213,9 +160,8 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         pixels=torch.stack([image.pixels for image in new]) if new else NO_PIXELS,
         features=torch.stack([image.features for image in cached]) if cached else NO_FEATURES,
         image_index=torch.tensor([number[image] for image in shown], dtype=torch.int64),
-        slots=tuple(image.slot for image in new), signatures=tuple(image.signature for image in new),
+        entries=tuple(image.entry for image in new),
         image_positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         indices=tuple(example.index for example in examples),
         tokens=int(mask.sum()), supervised=len(loss_positions), bad=bad,
-        truncated=tuple(BadSample(example.index, note) for example in examples if (note := "; ".join(p.note for p in example.images if p.note))),
     )  # fmt: skip

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout, lock_descriptor
 from .errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DERIVED_VERSION = 3  # raised when derived files are written otherwise than before
+DERIVED_VERSION = 4  # raised when derived files are written otherwise than before
 TEMPORARY = ".tmp"  # suffix of files that are being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # answers of NFS, Lustre and others; 524 is Linux's ENOTSUPP
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.vlm_dataset import Sample, parse_sample
+from dataset.jsonl import Sample, parse_sample
 from model.conversation import IMAGE_PLACEHOLDER, Renderer, Turn
 from model.errors import SampleError
 from tests.conftest import FIXTURES, REPOSITORY

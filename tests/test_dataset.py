@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from dataset.images import FolderImages, open_images
+from dataset.images import FolderImages, load_image, open_images
 from dataset.jsonl import JsonlSamples
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
@@ -82,7 +82,7 @@ def test_a_damaged_exif_block_does_no_harm(tmp_path, block):
     assert torch.equal(whole, damaged)
 
 
-def test_pictures_that_cannot_be_had(tmp_path, monkeypatch):
+def test_images_that_cannot_be_had(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     gradient(20, 20).save(tmp_path / "outside.png")
@@ -94,13 +94,13 @@ def test_pictures_that_cannot_be_had(tmp_path, monkeypatch):
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     gradient(50, 50).save(folder / "large.png")
     images = open_images(folder)
-    monkeypatch.setattr("dataset.images.MAX_PIXELS", 2000)
     for name, reason in [("cut.png", "cannot be read"), ("empty.png", "cannot be read"), ("text.png", "cannot be read"),
                          ("none.png", "is not in"), ("../outside.png", "leads out of"),
-                         (str(tmp_path / "outside.png"), "leads out of"), ("large.png", "50 x 50 pixels"),
-                         (".", "is not in")]:  # fmt: skip
+                         (str(tmp_path / "outside.png"), "leads out of"), (".", "is not in")]:  # fmt: skip
         with pytest.raises(SampleError, match=f"^f:3: .*{reason}"):
             images.load(name, "f:3")
+    with pytest.raises(SampleError, match=r"^f:3: .*50 x 50 pixels, more than 2,000"):
+        load_image(folder / "large.png", "large.png", "f:3", most_pixels=2000)
 
 
 def test_jsonl_lines_are_found_by_offset(tmp_path):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dataset.vlm_dataset import parse_sample
+from dataset.jsonl import parse_sample
 from docs.figures import attention, loss
 from docs.figures.__main__ import main
 from model.conversation import Rendered, Renderer

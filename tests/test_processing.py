@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 
-from dataset.vlm_dataset import parse_sample
+from dataset.jsonl import parse_sample
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.convert import main as convert
 from model.convert import write_folder

@@ -258,7 +258,7 @@ def open_small(folder, data, **key) -> FeatureCache:
 def test_cache_gives_back_what_it_got_and_only_for_the_same_file(data, tmp_path):
     cache = open_small(tmp_path / "c", data)
     features = torch.randn(3, 4, 8).bfloat16()
-    cache.write([2, 0, 5], [7, 8, 9], features)
+    cache.write(((2, 7), (0, 8), (5, 9)), features)
     cache.flush()
     again = open_small(tmp_path / "c", data)
     for reader in (cache, again):
@@ -272,34 +272,35 @@ def test_cache_gives_back_what_it_got_and_only_for_the_same_file(data, tmp_path)
     assert again.read(5, 9) is None and again.read(2, 7) is not None
 
 
-@pytest.mark.parametrize("name", ["features.bin", "filled.bin", "starts.npy", "slots.npy", "meta.json"])
+@pytest.mark.parametrize("name", ["features.bin", "filled.bin", "names.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "junk"])
 def test_a_damaged_cache_is_made_again(data, tmp_path, name, damage):
     cache, path = open_small(tmp_path / "c", data), tmp_path / "c" / name
-    expected = [cache.slots_of(index) for index in range(22)]
+    names = [image.name for image in data[1].iterdir()]
+    expected = [cache.slot_of(name) for name in names]
     content = path.read_bytes()
     path.unlink()
     if damage != "gone":
         path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "junk": b"[]"}[damage])
     again = open_small(tmp_path / "c", data)
-    assert [again.slots_of(index) for index in range(22)] == expected
-    again.write([0], [1], torch.ones(1, 4, 8).bfloat16())
+    assert [again.slot_of(name) for name in names] == expected and sorted(expected) == list(range(again.count))
+    again.write(((0, 1),), torch.ones(1, 4, 8).bfloat16())
     again.flush()
     assert torch.equal(again.read(0, 1), torch.ones(4, 8).bfloat16())
 
 
 def test_cache_starts_again_when_anything_in_its_key_changes(data, tmp_path):
     cache = open_small(tmp_path / "c", data)
-    cache.write([0], [1], torch.ones(1, 4, 8).bfloat16())
+    cache.write(((0, 1),), torch.ones(1, 4, 8).bfloat16())
     cache.flush()
     rows = data[0].read_text().splitlines()
     same_images = write_jsonl(tmp_path / "other.jsonl", [*rows, rows[0]])
     kept = open_small(tmp_path / "c", (same_images, data[1]))
-    assert kept.filled() == 1 and len(kept.starts) == 24 and kept.slots_of(22) == kept.slots_of(0)
+    assert kept.filled() == 1 and kept.count == cache.count and kept.rebuilt_because is None
     for change in ({"encoder": "u"}, {"dtype": "bfloat16"}, {"preprocessing": 99}):
         made = open_small(tmp_path / "c", data, **change)
         assert made.filled() == 0 and "another encoder" in made.rebuilt_because
-        made.write([0], [1], torch.ones(1, 4, 8).bfloat16())
+        made.write(((0, 1),), torch.ones(1, 4, 8).bfloat16())
         made.flush()
     fewer = write_jsonl(tmp_path / "fewer.jsonl", rows[:9])
     made = open_small(tmp_path / "c", (fewer, data[1]), preprocessing=99)
@@ -327,11 +328,9 @@ def test_cache_refuses_a_disk_too_small(data, tmp_path, monkeypatch):
 
 
 def test_training_continues_when_the_cache_cannot_be_written(data, encoder_folder, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     trainer = make_trainer(data, encoder_folder, tmp_path, epochs=2, cache_features=1)
-    monkeypatch.setattr("os.pwrite", full)
+    full = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr(trainer.run.cache, "_files", [full, full])
     trainer.train_epochs(2, StopRequest())
     assert trainer.state.update == 22
     assert capsys.readouterr().err.count("keeps no more") == 1

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dataset.features import CacheKey, FeatureCache, format_of
 from dataset.images import ImageSource, open_images
 from dataset.sources import Mixture, Order, SampleSource, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
@@ -32,6 +32,9 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .guards import StopRequest
 from .sampler import ResumableSampler
+
+if TYPE_CHECKING:
+    from dataset.features import FeatureCache
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INITIAL_SIZE = 0.02  # standard deviation of randomly initialized weights
@@ -54,7 +57,7 @@ class Run:
     saved: tuple[dict, str | None] | None  # what a resume takes up, until it has (checkpoint.load_training_state)
 
     @property
-    def cache(self) -> FeatureCache | None:
+    def cache(self) -> "FeatureCache | None":
         return self.dataset.cache
 
     def autocast(self) -> torch.autocast:
@@ -164,7 +167,10 @@ def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | Non
         return known
     names, chosen = list(DTYPES), None
     if ranks.is_main:  # it decides for all: two answers would be two models
-        chosen = format_of(config.features_folder, encoder) if config.cache_features else None
+        if config.cache_features:
+            from dataset.features import format_of  # not needed without
+
+            chosen = format_of(config.features_folder, encoder)
         if chosen in names:
             ranks.print(f"notice: {chosen}, as the images in the feature cache were encoded; another --dtype encodes them"
                         " again")  # fmt: skip
@@ -183,8 +189,10 @@ def may_compile(config: TrainConfig, ranks: Ranks) -> bool:
     return bool(config.use_compile) and not ranks.sum([float(bool(problem))])[0]
 
 
-def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, encoder: str) -> FeatureCache:
+def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, encoder: str) -> "FeatureCache":
     """The feature cache of the run's data, created or reused; says how large it will grow. Raises UsageError."""
+    from dataset.features import CacheKey, FeatureCache  # not needed without
+
     number_format = str(model.vision_encoder.dtype).removeprefix("torch.")
     key = CacheKey(encoder, number_format, model.config.image_tokens, model.config.vision_hidden_size)
     try:

@@ -28,7 +28,7 @@ from .sampler import ResumableSampler
 if TYPE_CHECKING:  # which imports this module
     from .build import Run
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 # Flags that a resumed run must not change, and those that it may, at the price of another result.
 FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe")
 SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "device", "use_compile", "grad_clip",
@@ -45,7 +45,6 @@ class TrainState:
     read: int = 0  # samples read so far, bad ones included
     bad: int = 0  # bad ones among them
     epoch_bad: int = 0  # those of the running epoch
-    truncated: int = 0  # used ones with a truncated image
     seconds: float = 0.0  # spent training, over all interruptions
     tracker_id: str | None = None
     validated: int = 0  # the update of the last validation

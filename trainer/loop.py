@@ -65,7 +65,7 @@ def encode(run: Run, batch: Batch) -> torch.Tensor:
         # The vision encoder is frozen: no gradient, always in eval mode (see model/vision.py).
         features = run.model.encode_images(normalize(batch.pixels)).to(torch.bfloat16)
         if run.cache:
-            run.cache.write(batch.slots, batch.signatures, features)
+            run.cache.write(batch.entries, features)
         if len(batch.features):
             features = torch.cat([features, batch.features])
     return features[batch.image_index].to(run.dtype)  # an image shown twice is taken twice
@@ -143,16 +143,14 @@ class Trainer:
         Counts bad samples on the way. Raises BadData when there are too many, Stopped when a signal came to any rank.
         """
         bad = [sample for batch in micro_batches for sample in batch.bad]
-        truncated = [sample for batch in micro_batches for sample in batch.truncated]
-        self.bad_samples.report(bad, truncated)
-        supervised, tokens, good, bad_count, truncated_count, signals = self.ranks.sum([
+        self.bad_samples.report(bad)
+        supervised, tokens, good, bad_count, signals = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
-            sum(len(batch.indices) for batch in micro_batches), len(bad), len(truncated), stop.signum,
+            sum(len(batch.indices) for batch in micro_batches), len(bad), stop.signum,
         ])  # fmt: skip
         if signals:  # these samples wait for the resume, which counts them then
             raise Stopped(stop.signum or signal.SIGTERM)  # 0: another rank was asked to stop
         state, new, read = self.state, int(bad_count), int(good + bad_count)
-        state.truncated += int(truncated_count)
         done = state.samples + read
         self.bad_samples.judge(new, state.epoch_bad + new, done, done >= self.run.sampler.size)
         state.read, state.bad, state.epoch_bad = state.read + read, state.bad + new, state.epoch_bad + new
@@ -221,7 +219,7 @@ class Trainer:
             "loss": loss / supervised if supervised else None, "aux_loss": aux_loss / updates if updates else None,
             "learning_rate": learning_rate, "tokens_per_second": tokens / max(now - self.logged, 1e-9),
             "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update),
-            "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad, "truncated_samples": self.state.truncated,
+            "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad,
         })  # fmt: skip
         self.logged = now
         self.interval.zero_()

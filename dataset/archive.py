@@ -1,7 +1,6 @@
-"""Images in a zip or a tar, read in place."""
+"""Images in a zip or a tar, read in place, and in several places."""
 
 import contextlib
-import io
 import os
 import posixpath
 import struct
@@ -67,8 +66,8 @@ class ArchiveImages(ImageSource):
         found = [entry for entry in self._entries[begin:end] if loosely or entry["name"] == hash_of(name)]
         return list({int(entry["offset"]): entry for entry in found}.values())
 
-    def open(self, name: str, where: str) -> BinaryIO:
-        """The unpacked file in memory, its checksum compared; raises SampleError."""
+    def read(self, name: str, where: str = "") -> bytes:
+        """The unpacked file, its checksum compared; raises SampleError."""
         entry = self.find(name, where)
         if entry["unpacked"] > MAX_BYTES or entry["size"] > MAX_BYTES:
             raise SampleError(f"image {shown(name)} in {self.path} unfolds to {entry['unpacked']:,} bytes, more than {MAX_BYTES:,}", where)
@@ -80,7 +79,7 @@ class ArchiveImages(ImageSource):
             raise SampleError(f"image {shown(name)} in {self.path} cannot be read: {reason(error)}", where) from error
         except (struct.error, zlib.error) as error:
             raise SampleError(f"image {shown(name)} cannot be read: {self.path} is corrupt there ({error})", where) from error
-        return io.BytesIO(data)
+        return data
 
     def _read(self, entry: np.void) -> bytes:
         method, offset = int(entry["method"]), int(entry["offset"])
@@ -125,3 +124,27 @@ def tar_entries(path: Path) -> dict[str, tuple[int, ...]]:
             elif entry.islnk() and target in found:
                 found[name] = found[target]
     return found
+
+
+class ManyImages(ImageSource):
+    """Several folders and archives; a name has to be in one of them alone."""
+
+    def __init__(self, sources: list[ImageSource]):
+        self.sources, self.path = sources, ", ".join(str(source.path) for source in sources)
+
+    def lookup(self, name: str, where: str, loosely: bool = False) -> list[ImageSource]:
+        found, problem = [], None
+        for source in self.sources:
+            try:
+                found += [source for _ in source.lookup(name, where, loosely)]
+            except SampleError as error:  # an absolute name leads out of all folders but one
+                problem = error
+        if problem and not found:
+            raise problem
+        return found
+
+    def read(self, name: str, where: str = "") -> bytes:
+        return self.find(name, where).read(name, where)
+
+    def state(self, name: str, where: str) -> bytes:
+        return self.find(name, where).state(name, where)

@@ -41,7 +41,7 @@ from .validate import counted
 
 SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
                        "more": arrow.string()})  # fmt: skip
-GROUP_ROWS, GROUP_BYTES, SHARD_BYTES = 500, 32 * 2**20, 512 * 2**20  # at most; bytes are those of images
+GROUP_ROWS = 500
 Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its images
 
 
@@ -80,14 +80,14 @@ def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, ima
 
 def name_for(blob: bytes) -> str:
     """A file name from an image's content."""
-    kind = (load_image(io.BytesIO(blob), "of the row").format or "bin").lower()
+    kind = (load_image(blob, "of the row").format or "bin").lower()
     return f"{hashlib.blake2b(blob, digest_size=10).hexdigest()}.{'jpg' if kind == 'jpeg' else kind}"
 
 
 def resized(blob: bytes, size: int) -> bytes:
     """An image whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no larger
     stays as it is."""
-    image = load_image(io.BytesIO(blob), "of the row")
+    image = load_image(blob, "of the row")
     if min(image.size) <= size:
         return blob
     image, file = to_rgb(image), io.BytesIO()
@@ -104,29 +104,28 @@ class ParquetShards:
     COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
 
     def __init__(self, out: Path, shard_rows: int):
-        self.out, self.shard_rows, self.shards = out, shard_rows, 0
+        self.out, self.shard_rows, self.count = out, shard_rows, 0
         self._writer: parquet.ParquetWriter | None = None
         self._rows: list[dict[str, Any]] = []  # of the next row group
-        self._bytes = self._shard_count = self._shard_bytes = 0  # images of the next row group; rows and images of the file
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
         more = {key: value for key, value in row.items() if key != "conversations"}
         # Escaped: json can spell halves of characters, which UTF-8 cannot.
         self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "more": json.dumps(more, default=str)})
-        size = sum(map(len, blobs))
-        self._bytes, self._shard_bytes, self._shard_count = self._bytes + size, self._shard_bytes + size, self._shard_count + 1
-        if self._shard_count == self.shard_rows or self._shard_bytes > SHARD_BYTES:
+        self.count += 1
+        if self.count % self.shard_rows == 0:
             self.close()
-        elif len(self._rows) == GROUP_ROWS or self._bytes > GROUP_BYTES:
+        elif len(self._rows) == GROUP_ROWS:
             self._write_group()
 
     def _write_group(self) -> None:
         if self._writer is None:
-            self._file = open(self.out / f"{self.shards:05}.tmp", "wb")  # noqa: SIM115  (closed in close)
+            self._path = self.out / f"{(self.count - 1) // self.shard_rows:05}.tmp"
+            self._file = self._path.open("wb")  # Arrow would take the path for UTF-8
             self._writer = parquet.ParquetWriter(self._file, SCHEMA, compression=self.COMPRESSION)
-        self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA), row_group_size=len(self._rows))
-        self._rows, self._bytes = [], 0
+        self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA))
+        self._rows = []
 
     def close(self) -> None:
         """Ends the file at hand with what is left."""
@@ -135,8 +134,8 @@ class ParquetShards:
         if self._writer is not None:
             self._writer.close()
             self._file.close()
-            (self.out / f"{self.shards:05}.tmp").replace(self.out / f"{self.shards:05}.parquet")
-            self._writer, self.shards, self._shard_count, self._shard_bytes = None, self.shards + 1, 0, 0
+            self._path.replace(self._path.with_suffix(".parquet"))
+            self._writer = None
 
 
 class JsonlFolder:
@@ -189,20 +188,14 @@ def files_of(entries: str) -> list[Path]:
     return list(paths.values())
 
 
-@contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """A new or empty folder that no second conversion writes into; raises DataError."""
+def make_folder(out: Path) -> None:
+    """Raises DataError unless the folder is new or empty and can be written into."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise DataError(f"--out {out} is not empty" + (": another conversion writes there, or left it half done (*.tmp); remove it, or name another folder" if list(out.glob("*.tmp")) else ""))
-        open(out / "claim.tmp", "x").close()
+            raise DataError(f"--out {out} is not empty; name another folder, or remove what a conversion left half done (*.tmp)")
     except OSError as error:
         raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one, new or empty") from error
-    try:
-        yield
-    finally:
-        (out / "claim.tmp").unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         paths, images = files_of(args.data), open_images(args.images_path)
         to = args.to or ("jsonl" if paths[0].suffix.lower() == ".parquet" and not args.form else "parquet")
         sources = open_files(paths, open_rows)
-        with claimed(out), tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
+        make_folder(out)
+        with tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
             writer = ParquetShards(out, args.shard_rows) if to == "parquet" else JsonlFolder(out)
             for where, read, own in ((where, read, own) for _, rows, own in sources for where, read in rows):
                 bar.update()

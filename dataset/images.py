@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,18 +59,13 @@ class ImageSource:
 
     def load(self, ref: Ref, where: str = "") -> Image.Image:
         """The decoded image; raises SampleError."""
-        return load_image(io.BytesIO(ref) if isinstance(ref, bytes) else self.open(ref, where), name_of(ref), where)
+        return load_image(ref if isinstance(ref, bytes) else self.read(ref, where), name_of(ref), where)
 
     def pixels(self, ref: Ref, where: str = "") -> torch.Tensor:
         """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError."""
         image = self.load(ref, where)
         with unreadable(name_of(ref), where):
             return preprocess(image)
-
-    def read(self, name: str, where: str = "") -> bytes:
-        """The bytes of the image's file; raises SampleError."""
-        file = self.open(name, where)
-        return file.read_bytes() if isinstance(file, Path) else file.read()
 
     def signature(self, ref: Ref, where: str = "") -> int:
         """A number other than 0 that changes with the file behind a name; raises SampleError when there is none."""
@@ -91,8 +86,8 @@ class ImageSource:
         """The places of that name, in other spellings, too, if `loosely`. Raises SampleError for what can be no name."""
         raise NotImplementedError
 
-    def open(self, name: str, where: str) -> Path | BinaryIO:
-        """The image's file; raises SampleError."""
+    def read(self, name: str, where: str = "") -> bytes:
+        """The bytes of the image's file; raises SampleError."""
         raise NotImplementedError
 
     def state(self, name: str, where: str) -> bytes:
@@ -130,36 +125,14 @@ class FolderImages(ImageSource):
                     names.setdefault(likeness(name), []).append(name)
         return self._listings[folder]
 
-    def open(self, name: str, where: str) -> Path:
-        return Path(self.find(name, where))
+    def read(self, name: str, where: str = "") -> bytes:
+        path = self.find(name, where)
+        with unreadable(name, where), open(path, "rb", buffering=0) as file:
+            return file.read()
 
     def state(self, name: str, where: str) -> bytes:
         status = os.stat(self.find(name, where))
         return f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogatepass")
-
-
-class ManyImages(ImageSource):
-    """Several folders and archives; a name has to be in one of them alone."""
-
-    def __init__(self, sources: list[ImageSource]):
-        self.sources, self.path = sources, ", ".join(str(source.path) for source in sources)
-
-    def lookup(self, name: str, where: str, loosely: bool = False) -> list[ImageSource]:
-        found, problem = [], None
-        for source in self.sources:
-            try:
-                found += [source for _ in source.lookup(name, where, loosely)]
-            except SampleError as error:  # an absolute name leads out of all folders but one
-                problem = error
-        if problem and not found:
-            raise problem
-        return found
-
-    def open(self, name: str, where: str) -> Path | BinaryIO:
-        return self.find(name, where).open(name, where)
-
-    def state(self, name: str, where: str) -> bytes:
-        return self.find(name, where).state(name, where)
 
 
 def open_images(paths: str | Path) -> ImageSource:
@@ -173,6 +146,8 @@ def open_images(paths: str | Path) -> ImageSource:
     for name in names:
         if not os.path.exists(name):
             raise DataError(f"{name} does not exist; a folder or a .zip of images is wanted")
+    from .archive import ManyImages  # not needed for one folder
+
     return ManyImages([_open_one(Path(name)) for name in names])
 
 
@@ -210,12 +185,12 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def load_image(file: Path | BinaryIO, name: str, where: str = "", most_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes one file of at most so many pixels; raises SampleError with the name and the reason."""
+def load_image(file: Path | bytes, name: str, where: str = "", most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a file or its bytes, at most so many pixels; raises SampleError with the name and the reason."""
     with unreadable(name, where):
         if isinstance(file, Path) and not is_regular(file):
             raise ImageRefused("it is a folder, a pipe or a device")
-        return decode(file.read_bytes() if isinstance(file, Path) else file.read(), most_pixels)
+        return decode(file.read_bytes() if isinstance(file, Path) else file, most_pixels)
 
 
 @contextlib.contextmanager

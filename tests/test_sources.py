@@ -893,19 +893,17 @@ def test_a_smaller_picture_shows_what_the_larger_one_did(tmp_path, mode):
         large = Image.fromarray(np.full((200, 300), 40_000, np.uint16))
     file = io.BytesIO()
     (large if mode == "I;16" else large.convert(mode)).save(file, "PNG")
-    large, small = (preprocess(load_image(io.BytesIO(blob), mode)).int() for blob in (file.getvalue(), convert.resized(file.getvalue(), 100)))
+    large, small = (preprocess(load_image(blob, mode)).int() for blob in (file.getvalue(), convert.resized(file.getvalue(), 100)))
     assert (large - small).abs().max() <= 2
 
 
 def test_a_folder_takes_one_conversion(data, tmp_path, capsys):
     arguments = [str(data[0]), "--images_path", str(data[1]), "--out", str(tmp_path / "out")]
-    with convert.claimed(tmp_path / "out"):
-        assert convert.main(arguments) == 2
-    assert "another conversion" in capsys.readouterr().err
     for place in (data[0], data[0] / "below"):
         assert convert.main([*arguments[:-1], str(place)]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: --out {place}: no folder can be written there (") and said.count("\n") == 1
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "00000.tmp").touch()
     assert convert.main(arguments) == 2 and "half done" in capsys.readouterr().err
     for flag in (["--resize", "-5"], ["--shard_rows", "0"]):

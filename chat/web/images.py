@@ -49,7 +49,7 @@ def take(data: bytes, name: str) -> SessionImage:
     if len(data) > MAX_MEGABYTES * 2**20:
         raise SampleError(f"image {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}; save it smaller")
     with _decoding:
-        image = to_rgb(load_image(io.BytesIO(data), name, most_pixels=MAX_PIXELS))
+        image = to_rgb(load_image(data, name, most_pixels=MAX_PIXELS))
         pixels = preprocess(image)
     width, height = image.size
     if max(width, height) > LONGEST * min(width, height):

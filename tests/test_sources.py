@@ -47,9 +47,10 @@ from model import storage
 from model.conversation import Renderer
 from model.errors import DataError, SampleError
 from model.vision import preprocess
-from tests.conftest import REPOSITORY, make_data, read_until, start_on_disk, write_jsonl
-from tests.test_training import assert_same, train, weights
+from tests.conftest import REPOSITORY, make_data, write_jsonl
+from tests.test_training import assert_same, make_trainer
 from trainer.config import TrainConfig
+from trainer.guards import StopRequest
 from trainer.sampler import ResumableSampler
 
 
@@ -97,7 +98,7 @@ def test_a_trillion_samples_need_no_memory():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_mixture_takes_its_fractions_and_repeats_nothing_before_its_time(data):
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))
     weights = [data.draw(st.sampled_from([0.3, 0.5, 1, 1, 2, 2.5])) for _ in sizes]
@@ -641,10 +642,10 @@ def test_names_that_are_not_utf8_and_names_in_a_poor_locale(data, tmp_path):
     shutil.copy(next(data[1].iterdir()), tmp_path / "p" / "cafe\u0301.png")
     write_jsonl(tmp_path / "\u8cc7\u6599.jsonl", [json.dumps(row("x", name)) for name in ("\udcff.png", "\u732b.png", "caf\u00e9.png", "\u72d7.png")])
     command = [sys.executable, "-m", "dataset.validate", str(tmp_path / "\u8cc7\u6599.jsonl"), "--images_path", str(tmp_path / "p"), "--processes", "1"]
-    for poor in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "ascii:strict"}):
-        done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **poor}, capture_output=True, timeout=120, check=False)
-        assert b"4 samples, 3 images; 1 bad" in done.stdout and b"is not in" in done.stdout and done.returncode == 1, done.stderr
-        assert b"Traceback" not in done.stderr
+    poor = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=poor, capture_output=True, timeout=300, check=False)
+    assert b"4 samples, 3 images; 1 bad" in done.stdout and b"is not in" in done.stdout and done.returncode == 1, done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------------
@@ -796,31 +797,25 @@ def test_files_patterns_folders_and_weights(data, tmp_path):
 
 def test_training_is_the_same_wherever_the_data_lies(data, zipped, encoder_folder, tmp_path):
     """Folder and zip: one order, one end. Parquet has an order of its own, and trains on every sample, too."""
-    train(data, encoder_folder, tmp_path / "folder")
-    train((data[0], zipped), encoder_folder, tmp_path / "zip")
-    table = write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1])
-    train((table, "nowhere"), encoder_folder, tmp_path / "parquet", cache_features=1, epochs=1)
-    assert_same(weights(tmp_path / "folder"), weights(tmp_path / "zip"))
-    log = tmp_path / "trained"
-    process = start_on_disk((table, "nowhere"), encoder_folder, tmp_path / "again", {"TRAINED": str(log)}, cache_features=1)
-    process.communicate()
-    trained = [int(word) for line in Path(f"{log}.0").read_text().splitlines() for word in line.split()[1:]]
-    assert sorted(trained) == list(range(22))
-    assert_same(weights(tmp_path / "parquet"), weights(tmp_path / "again"))
+    trained = {}
+    for name, places in {"folder": data, "zip": (data[0], zipped), "parquet": (write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1]), "no")}.items():
+        trainer = make_trainer(places, encoder_folder, tmp_path / name)
+        trainer.train_epochs(1, StopRequest())
+        trained[name] = trainer.run.model.state_dict()
+        assert (trainer.state.read, trainer.state.bad, trainer.state.epoch) == (22, 0, 1)
+    assert_same(trained["folder"], trained["zip"])
 
 
-def test_a_mixture_resumes_exactly(encoder_folder, tmp_path):
-    """Parquet with row groups and jsonl, weighted, cut in the middle of the second epoch."""
+def test_a_mixture_resumes_anywhere(tmp_path):
+    """Parquet with row groups and jsonl, weighted: what is left of the second epoch after any number of samples."""
     first, second = make_data(tmp_path / "a", 22), make_data(tmp_path / "b", 30, seed=1)
     table = write_parquet(tmp_path / "b.parquet", read_rows(second[0]), second[1], group=4)
-    mixed = (f"{first[0]}:0.5,{table}:1.4", first[1])
-    train(mixed, encoder_folder, tmp_path / "whole", epochs=2)
-    process = start_on_disk(mixed, encoder_folder, tmp_path / "part", epochs=2, save_interval=1)
-    read_until(process, "update 35/")
-    os.kill(process.pid, 9)
-    process.communicate()
-    train(mixed, encoder_folder, tmp_path / "part", epochs=2, from_resume=1)
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+    samples = open_samples(f"{first[0]}:0.5,{table}:1.4")
+    sampler = ResumableSampler(samples.epoch_size, 2, 1, 7, lengths=partial(samples.lengths, image_tokens=196), order=partial(samples.order, 7))
+    whole = list(sampler.updates(1))
+    assert len(whole) == sampler.updates_per_epoch == (11 + 42 + 1) // 2
+    for done in (1, 10, 26):
+        assert list(sampler.updates(1, skip=2 * done)) == whole[done:]
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------

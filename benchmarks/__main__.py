@@ -17,7 +17,8 @@ from pathlib import Path
 
 from model.device import default_device
 from model.errors import UsageError, print_anything
-from model.storage import check_output, home_for_tilde
+from model.outputs import check_output
+from model.storage import home_for_tilde
 
 from . import data, inference, train
 from .synthetic import FULL, TINY

@@ -29,7 +29,7 @@ from dataset.vlm_dataset import VLMDataset, collate
 from docs import minimal_vlm
 from machine import peak_memory
 from model.conversation import Renderer
-from model.model_minimind import FeedForward, MiniMindConfig
+from model.model_minimind import MiniMindConfig
 from model.moe import MOEFeedForward
 from model.storage import REPOSITORY
 from model.weights import load_tokenizer
@@ -176,7 +176,7 @@ def mix_experts(layer: MOEFeedForward, x: torch.Tensor) -> tuple[torch.Tensor, t
 def measure_moe(device: torch.device) -> dict:
     """Forward and backward of one layer on 1,424 tokens: one expert after another in fp32, and ours in bf16."""
     torch.manual_seed(0)
-    layer = MOEFeedForward(MiniMindConfig(use_moe=True), FeedForward).to(device).train()
+    layer = MOEFeedForward(MiniMindConfig(use_moe=True)).to(device).train()
     x = torch.randn(4, 356, 512, device=device, requires_grad=True)
 
     def run(forward: Callable, bf16: bool) -> None:

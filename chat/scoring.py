@@ -31,7 +31,8 @@ from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
-from model.storage import check_output, write_atomically
+from model.outputs import check_output
+from model.storage import write_atomically
 
 RESAMPLES, LEVEL = 1000, 0.95
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # scripts without spaces between words
@@ -60,7 +61,7 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
     """
     for flag, file in (("--predictions", job.predictions), ("--report", job.report)):
         if file is not None:
-            check_output(flag, file, replaced=True)
+            check_output(flag, file)
     samples, images = open_samples(job.data), open_images(job.image_dir)
     questions = read_questions(samples, images)
     metrics = make_metrics(job.metrics, [question.answer for question in questions])

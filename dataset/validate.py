@@ -17,7 +17,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from tqdm import tqdm
 from machine import cores
 from model.conversation import Renderer
 from model.errors import DataError, SampleError, UsageError, print_anything
-from model.storage import REPOSITORY, check_plot, home_for_tilde
+from model.outputs import check_output
+from model.storage import REPOSITORY, home_for_tilde
 from model.weights import load_tokenizer
 
 from .images import ImageSource, hash_of, open_images
@@ -90,7 +93,7 @@ def check_all(checker: Checker, processes: int) -> Iterator[Report]:
         yield from pool.map(_check, spans)
 
 
-def plot(lengths: np.ndarray, max_length: int, path: str) -> None:
+def plot(lengths: np.ndarray, max_length: int, path: Path) -> None:
     """A histogram of the lengths, as an image file."""
     import matplotlib
 
@@ -155,13 +158,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")
     parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
     parser.add_argument("--processes", type=int, default=cores())
-    parser.add_argument("--plot", help="file for an image of the lengths; needs matplotlib (pip install matplotlib)")
+    parser.add_argument("--plot", type=Path, help="file for an image of the lengths; needs matplotlib (pip install matplotlib)")
     args = parser.parse_args(home_for_tilde(argv))
     if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:
         parser.error("--max_seq_len, --batch_size, --processes and --tokens_per_second are greater than 0")
     begin = time.monotonic()
     try:
-        check_plot(args.plot)
+        if args.plot:
+            check_output("--plot", args.plot, (".png", ".pdf", ".svg", ".jpg"))
+            if find_spec("matplotlib") is None:
+                raise UsageError("--plot needs matplotlib: pip install matplotlib")
         samples, images = open_samples(args.data), open_images(args.images_path)
         checker = Checker(samples, images, Renderer(load_tokenizer(args.tokenizer_path)), args.max_seq_len)
         reports, errors = [], []

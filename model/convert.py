@@ -19,18 +19,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from model.hub.modeling import MiniMindVForConditionalGeneration
 from model.hub.processing import MiniMindVProcessor
 
 from .errors import UsageError, print_anything
 from .load import SIDECAR, Loaded, read_folder, read_native
 from .model_vlm import MiniMindVLM
 from .storage import StorageError, hold, home_for_tilde
-from .weights import (
-    half_weights,
-    lock_of,
-    save_weights,
-    weight_name,
-)
+from .weights import half_weights, lock_of, save_weights, weight_name
 
 
 def write_folder(folder: Path, loaded: Loaded) -> None:
@@ -39,7 +35,7 @@ def write_folder(folder: Path, loaded: Loaded) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists already; name another folder, or remove it")
     model, config = loaded.model, loaded.model.config
-    halves = MiniMindVLM(config).half()
+    halves = MiniMindVForConditionalGeneration(config).half()
     halves.load_state_dict(half_weights(model))
     halves.attach_vision_encoder(model.vision_encoder)  # after half(): it stays as it is
     folder.parent.mkdir(parents=True, exist_ok=True)

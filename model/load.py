@@ -11,16 +11,16 @@ import torch
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
-from .model_vlm import VISION_FOLDER, MiniMindVLM, VLMConfig
+from .model_vlm import MiniMindVLM, VLMConfig
 from .weights import (
     CLIP_FOLDER,
+    VISION_FOLDER,
     check_fingerprints,
     fingerprints,
     load_state,
     load_tokenizer,
     load_vision_encoder,
     load_weights,
-    parse_sidecar,
     read_sidecar,
     read_state,
     weight_files,
@@ -98,11 +98,15 @@ def settings_of(state: dict[str, torch.Tensor]) -> dict:
     return settings
 
 
-def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, record: dict) -> dict[str, str]:
-    """The fingerprints of `tokenizer` and the model's vision encoder; raises UsageError when one of them is not what the
-    weights at `path` were made with."""
-    used = fingerprints(model, tokenizer)
-    check_fingerprints(path, used, record.get("fingerprints", {}))
+def assemble(
+    path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, encoder: CLIPVisionModel | None, record: dict
+) -> Loaded:
+    """The model with its parts; raises UsageError when one of them is not what the weights at `path` were made with."""
+    try:
+        model.attach_vision_encoder(encoder)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}. Give the right one by --vision_model_path.") from error
+    check_fingerprints(path, fingerprints(model, tokenizer), record.get("fingerprints", {}))
     ours = (model.config.vocab_size, model.config.image_token_id)
     theirs = (len(tokenizer), tokenizer.convert_tokens_to_ids("@"))
     if ours != theirs:
@@ -110,32 +114,21 @@ def check_made_for(path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenize
             f"{path} was trained with another tokenizer, one with {ours[0]} tokens and '@' as number {ours[1]}; this one has"
             f" {theirs[0]} and '@' as number {theirs[1]}. Give the one it was trained with by --tokenizer_path."
         )
-    return used
-
-
-def attach(path: Path, model: MiniMindVLM, encoder: CLIPVisionModel | None) -> None:
-    """Gives the model its vision encoder; raises UsageError when it does not fit the model of `path`."""
-    try:
-        model.attach_vision_encoder(encoder)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}. Give the right one by --vision_model_path.") from error
+    return Loaded(model, tokenizer, record)
 
 
 def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
     """Native weights at `path`, with the tokenizer and vision encoder of the training, as the sidecar tells, where none are
     given. Raises UsageError for anything missing or not fitting."""
-    sidecar = read_sidecar(path) or {}
+    sidecar = read_sidecar(path)
     if "config" in sidecar:
         model = build_model(path.with_suffix(".json"), sidecar["config"])
     else:
         model = build_model(path, settings_of(read_state(path)) if path.is_file() else {})  # load_weights says it is missing
     if missing := load_weights(path, model):
         raise UsageError(f"{path} holds a language model without projector ({', '.join(missing)} missing)")
-    tokenizer = find_tokenizer(tokenizer_path, sidecar)
-    attach(path, model, find_vision_encoder(vision_model_path, sidecar))
     record = {key: value for key, value in sidecar.items() if key not in ("config", "weights")}
-    check_made_for(path, model, tokenizer, record)
-    return Loaded(model, tokenizer, record)
+    return assemble(path, model, find_tokenizer(tokenizer_path, record), find_vision_encoder(vision_model_path, record), record)
 
 
 def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
@@ -143,7 +136,7 @@ def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_m
 
     The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
     """
-    model, record = build_model(folder / "config.json", read_config(folder)), read_record(folder / SIDECAR)
+    model, record = build_model(folder / "config.json", read_config(folder)), read_sidecar(folder / SIDECAR)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UsageError(f"{folder}: no model.safetensors and no pytorch_model.bin there; fetch the folder again")
@@ -154,21 +147,21 @@ def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_m
               "vision_encoder": (folder / VISION_FOLDER / "model.safetensors").is_file()}  # fmt: skip
     tokenizer = load_tokenizer(folder) if brings["tokenizer"] else find_tokenizer(tokenizer_path, record)
     encoder = find_vision_encoder(folder / VISION_FOLDER if brings["vision_encoder"] else vision_model_path, record)
-    attach(folder, model, encoder)
-    used = check_made_for(folder, model, tokenizer, record)
-    return Loaded(model, tokenizer, {"fingerprints": {kind: value for kind, value in used.items() if brings[kind]}, **record})
+    loaded = assemble(folder, model, tokenizer, encoder, record)
+    if "fingerprints" not in record:  # published: what it brings along is what it was made with
+        used = fingerprints(model, tokenizer)
+        record["fingerprints"] = {kind: value for kind, value in used.items() if brings[kind]}
+    return loaded
 
 
 def read_config(folder: Path) -> dict:
     """The settings in a folder's config.json; raises UsageError."""
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file, and a folder in transformers format is wanted; native weights (NAME_512.pth) are"
-                         f" taken by --save_dir {folder.parent} --weight NAME")  # fmt: skip
     file = folder / "config.json"
     if not file.is_file():
+        kind = "is a file, and a folder in transformers format is wanted" if folder.is_file() else "has no config.json"
         there = ", ".join(path.name for path in weight_files(folder)[:12])
-        raise UsageError(f"{folder}: no config.json there; give a folder in transformers format"
-                         + (f". Native weights (there are {there}) are taken by --save_dir {folder} --weight NAME" if there else ""))  # fmt: skip
+        raise UsageError(f"{folder} {kind}; native weights ({there or 'NAME_512.pth'}) are taken by --save_dir FOLDER"
+                         " --weight NAME")  # fmt: skip
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings["model_type"]
@@ -178,12 +171,3 @@ def read_config(folder: Path) -> dict:
     if kind != VLMConfig.model_type:
         raise UsageError(f"{folder} holds a model of type {kind!r}, not {VLMConfig.model_type!r}")
     return settings
-
-
-def read_record(path: Path) -> dict:
-    """A folder's sidecar.json; nothing when there is none."""
-    try:
-        return parse_sidecar(path) if path.is_file() else {}
-    except ValueError as error:
-        check_fetched(path)
-        raise UsageError(f"{path} is broken ({error}). Fetch the folder again, or make it again by python -m model.convert") from error

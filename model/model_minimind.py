@@ -22,7 +22,6 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .layers import RMSNorm, apply_rope, causal_attention, rope_tables
-from .moe import MOEFeedForward, MoEGate
 
 IGNORE_INDEX = -100  # the label of a token without loss, as F.cross_entropy has it by default
 
@@ -165,8 +164,13 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.self_attn = Attention(config, layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MOEFeedForward(config, expert_class=FeedForward) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
+        if config.use_moe:
+            from .moe import MOEFeedForward  # which is made of this module's FeedForward
+
+            self.mlp = MOEFeedForward(config)
+        else:
+            self.mlp = FeedForward(config)
 
     def forward(self, hidden_states, rope, attention_mask, token_mask, past_key_values=None):
         """Returns hidden states [B, T, D] and the router's auxiliary loss (None in a dense block or in eval mode)."""
@@ -201,16 +205,14 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As transformers' own, but strict: raises ValueError for weights missing, unexpected or of another shape,
         rather than leaving random ones in their place."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        kinds = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"])}
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are listed, and refused below
+        model, info = super().from_pretrained(*args, **kwargs)
+        kinds = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(info["unexpected_keys"]),
+                 "of another shape": [f"{name} {tuple(given)}, the model has {tuple(own)}"
+                                      for name, given, own in sorted(info["mismatched_keys"])]}  # fmt: skip
         if problems := [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]:
             raise ValueError(f"{model.name_or_path} does not fit its config.json: weights {', '.join(problems)}")
         return (model, info) if output_loading_info else model
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MoEGate):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class MiniMindModel(MiniMindPreTrainedModel):

@@ -6,20 +6,20 @@ Legend of shapes: N = B * T tokens, E routed experts, k experts a token, D hidde
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig
+
+from .model_minimind import FeedForward, MiniMindConfig
 
 
 class MoEGate(nn.Module):
     """The router: scores each token against E experts and keeps the best k."""
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.alpha = config.aux_loss_alpha
         self.seq_aux = config.seq_aux
         self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.weight = nn.Parameter(torch.randn(config.n_routed_experts, config.hidden_size) * config.initializer_range)
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
@@ -57,11 +57,11 @@ class MoEGate(nn.Module):
 class MOEFeedForward(nn.Module):
     """Routed experts plus shared ones that see every token."""
 
-    def __init__(self, config: PretrainedConfig, expert_class: type[nn.Module]):
+    def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.experts = nn.ModuleList([expert_class(config) for _ in range(config.n_routed_experts)])
+        self.experts = nn.ModuleList([FeedForward(config) for _ in range(config.n_routed_experts)])
         self.gate = MoEGate(config)
-        self.shared_experts = nn.ModuleList([expert_class(config) for _ in range(config.n_shared_experts)])
+        self.shared_experts = nn.ModuleList([FeedForward(config) for _ in range(config.n_shared_experts)])
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None

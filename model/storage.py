@@ -17,14 +17,11 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout, lock_descriptor
-
-from .errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DERIVED_VERSION = 4  # raised when derived files are written otherwise than before
@@ -216,28 +213,3 @@ def read_index(path: Path, kind: str, record: np.dtype, write: Write) -> np.ndar
     if place.stat().st_size < 2**20:  # a map holds a file open, and a data set may have thousands of small files
         return np.fromfile(place, record)
     return np.memmap(place, record, "r").view(np.ndarray)  # a memmap's own [i] takes three times as long
-
-
-def check_output(flag: str, path: Path, suffixes: tuple[str, ...] = (), replaced: bool = False) -> None:
-    """Raises UsageError when no file, with one of these suffixes if there are any, can be written at `path`. Makes the
-    folder for it. `replaced`: a file that is there makes way for a new one, rather than being written into."""
-    there = os.path.exists(path)
-    if path.is_symlink() or (there and not is_regular(path)):
-        raise UsageError(f"{flag} {path}: a link, a folder, a pipe or a device is there; name a file")
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"{flag} {path}: give the name of a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    try:
-        if there and not replaced:
-            open(path, "ab").close()
-        else:
-            write_temporary(path, lambda file: None).unlink()
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: no file can be written there ({error.strerror}); name another one") from error
-
-
-def check_plot(path: str | None) -> None:
-    """Raises UsageError when --plot (None: not given) could not draw into that file."""
-    if path and find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib")
-    if path:
-        check_output("--plot", Path(path), (".png", ".pdf", ".svg", ".jpg"))

@@ -20,6 +20,7 @@ from .storage import write_atomically
 from .vision import IMAGE_SIZE
 
 CLIP_FOLDER = Path(__file__).resolve().parent / "vision_model" / "clip-vit-base-patch16"  # the default encoder's place
+VISION_FOLDER = "vision_model"  # holds the vision encoder, inside a folder in transformers format
 # transformers 4 wrote the encoder's weights under this prefix and finds no others; version 5 reads both.
 CLASSIC_PREFIX = "vision_model."
 
@@ -38,19 +39,9 @@ def read_tensors(path: Path, what: str) -> Any:
                     raise ValueError(f"it is corrupt: the checksum of {broken} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and unpickling errors share no base class
-        if wanted := foreign_globals(path):
-            raise UsageError(f"{path} is refused: a {what} holds tensors and plain values, this file wants to call"
-                             f" {', '.join(wanted[:5])}. Nothing of it was run") from error  # fmt: skip
         raise UsageError(f"{path} is no readable {what}: {type(error).__name__}: {first_line(error)}. It is corrupt, of"
-                         " another kind, or holds more than tensors; fetch or make it again") from error  # fmt: skip
-
-
-def foreign_globals(path: Path) -> list[str]:
-    """Names of what a pickle would call or build beyond tensors and plain values; it is read, not run."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # corrupt, or not written by torch.save: the caller says so
-        return []
+                         " another kind, or holds more than tensors and plain values, of which nothing was run; fetch or"
+                         " make it again") from error  # fmt: skip
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -121,29 +112,25 @@ def lock_of(file: Path) -> Path:
     return file.with_name(f".{file.stem}.lock")
 
 
-def read_sidecar(path: Path) -> dict | None:
-    """The json file beside the weights at `path`; None when there is none, as with published weights."""
+def read_sidecar(path: Path) -> dict:
+    """The json file stored next to the weights at `path`; empty when there is none, as with published weights."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
-        return None
+        return {}
     try:
-        return parse_sidecar(sidecar)
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a json object is expected, not {type(content).__name__}")
+        if not isinstance(content.get("weights", []), list):
+            raise ValueError(f"'weights' should hold a list of fingerprints, not {content['weights']!r}")
+        prints = content.get("fingerprints", {})
+        if not isinstance(prints, dict) or not all(isinstance(value, str) for value in prints.values()):
+            raise ValueError(f"'fingerprints' should hold texts by name, not {prints!r}")
     except ValueError as error:
         check_fetched(sidecar)
-        raise UsageError(f"{sidecar} is broken ({error}). Fetch it with its weights again, or have the training write both by --from_resume 1."
-                         f" Without it {path.name} loads if --tokenizer_path and --vision_model_path name what it was trained with") from error
-
-
-def parse_sidecar(path: Path) -> dict:
-    """Raises ValueError when there is no json object in the file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"a json object is expected, not {type(content).__name__}")
-    if not isinstance(content.get("weights", []), list):
-        raise ValueError(f"'weights' should hold a list of fingerprints, not {content['weights']!r}")
-    prints = content.get("fingerprints", {})
-    if not isinstance(prints, dict) or not all(isinstance(value, str) for value in prints.values()):
-        raise ValueError(f"'fingerprints' should hold texts by name, not {prints!r}")
+        raise UsageError(f"{sidecar} is broken ({error}). Fetch it with its weights again, or write both again: training by"
+                         " --from_resume 1, a folder by python -m model.convert. Without it the weights load if"
+                         " --tokenizer_path and --vision_model_path name what they were trained with") from error  # fmt: skip
     return content
 
 
@@ -168,10 +155,10 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     state = {PREFIXES.sub("", name): tensor for name, tensor in entries}
     state = {name: tensor for name, tensor in state.items() if not name.startswith("vision_encoder.")}
     for name, tensor in state.items():
-        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-            kind = f"{'nested' if tensor.is_nested else tensor.layout} on {tensor.device}"
-            raise UsageError(f"{path}: the tensor {name} is of {tensor.dtype} ({kind}). Weights are read as dense float16, bfloat16,"
-                             " float32 or float64: take those from before the quantization")  # fmt: skip
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+            raise UsageError(f"{path}: the tensor {name} is of {tensor.dtype} ({tensor.layout} on {tensor.device}). Weights are"
+                             " read as dense float16, bfloat16, float32 or float64: take those from before the"
+                             " quantization")  # fmt: skip
     for name, twin in (TIED, TIED[::-1]):  # one tensor, which some programs write once
         if name not in state and twin in state:
             state[name] = state[twin]
@@ -220,7 +207,7 @@ def load_weights(path: Path, model: PreTrainedModel, expected: dict[str, str] | 
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
             f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
         )
-    sidecar = read_sidecar(path) or {}
+    sidecar = read_sidecar(path)
     check_fingerprints(path, expected or {}, sidecar.get("fingerprints", {}))
     state = read_state(path)
     projector = load_state(path, model, state)

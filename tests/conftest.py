@@ -61,12 +61,12 @@ def make_vision_encoder(seed: int = 0, width: int = 24) -> CLIPVisionModel:
     )).eval()  # fmt: skip
 
 
-def make_model(seed: int = 0, tower: CLIPVisionModel | None = None, **config) -> MiniMindVLM:
-    """A small VLM with random weights; `config` overrides its sizes."""
+def make_model(seed: int = 0, tower: CLIPVisionModel | None = None, kind: type = MiniMindVLM, **config) -> MiniMindVLM:
+    """A small VLM of that class with random weights; `config` overrides its sizes."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "vision_hidden_size": 24} | config  # fmt: skip
-    return MiniMindVLM(VLMConfig(**sizes), tower)
+    return kind(VLMConfig(**sizes), tower)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from eval_vlm import main
 from model import convert
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
+from model.hub.modeling import MiniMindVForConditionalGeneration
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
 from model.load import find_weights
@@ -136,7 +137,7 @@ def files(tmp_path_factory, encoder_folder, tokenizer):
     """Weights and a vision encoder on disk, images, and the flags that name them."""
     folder = tmp_path_factory.mktemp("eval")
     encoder = make_vision_encoder()
-    model = make_model(tower=encoder, hidden_size=32, num_attention_heads=8)
+    model = make_model(tower=encoder, kind=MiniMindVForConditionalGeneration, hidden_size=32, num_attention_heads=8)
     save_weights(folder / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     model.save_pretrained(folder / "hf")
     (folder / "images").mkdir()
@@ -283,8 +284,8 @@ def test_questions_from_a_pipe(files):
 @pytest.mark.parametrize(
     ("change", "message"),
     [(["--weight", "other"], "no weights at"), (["--vision_model_path", "/nowhere"], "hf download openai"),
-     (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "no config.json"),
-     (["--load_from", __file__], "is a file, and a folder"), (["--load_from", "{save_dir}"], "sft_vlm_32.pth: sft_vlm --hidden_size 32"), (["--prompt", "Hm?", "--mode", "chat"], "--prompt goes with folder mode"),
+     (["--hidden_size", "64"], "no weights at"), (["--load_from", "/nowhere"], "has no config.json"),
+     (["--load_from", __file__], "is a file, and a folder"), (["--load_from", "{save_dir}"], "native weights (sft_vlm_32.pth"), (["--prompt", "Hm?", "--mode", "chat"], "--prompt goes with folder mode"),
      (["--score", "/nowhere.jsonl"], "no data at /nowhere.jsonl. Fetch"), (["--image_dir", "/nowhere"], "no images there"),
      (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
      (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),
@@ -302,9 +303,9 @@ def test_mistakes_end_with_code_2_and_no_traceback(files, capsys, change, messag
 
 @pytest.mark.parametrize(
     ("flag", "name", "message"),
-    [("--predictions", "file/p.jsonl", "no file can be written there"), ("--predictions", "", "a folder, a pipe or a device"),
-     ("--predictions", "pipe", "a folder, a pipe or a device"), ("--report", "", "a folder, a pipe or a device"),
-     ("--report", "pipe", "a folder, a pipe or a device"), ("--report", "link", "a link"), ("--report", "file/r.json", "no file can be written there")],
+    [("--predictions", "file/p.jsonl", "no file can be written there"), ("--predictions", "", "a folder"),
+     ("--predictions", "pipe", "a folder"), ("--report", "", "a folder"),
+     ("--report", "pipe", "a folder"), ("--report", "link", "a link"), ("--report", "file/r.json", "no file can be written there")],
 )  # fmt: skip
 def test_files_of_scoring_are_looked_at_before_the_first_answer(files, capsys, tmp_path, monkeypatch, flag, name, message):
     _, flags = files

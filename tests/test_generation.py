@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 from chat.chat import Chat
 from chat.scoring import Question, answer_in_batches
 from model.conversation import IMAGE_PLACEHOLDER, Turn
+from model.hub.modeling import MiniMindVForConditionalGeneration
 from model.inference.assistant import Assistant
 from model.inference.generation import Chooser, Memory, Prompt, Sampling, generate_batch, generate_stream
 from model.inference.packed import PackedDecoder
@@ -53,7 +54,7 @@ FEATURES = torch.randn(2, P, 24, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
-    return make_model(hidden_size=64, initializer_range=0.3, **KINDS[request.param]).eval()
+    return make_model(kind=MiniMindVForConditionalGeneration, hidden_size=64, initializer_range=0.3, **KINDS[request.param]).eval()
 
 
 def by_full_forwards(model, prompt: Prompt, sampling: Sampling = GREEDY) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, StaticCache, Tr
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import model.hub  # noqa: F401  (teaches transformers the families)
+from model.hub.modeling import MiniMindVForConditionalGeneration
 from model.layers import rope_tables
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, find_loss_positions
 from model.model_vlm import MiniMindVLM, VLMConfig, find_image_positions, splice_image_features
@@ -202,7 +203,7 @@ def token_accuracy(predictions) -> dict:
     return {"accuracy": right[predictions.label_ids[:, 1:] != -100].mean()}
 
 
-@pytest.mark.parametrize("build", [make_model, lambda: decoders()[1]], ids=["vlm", "decoder"])
+@pytest.mark.parametrize("build", [lambda: make_model(kind=MiniMindVForConditionalGeneration), lambda: decoders()[1]], ids=["vlm", "decoder"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_transformers_trainer_descends_the_mean_over_all_supervised_tokens(tmp_path, build, smoothing):
     """Four micro-batches of different numbers of labels are one update: that of all eight rows at once."""
@@ -339,7 +340,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(scope="module")
 def seeing():
-    return make_model(tower=make_vision_encoder(), initializer_range=0.3).eval()
+    return make_model(tower=make_vision_encoder(), kind=MiniMindVForConditionalGeneration, initializer_range=0.3).eval()
 
 
 def batch_with_images(model, pattern: list[list[int]]) -> dict:

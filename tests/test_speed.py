@@ -19,8 +19,8 @@ from dataset.images import FolderImages
 from dataset.jsonl import JsonlSamples
 from dataset.vlm_dataset import VLMDataset, collate
 from model.errors import DataError
-from model.layers import causal_attention
-from model.model_minimind import FeedForward, MiniMindConfig, find_loss_positions
+from model.layers import attention_in_blocks
+from model.model_minimind import MiniMindConfig, find_loss_positions
 from model.moe import MOEFeedForward
 from model.vision import CLIP_MEAN, CLIP_STD, normalize
 from tests.conftest import (
@@ -67,7 +67,7 @@ def forward(model, batch, **more):
 def test_attention_in_blocks_is_scaled_dot_product_attention(T):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, T, 16, requires_grad=True) for heads in (8, 2, 2))
-    ours, expected = causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    ours, expected = attention_in_blocks(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert torch.allclose(ours, expected, atol=1e-5)
     weight = torch.randn_like(ours)
     for mine, right in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_changes_nothing(batch, moe):
 @pytest.mark.parametrize("tokens", [30, 1])  # one token: two of the four experts get none
 def test_experts_sorted_looped_and_grouped_agree(tokens):
     torch.manual_seed(0)
-    layer = MOEFeedForward(MiniMindConfig(hidden_size=64, use_moe=True), FeedForward).train()
+    layer = MOEFeedForward(MiniMindConfig(hidden_size=64, use_moe=True)).train()
     x, weight = torch.randn(1, tokens, 64), torch.randn(1, tokens, 64)
     found = []
     for way in (lambda: layer(x), lambda: mix_experts(layer, x), "grouped"):

@@ -149,8 +149,8 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
         pixels = [image.pixels for image in dataset[number].images]
         images = {"image_features": model.encode_images(normalize(torch.stack(pixels))).bfloat16().float(),
                   "image_positions": torch.cat([torch.arange(196) + start for start in prompt.image_starts])} if pixels else {}  # fmt: skip
-        ids = model.generate(torch.from_numpy(prompt.ids)[None], max_new_tokens=32, do_sample=False, pad_token_id=0,
-                             eos_token_id=dataset.renderer.im_end, **images)[0, len(prompt) :]  # fmt: skip
+        ids = model.generate(inputs_embeds=model.embed(torch.from_numpy(prompt.ids)[None], **images), max_new_tokens=32,
+                             do_sample=False, pad_token_id=0, eos_token_id=dataset.renderer.im_end)[0]  # fmt: skip
         assert dataset.renderer.tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") == answer["answer"]
 
 

@@ -24,7 +24,7 @@ from model.conversation import Renderer
 from model.device import bf16_is_fast, why_not_compile
 from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision import attend_by_products, patches_per_image
+from model.vision import patches_per_image
 from model.weights import fingerprints, load_tokenizer, load_vision_encoder, load_weights
 
 from .checkpoint import load_training_state
@@ -80,7 +80,6 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
     model.vision_encoder.to(DTYPES[dtype])  # frozen: what autocast would cast at every use is cast once
-    attend_by_products(model.vision_encoder)
     if config.use_compile:
         for block in model.model.layers:
             block.compile(dynamic=True)  # in place: the names of the weights stay

@@ -122,14 +122,16 @@ class Validation:
             return None
         end = int((example.labels != IGNORE_INDEX).argmax())  # where the first answer begins
         batch = collate([example], config.pad_token_id, config.image_tokens).to(self.run.ranks.device)
-        ids, images = batch.ids[:, :end], sum(start < end for start in example.image_starts)
+        images = sum(start < end for start in example.image_starts)  # those of the question
         with self.run.autocast(), torch.compiler.set_stance("force_eager"):
-            answer = self.run.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False,
-                eos_token_id=dataset.renderer.im_end, pad_token_id=config.pad_token_id,
-                image_features=encode(self.run, batch)[:images] if images else None,
-                image_positions=batch.image_positions[: images * config.image_tokens] if images else None,
-            )[0, end:]  # fmt: skip
+            question = self.run.model.embed(
+                batch.ids[:, :end], image_features=encode(self.run, batch)[:images] if images else None,
+                image_positions=batch.image_positions[: images * config.image_tokens],
+            )  # fmt: skip
+            [answer] = self.run.model.generate(
+                inputs_embeds=question, attention_mask=torch.ones_like(batch.ids[:, :end]), max_new_tokens=ANSWER_TOKENS,
+                do_sample=False, eos_token_id=dataset.renderer.im_end, pad_token_id=config.pad_token_id,
+            )  # fmt: skip
         return {
             "question": sample.turns[at - 1].content.replace(IMAGE_PLACEHOLDER, "").strip(),
             "image": ", ".join(ref for ref in sample.images[:images] if isinstance(ref, str)), "where": sample.where,

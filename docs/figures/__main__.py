@@ -13,7 +13,8 @@ from pathlib import Path
 
 from model.errors import SampleError, UsageError, print_anything
 from model.load import find_weights
-from model.storage import REPOSITORY, check_output, home_for_tilde
+from model.outputs import check_output
+from model.storage import REPOSITORY, home_for_tilde
 from model.weights import weight_name
 
 IMAGES = REPOSITORY / "dataset" / "eval_images"

@@ -14,12 +14,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
 from model.conversation import (
-    DEFAULT_SYSTEM,
     IMAGE_PLACEHOLDER,
     TYPED_PLACEHOLDER,
     Rendered,
     Renderer,
-    Turn,
     parse_turns,
 )
 from model.model_minimind import IGNORE_INDEX
@@ -169,8 +167,11 @@ class MiniMindVProcessor(ProcessorMixin):
         flat = [[flatten_message(message) for message in one] for one in (conversation if many else [conversation])]
         turns = [parse_turns([message for message, _ in one]) for one in flat]
         if not tokenize:
-            texts = [write_out(one, add_generation_prompt, continue_final_message) for one in turns]
-            return texts if many else texts[0]
+            messages = [[vars(turn) for turn in one] for one in turns]
+            return self.tokenizer.apply_chat_template(
+                messages if many else messages[0], tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )  # fmt: skip
         shown, given = [image for one in flat for _, some in one for image in some], flatten_images(images)
         waiting = sum(image is None for image in shown)
         if waiting != len(given):
@@ -208,13 +209,3 @@ class MiniMindVProcessor(ProcessorMixin):
         else:
             del batch["image_positions"]
         return BatchFeature(batch)
-
-
-def write_out(turns: tuple[Turn, ...], add_generation_prompt: bool, continue_final_message: bool) -> str:
-    """The conversation as the tokenizer's chat template has it."""
-    if turns[0].role != "system":
-        turns = (Turn("system", DEFAULT_SYSTEM), *turns)
-    text = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in turns)
-    if continue_final_message:
-        return text.removesuffix("<|im_end|>\n")
-    return text + "<|im_start|>assistant\n" * add_generation_prompt

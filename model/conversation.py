@@ -10,7 +10,6 @@ Legend: T tokens, P placeholder tokens of an image (196). The layout is ChatML:
 A user's <image> becomes P times the token "@". Its embedding is never used: the model replaces it by a patch vector.
 """
 
-import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,7 +107,7 @@ class Renderer:
         if None in ids or tokenizer.unk_token_id in ids:
             raise ValueError(f"the tokenizer lacks one of <|im_start|>, <|im_end|>, {image_token!r}")
         self.im_start, self.im_end, self.image_token_id = ids
-        self._newline, self._header = (self._encode(text)[0] for text in ("\n", "assistant\n"))
+        self._newline, self._header = (self.encode(text)[0] for text in ("\n", "assistant\n"))
 
     def render(self, sample: Conversation, max_length: int | None = None) -> Rendered:
         """The whole conversation, cut to `max_length` tokens at the end.
@@ -139,23 +138,6 @@ class Renderer:
             ids = np.concatenate([rendered.ids, [self.im_start, *self._header]])
         return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
 
-    def render_text(self, text: str) -> Rendered:
-        """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> is an
-        image, and the ids of written-out turns are those of the turns."""
-        special, ids, starts, before = self.tokenizer.get_added_vocab(), [], [], None
-        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
-            if piece in special:
-                ids.append(special[piece])
-            else:
-                header = "assistant\n" if before == "<|im_start|>" and piece.startswith("assistant\n") else ""
-                for part in (header, piece[len(header) :]):
-                    part_ids, part_starts = self._encode(part, show_images=True)
-                    starts += [len(ids) + start for start in part_starts]
-                    ids += part_ids
-            before = piece
-        ids = np.array(ids, dtype=np.int64)
-        return Rendered(ids, np.full_like(ids, IGNORE_INDEX), tuple(starts))
-
     def render_turns(self, turns: tuple[Turn, ...], where: str = "") -> Rendered:
         """The whole conversation, whatever its length and its last turn."""
         if turns[0].role != "system":
@@ -166,10 +148,10 @@ class Renderer:
         for turn in turns:
             if turn.role == "assistant":
                 # Header and answer are tokenized apart, as at inference, where the header ends the prompt.
-                turn_ids = [self.im_start, *self._header, *self._encode(turn.content)[0], self.im_end, *self._newline]
+                turn_ids = [self.im_start, *self._header, *self.encode(turn.content)[0], self.im_end, *self._newline]
                 unsupervised = 1 + len(self._header)  # the rest is learned, with the end of the turn
             else:
-                text_ids, turn_starts = self._encode(f"{turn.role}\n{turn.content}", turn.role == "user", where)
+                text_ids, turn_starts = self.encode(f"{turn.role}\n{turn.content}", turn.role == "user", where)
                 starts += [len(ids) + 1 + start for start in turn_starts]  # 1 for <|im_start|>
                 turn_ids = [self.im_start, *text_ids, self.im_end, *self._newline]
                 unsupervised = len(turn_ids)  # nobody has to learn to ask
@@ -177,7 +159,7 @@ class Renderer:
             labels += [IGNORE_INDEX] * unsupervised + turn_ids[unsupervised:]
         return Rendered(np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64), tuple(starts))
 
-    def _encode(self, text: str, show_images: bool = False, where: str = "") -> tuple[list[int], list[int]]:
+    def encode(self, text: str, show_images: bool = False, where: str = "") -> tuple[list[int], list[int]]:
         """ids of `text` with every <image> as P placeholder tokens, and the index of each run's first token.
 
         The text is tokenized with the placeholders in place, as the published code does, and the runs are found by

@@ -3,6 +3,7 @@
 Legend: B rows of a batch, T tokens, N images of the whole batch in reading order, P placeholder tokens of an image.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,22 @@ def flatten_images(images: Any) -> list:
     return [one for some in images for one in flatten_images(some)] if isinstance(images, list | tuple) else [images]
 
 
+def render_text(renderer: Renderer, text: str) -> Rendered:
+    """A prompt that is written out already, ChatML or not: special tokens in it are special, every <image> is an image,
+    and the ids of written-out turns are those of the turns, in which the assistant's header is tokenized apart."""
+    special, ids, starts = renderer.tokenizer.get_added_vocab(), [], []
+    header = r"(?<=<\|im_start\|>)assistant\n"
+    for piece in re.split(f"({'|'.join(map(re.escape, special))}|{header})", text):
+        if piece in special:
+            ids.append(special[piece])
+        else:
+            piece_ids, piece_starts = renderer.encode(piece, show_images=True)
+            starts += [len(ids) + start for start in piece_starts]
+            ids += piece_ids
+    ids = np.array(ids, dtype=np.int64)
+    return Rendered(ids, np.full_like(ids, IGNORE_INDEX), tuple(starts))
+
+
 class MiniMindVProcessor(ProcessorMixin):
     """Tokenizer and image processor in one: `processor(images, text)` for texts with <image> placeholders,
     `processor.apply_chat_template(messages, tokenize=True, return_dict=True)` for conversations.
@@ -143,7 +160,7 @@ class MiniMindVProcessor(ProcessorMixin):
             marks, given = [one.count(IMAGE_PLACEHOLDER) for one in texts], [len(flatten_images(some)) for some in images]
             if marks != given:
                 raise ValueError(f"the texts have {marks} {IMAGE_PLACEHOLDER} placeholders, but {given} images")
-        batch = self._batch([self.renderer.render_text(one) for one in texts], flatten_images(images), **options)
+        batch = self._batch([render_text(self.renderer, one) for one in texts], flatten_images(images), **options)
         del batch["labels"]
         return batch
 

@@ -5,12 +5,11 @@ Sources: RMSNorm (Zhang and Sennrich, arXiv 1910.07467), rotary positions (Su et
 2309.00071), grouped-query attention (Ainslie et al., 2305.13245).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class RMSNorm(nn.Module):
@@ -30,31 +29,15 @@ def rope_frequencies(config: PretrainedConfig, device: torch.device | None = Non
     """Angles per position [d/2] in radians, and the factor on cos and sin (1.0 without YaRN).
 
     Pair i of a head's channels turns by base^(-2i/d) a position: the first pairs tell neighbours apart, the last ones
-    turn once in a whole context. YaRN (section 3.2, "NTK-by-parts") stretches this to longer contexts: a pair that
-    turns more than `beta_fast` times within the original context keeps its frequency, one that turns less than
-    `beta_slow` times is slowed down by `factor`, and a linear ramp over the pairs lies between.
+    turn once in a whole context. YaRN stretches this to longer contexts: slow pairs are slowed down further by its
+    `factor`, fast ones stay as they are.
     """
     rope, dim = config.rope_parameters, config.head_dim
-    base = rope["rope_theta"]
-    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    if rope["rope_type"] == "default":
-        return inv_freq, 1.0
-    if rope["rope_type"] != "yarn":
+    if rope["rope_type"] == "yarn":
+        return ROPE_INIT_FUNCTIONS["yarn"](config, device)
+    if rope["rope_type"] != "default":
         raise ValueError(f"rope_type {rope['rope_type']!r} is unknown; the decoder knows 'default' and 'yarn'")
-
-    factor, original = rope["factor"], rope["original_max_position_embeddings"]
-
-    def channel_of(turns: float) -> float:
-        """The channel pair that turns `turns` times over the original context."""
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(channel_of(rope.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(channel_of(rope.get("beta_slow") or 1)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
-    inv_freq = inv_freq * (1 - ramp) + inv_freq / factor * ramp
-    # Section 3.4: longer contexts flatten attention; scaling q and k by this sharpens it again.
-    scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return inv_freq, scale
+    return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim), 1.0
 
 
 def rope_tables(config: PretrainedConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,10 @@ DERIVED_VERSION = 4  # raised when derived files are written otherwise than befo
 TEMPORARY = ".tmp"  # suffix of files that are being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # answers of NFS, Lustre and others; 524 is Linux's ENOTSUPP
 
+CAUSES = {errno.ENOSPC: "make room", errno.EDQUOT: "the quota is used up: make room", errno.EROFS: "make the read-only disk writable",
+          errno.EEXIST: "remove the file that has a folder's name", errno.ENOTDIR: "remove the file that has a folder's name",
+          errno.EACCES: "change its permissions"}  # fmt: skip
+
 Write = Callable[[BinaryIO], None]
 
 
@@ -150,16 +154,8 @@ def check_writable(path: Path) -> None:
 def _explain(error: Exception, folder: Path) -> str:
     if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
         error = error.__context__
-    remedies = {
-        errno.ENOSPC: "make room, or name another folder",
-        errno.EDQUOT: "the quota is used up: make room, or name another folder",
-        errno.EROFS: "it is read-only: name another folder",
-        errno.EEXIST: "a file has the name of a folder: name another folder",
-        errno.ENOTDIR: "a file has the name of a folder: name another folder",
-        errno.EACCES: "it may not be written: change its permissions, or name another folder",
-    }
-    remedy = remedies.get(error.errno, "check the disk") if isinstance(error, OSError) else "check the disk"
-    return f"cannot write in {folder}: {error}; {remedy}"
+    cause = CAUSES.get(getattr(error, "errno", None))
+    return f"cannot write in {folder}: {error}; " + (f"{cause}, or name another folder" if cause else "check the disk")
 
 
 def is_regular(path: str | Path) -> bool:

@@ -82,8 +82,8 @@ def write_atomically(path: Path, write: Write, keep: Path | None = None) -> None
     try:
         temporary = write_temporary(path, write)
         if keep and path.exists():
-            copy = write_temporary(keep, lambda file: None)  # a free name
-            copy.unlink()
+            copy = keep.with_name(f".{keep.name}.copy{TEMPORARY}")
+            copy.unlink(missing_ok=True)  # of a killed writer
             try:
                 os.link(path, copy)  # rather than renamed: there is a file at `path` at every instant
             except OSError:  # a file system without hard links

@@ -92,7 +92,8 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, si
     """Writes the sidecar, which holds what a reader needs to rebuild the model, and then the weights; returns their
     fingerprint. `before` is that of the weights there until now, if the sidecar fits them as well: so the two files
     belong together at every instant. Raises StorageError."""
-    config = {key: value for key, value in config.items() if key not in ("architectures", "dtype")}  # transformers' folders alone have these
+    # These two keys belong to transformers' folders alone.
+    config = {key: value for key, value in config.items() if key not in ("architectures", "dtype")}
     fingerprint = tensors_fingerprint(weights)
     content = {"config": config, **sidecar, "weights": [fingerprint, *([before] if before else [])]}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -77,7 +77,7 @@ class FeatureCache:
 
     def slot_of(self, ref: Ref) -> int:
         """The slot of an image. One that was not in the data at the start gets another's, whose signature differs."""
-        return int(np.searchsorted(self._names, hash_of(ref))) % self.count
+        return int(np.searchsorted(self._names, hash_of(ref))) % max(1, self.count)
 
     def filled(self) -> int:
         """Number of slots that hold features."""

@@ -7,13 +7,10 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -29,24 +26,12 @@ Ref = str | bytes
 
 MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can unfold to gigabytes
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
-PLUGINS = {"HEIC": ("HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif"), "JPEG XL": ("JXL", "pillow_jxl", "pillow-jxl-plugin")}
 Image.init()  # registers all formats
 CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
 FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
 IMAGE_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".mpo"} | {
     suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS
 }  # fmt: skip
-KINDS = {  # how a file begins that no decoder took, and what it is
-    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC", rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
-    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi|....jP  ": "an image, but damaged, truncated or of a variant that Pillow does not read",
-    rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ": "a video, not an image",
-    rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "a PDF or PostScript document; save its pages as PNG",
-    rb"\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing; save it as PNG",
-    rb"(?i)\s*<(!doctype html|html|head|body)": "a web page, perhaps an error that was saved in place of the image",
-    rb"version https://git-lfs": "a git-lfs pointer, not the image; git lfs pull fetches it",
-    rb"[\t\n\r -~\x80-\xff]+$": "text, not an image",
-}  # fmt: skip
-
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one comment may be as long as all together
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is our own limit
 
@@ -213,15 +198,10 @@ def decode(data: bytes, most_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageRefused(f"it has more than {most_pixels:,} pixels; save it smaller") from error
-    except UnidentifiedImageError as error:  # its own words are an address in memory
-        kind = next((kind for start, kind in KINDS.items() if re.match(start, data[:1000], re.DOTALL)), "of no known kind of image")
-        format, module, package = PLUGINS.get(kind, ("", "", ""))
-        if not package:
-            raise ImageRefused(f"it is {kind if data else 'empty'}") from error
-        if find_spec(module.partition(".")[0]) is None:
-            raise ImageRefused(f"it is {kind}, which {package} reads: pip install {package}, or save it as JPEG") from error
-        import_module(module)  # tells Pillow
-        image = Image.open(io.BytesIO(data), formats=[format])
+    except UnidentifiedImageError:
+        from .kinds import open_by_plugin  # for such files alone
+
+        image = open_by_plugin(data)
     if image.width * image.height > most_pixels:
         raise ImageRefused(f"it has {image.width} x {image.height} pixels, more than {most_pixels:,}; save it smaller")
     image.load()

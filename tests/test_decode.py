@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
-from dataset import images
+from dataset import kinds
 from dataset.images import IMAGE_SUFFIXES, ImageRefused, decode, image_files, open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
@@ -108,8 +108,8 @@ def test_transparency_that_is_multiplied_in_already():
 def test_kinds_that_another_package_reads(name, tmp_path, monkeypatch):
     data = {"heic": b"\0\0\0\x1cftypheic\0\0\0\0mif1", "jpeg xl": b"\0\0\0\x0cJXL \r\n\x87\n"}[name]
     key = {"heic": "HEIC", "jpeg xl": "JPEG XL"}[name]
-    form, _, package = images.PLUGINS[key]
-    monkeypatch.setitem(images.PLUGINS, key, (form, "no_such_module.plugin", package))
+    form, _, package = kinds.PLUGINS[key]
+    monkeypatch.setitem(kinds.PLUGINS, key, (form, "no_such_module.plugin", package))
     with pytest.raises(ImageRefused, match=f"it is {key}, which {package} reads: pip install {package}"):
         decode(data, 10**6)
     plugin = f"plugin_of_{form.lower()}"
@@ -123,7 +123,7 @@ def test_kinds_that_another_package_reads(name, tmp_path, monkeypatch):
         f"Image.register_open({form!r}, File)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(images.PLUGINS, key, (form, plugin, package))
+    monkeypatch.setitem(kinds.PLUGINS, key, (form, plugin, package))
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     assert decode(data, 10**6).getpixel((2, 2)) == 99 and plugin in sys.modules
 

@@ -7,8 +7,7 @@
     python eval_vlm.py --weight sft_vlm --score test.jsonl --image_dir images --predictions out/predictions.jsonl
 
 Reads   out/{weight}_{hidden}{_moe}.pth, or a transformers folder with --load_from; the vision encoder's folder
-Writes  nothing but the predictions of --score (default: next to the weights), --report, and what /save names in a chat.
-        All flags: --help.
+Writes  nothing but the predictions of --score (default: next to the weights) and --report. All flags: --help.
 """
 
 import argparse

@@ -85,7 +85,7 @@ class Chat:
             prompt, features = self._prompt(rendered, pixels)
             stop = self.assistant.renderer.im_end
             tokens = generate_stream(self.assistant.decoder, self._memory, prompt, features, sampling, stop)
-            for piece in self.assistant.pieces(tokens):
+            for piece in filter(None, self.assistant.pieces(tokens)):
                 said.append(piece)
                 yield piece
         finally:
@@ -105,8 +105,10 @@ class Chat:
         return prompt, dict(self._features.values())
 
     def _turn(self, question: str) -> Turn:
-        """The question with a placeholder for each waiting image, after its label if it has one."""
-        shown = [f"{self._labels[image]} {IMAGE_PLACEHOLDER}" if image in self._labels else IMAGE_PLACEHOLDER for image in self.waiting]
+        """The question with a placeholder for each waiting image, after its label if it has one. Bytes that are no text, as
+        a terminal may pass on, become question marks."""
+        question = question.encode(errors="replace").decode()
+        shown = [f"{self._labels.get(image, '')} {IMAGE_PLACEHOLDER}".lstrip() for image in self.waiting]
         first, *others = question.split(IMAGE_PLACEHOLDER)
         if len(others) == len(shown):
             return Turn("user", first + "".join(image + text for image, text in zip(shown, others, strict=True)))

@@ -131,21 +131,14 @@ def answer_in_batches(
     max_new_tokens: int,
 ) -> Iterator[str]:  # fmt: skip
     """Greedy answers, in the order of the questions; `load(question, place)` gives its image's pixels uint8 [3, 224, 224].
-
-    An image is encoded once for the questions of a batch and of the batch after it that show it.
-    """
+    Questions of a batch about the same image share it."""
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
-    encoded: dict[str | bytes, torch.Tensor] = {}
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         shown = {name: (question, place) for question in batch for place, name in enumerate(question.images)}
-        if new := [name for name in shown if name not in encoded]:
-            encoded |= zip(new, assistant.encode([load(*shown[name]) for name in new]), strict=True)
-        encoded = {name: encoded[name] for name in shown}
-        numbers = {name: number for number, name in enumerate(shown)}
-        prompts = [assistant.prompt(assistant.renderer.render_prompt(question.turns), [numbers[name] for name in question.images])
-                   for question in batch]  # fmt: skip
-        yield from assistant.answer(prompts, list(encoded.values()), sampling)
+        pixels = {name: load(question, place) for name, (question, place) in shown.items()}
+        images = [pixels[name] for question in batch for name in question.images]
+        yield from assistant.generate([question.turns for question in batch], images, sampling)
 
 
 def write_predictions(questions: list[Question], answers: Iterable[str], target: Path) -> list[str]:

@@ -1,27 +1,23 @@
-"""The chat in the terminal: what lines do, what survives Ctrl-C, what is completed, shown and saved."""
+"""The chat in the terminal: what lines do, what survives Ctrl-C, what is completed and shown."""
 
 import codecs
 import fcntl
 import io
 import os
-import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
 import termios
 import time
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 from PIL import Image
 
 from chat import terminal
 from chat.chat import Chat
-from chat.markdown import escape
-from chat.terminal import Screen, TerminalChat, changed, complete, history_file, start_readline, typed_paths
+from chat.terminal import Screen, TerminalChat, changed, typed_paths
 from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import UsageError
 from model.inference.assistant import Assistant
@@ -80,16 +76,14 @@ def test_questions_and_images_are_those_of_a_chat(talk, assistant, folder):
     [("/image", "/image needs a PATH"), ("/image nowhere.png", "'nowhere.png' cannot be read: No such file or directory\n"), ("/image broken.png", "cannot be read"),
      ("/image .", "it is a folder"), ("/image pipe", "it is a folder, a pipe or a device"), ("/video pipe", "a pipe or a device"),
      ("/image " + "a" * 5000, "cannot be read: File name too long"), ("/video", "needs a PATH"), ("/video broken.png", "cannot be read"), ("/dance", "no such command: /dance"),
-     ("/undo", "nothing to take back"), ("/retry", "no question to ask again"), ("/save", "needs a FILE.md"),
-     ("/save x.md", "nothing to save yet"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
+     ("/undo", "nothing to take back"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
      ("/image ~noone/x.png", "home directory"), ("/image 'red.png", "cannot be read"), ("/image a\0b", "cannot be read")],
 )  # fmt: skip
 def test_mistakes_are_told_and_change_nothing(talk, line, message):
     said = talk(line)
     assert message in said and "Traceback" not in said
     chat = talk.chat.chat
-    assert not chat.turns and not chat.waiting and not talk.chat.queue and chat.sampling == GREEDY
-    assert not list(Path().glob("*.md"))
+    assert not chat.turns and not chat.waiting and chat.sampling == GREEDY
 
 
 def test_undo_goes_back_step_by_step(talk):
@@ -97,24 +91,10 @@ def test_undo_goes_back_step_by_step(talk):
     answer = talk("What?")
     talk("/video v.mp4")
     assert len(talk.chat.chat.waiting) == 8
-    assert "taken back: v.mp4" in talk("/undo") and not talk.chat.chat.waiting
-    assert "with the next question: red.png" in talk("/undo") and len(talk.chat.chat.waiting) == 1
-    assert not talk.chat.chat.turns and not talk.chat.exchanges
+    assert "taken back: 8 images" in talk("/undo") and not talk.chat.chat.waiting
+    assert "images that wait: 1" in talk("/undo") and len(talk.chat.chat.waiting) == 1 and not talk.chat.chat.turns
     assert talk("What?") == answer, "asked again with its image"
     assert talk("/undo") and talk("/undo") and "nothing" in talk("/undo") and not talk.chat.chat.waiting
-
-
-def test_retry_asks_again(talk):
-    talk("/image red.png")
-    talk("/params temperature=2.0 seed=none")
-    first = talk("What?")
-    assert any(talk("/retry") != first for _ in range(5))
-    assert [turn.role for turn in talk.chat.chat.turns] == ["user", "assistant"] and len(talk.chat.exchanges) == 1
-    assert talk.chat.exchanges[0].shown[0].path == "red.png"
-    talk("/params temperature=0")
-    assert "the same answer each time" in talk("/retry")
-    long = "word " * 3000
-    assert "too long" in talk(long) and "too long" in talk("/retry"), "the question that failed is the last one"
 
 
 class CtrlC(io.StringIO):
@@ -136,51 +116,48 @@ def test_ctrl_c_keeps_what_was_said(assistant, folder, after, monkeypatch):
     file.after = after
     chat.obey("What?")
     assert file.getvalue().endswith("(stopped)\n")
-    said = chat.exchanges[0].answer
-    assert [turn.content for turn in chat.chat.turns] == [f"{IMAGE_PLACEHOLDER}\nWhat?", said]
+    question, said = (turn.content for turn in chat.chat.turns)
+    assert question == f"{IMAGE_PLACEHOLDER}\nWhat?"
     chat.obey("And?")
-    assert len(chat.exchanges) == 2
+    assert len(chat.chat.turns) == 4
     fresh = Chat(assistant, GREEDY)
     fresh.add_image(Image.open(folder / "red.png"))
     whole = fresh.ask("What?")
     assert whole.startswith(said) and len(said) < len(whole)
     fresh.turns[-1] = chat.chat.turns[1]
-    assert fresh.ask("And?") == chat.exchanges[1].answer, "the model read what was said, no more"
+    assert fresh.ask("And?") == chat.chat.turns[3].content, "the model read what was said, no more"
 
 
-def test_ctrl_c_before_the_first_word_keeps_the_question(talk, monkeypatch):
+def test_ctrl_c_before_the_first_word_keeps_the_image(talk, monkeypatch):
     talk("/image red.png")
     with monkeypatch.context() as patch:
         patch.setattr(talk.chat.chat, "_prompt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert "(stopped; /retry asks again)" in talk("What?")
-    assert not talk.chat.exchanges and len(talk.chat.chat.waiting) == len(talk.chat.queue) == 1
-    assert talk("/retry") and talk.chat.exchanges[0].question == "What?" and not talk.chat.queue
+        assert "(stopped)" in talk("What?")
+    assert not talk.chat.chat.turns and len(talk.chat.chat.waiting) == 1, "the image is asked about next"
 
 
 def test_memory_that_runs_out_is_told_and_the_chat_lives_on(talk, monkeypatch):
     monkeypatch.setattr(terminal, "load_image", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    assert "memory ran out" in talk("/image red.png") and not talk.chat.queue
+    assert "memory ran out" in talk("/image red.png") and not talk.chat.chat.waiting
 
 
 def test_ctrl_c_ends_a_command(talk, monkeypatch):
     monkeypatch.setattr(terminal, "load_image", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert "(stopped)" in talk("/image red.png") and not talk.chat.queue
+    assert "(stopped)" in talk("/image red.png") and not talk.chat.chat.waiting
 
 
 def test_an_answer_without_words_is_told(talk, monkeypatch):
     monkeypatch.setattr(talk.chat.chat, "stream", lambda question: (piece for piece in ()))
-    assert "(no answer" in talk("What?") and not talk.chat.exchanges
+    assert "(no answer" in talk("What?") and not talk.chat.chat.turns
 
 
-def test_what_the_model_forgets_is_told_and_still_saved(talk, tmp_path):
+def test_what_the_model_forgets_is_told(talk):
     talk.chat.chat.max_length = 700
     said = [(talk("/image red.png"), talk(f"What is {number}?"))[1] for number in range(5)]
     assert "the model has forgotten" not in said[0] and "of the oldest exchanges no longer fit" in said[-1]
-    talk(f"/save {tmp_path}/all.md")
-    assert (tmp_path / "all.md").read_text().count("> What is") == 5
     while "taken back" in talk("/undo"):
         pass
-    assert not talk.chat.chat.turns and not talk.chat.chat.waiting and len(talk.chat.exchanges) > 0, "what is forgotten stays told"
+    assert not talk.chat.chat.turns and not talk.chat.chat.waiting
 
 
 def test_frames_of_a_video_stand_with_their_times(talk):
@@ -201,7 +178,7 @@ def test_as_many_frames_as_fit(talk):
     assert f"{room - 1} frames for" in said and "20 do not fit: a larger --max_seq_len makes room" in said
     assert "no room for a video beside the" in talk("/video v.mp4") and len(talk.chat.chat.waiting) == room
     assert "more than fit" in talk("/image red.png")
-    assert "too long" not in talk("What?") or "would fit" in talk("/retry")
+    assert "too long" not in (said := talk("What?")) or "would fit" in said
 
 
 def test_parameters():
@@ -220,105 +197,15 @@ def test_parameters_are_shown(talk):
     assert "top_k=3" in talk("/params top_k=3") and talk.chat.chat.sampling.top_k == 3
 
 
-def test_the_conversation_as_markdown(talk, tmp_path, folder):
-    talk("/image my blue.png")
-    answers = [talk("What\u2028is it?"), talk("/video v.mp4") and talk("And?")]
-    (tmp_path / "notes").mkdir()
-    assert "saved" in talk(f"/save {tmp_path}/notes/talk.md")
-    text = (tmp_path / "notes" / "talk.md").read_text(encoding="utf-8")
-    pieces = [escape(answer.strip()) for answer in answers]
-    times = ", ".join(f"0:0{second}" for second in range(8))
-    pattern = (r"# A conversation with MiniMind-V\n\n!\[my blue\.png\]\((.+)\)\n\n> What\n> is it\?\n\n" + re.escape(pieces[0])
-               + r"\n\n\[v\.mp4\]\((.+)\), frames at " + times + r"\n\n> And\?\n\n" + re.escape(pieces[1]) + "\n")  # fmt: skip
-    found = re.fullmatch(pattern, text)
-    assert found, text
-    assert all((tmp_path / "notes" / unquote(link)).samefile(folder / name) for link, name in zip(found.groups(), ("my blue.png", "v.mp4"), strict=True))
-
-
-def test_what_was_said_is_saved_as_it_was_said(talk, tmp_path, monkeypatch, folder):
-    (tmp_path / "a_b_[c].png").write_bytes((folder / "red.png").read_bytes())
-    talk(f"/image {tmp_path}/a_b_[c].png")
-    monkeypatch.setattr(talk.chat.chat, "stream", lambda question: (piece for piece in ["# no *title*, ", "<b>no tag</b>"]))
-    talk("Is `x` > *y*?")
-    talk(f"/save {tmp_path}/talk.md")
-    _, link, question, answer = (tmp_path / "talk.md").read_text(encoding="utf-8").strip().split("\n\n")
-    assert link.startswith(r"![a\_b\_\[c\].png](")
-    assert (question, answer) == (r"> Is \`x\` \> \*y\*?", r"\# no \*title\*, \<b\>no tag\</b\>")
-
-
-@pytest.mark.parametrize(("typed", "name"), [("talk one.md", "talk one.md"), ("'talk two.md'", "talk two.md"), ('"it\'s.md"', "it's.md"), ("it's mine.md", "it's mine.md"),
-                                             (r"a\b c.md", r"a\b c.md"), ("'", "'")])  # fmt: skip
-def test_the_whole_rest_of_a_line_is_the_name(talk, tmp_path, monkeypatch, typed, name):
-    monkeypatch.chdir(tmp_path)
-    talk("hello")
-    assert talk(f"/save {typed}") == f"saved: {name}\n" and os.listdir() == [name]
-
-
-def test_saving_replaces_nothing(talk, tmp_path):
-    talk("hello")
-    target = tmp_path / "talk.md"
-    target.write_text("precious")
-    assert f"not saved: {target} exists" in talk(f"/save {target}") and target.read_text() == "precious"
-    assert f"not saved: {tmp_path} exists" in talk(f"/save {tmp_path}")
-    assert f"cannot write in {target}: " in (said := talk(f"/save {target}/below.md")) and "name another folder" in said
-    assert "File name too long" in talk(f"/save {'a' * 300}.md")
-
-
 def test_paths_as_people_type_them(talk, folder):
-    assert typed_paths("my blue.png") == ["my blue.png"]
-    for typed in ("'my blue.png'", '"my blue.png"', r"my\ blue.png"):
-        assert typed_paths(typed) == ["my blue.png"]
-    assert typed_paths("red.png 'my blue.png'") == ["red.png", "my blue.png"]
-    assert typed_paths("it's not there.png") == ["it's not there.png"]
+    for typed in ("my blue.png", "'my blue.png'", '"my blue.png"', r"my\ blue.png"):
+        assert typed_paths("/image", typed) == ["my blue.png"]
+    assert typed_paths("/image", "red.png 'my blue.png'") == ["red.png", "my blue.png"]
+    assert typed_paths("/image", "it's not there.png") == ["it's not there.png"]
 
 
-def test_completion(folder, monkeypatch, tmp_path):
-    folder = Path(shutil.copytree(folder, tmp_path / "files", ignore=shutil.ignore_patterns("pipe")))
-    monkeypatch.chdir(folder)
-    (folder / "images [1]").mkdir()
-    assert complete("/i") == ["/image "] and complete("/re") == ["/retry ", "/reset "] and complete("/image") == ["/image "]
-    assert complete("what") == complete("") == complete("/undo x") == complete("/image nowhere/") == []
-    assert complete("/image ") == ["/image broken.png", "/image images [1]/", "/image my blue.png", "/image red.png", "/image v.mp4"]
-    assert complete("/image my b") == ["/image my blue.png"] and complete(f"/video {folder}/v") == [f"/video {folder}/v.mp4"]
-    assert complete("/image images [") == ["/image images [1]/"]
-    monkeypatch.setenv("HOME", str(folder))
-    assert complete("/image ~") == ["/image ~/"] and complete("/save ~/re") == ["/save ~/red.png"]
-
-
-def test_history_lies_in_the_state_folder(monkeypatch):
-    assert history_file({"XDG_STATE_HOME": "/state"}) == Path("/state/minimind-v/history")
-    monkeypatch.setenv("HOME", "/home/me")
-    for environ in ({}, {"XDG_STATE_HOME": ""}):
-        assert history_file(environ) == Path("/home/me/.local/state/minimind-v/history")
-
-
-@pytest.fixture
-def readline():
-    readline = pytest.importorskip("readline")
-    readline.clear_history()
-    yield readline
-    readline.clear_history()
-
-
-def test_history_outlives_a_chat(readline, tmp_path):
-    path = tmp_path / "state" / "history"
-    save = start_readline(path)
-    for line in ("one", "三"):
-        readline.add_history(line)
-    save()
-    readline.clear_history()
-    start_readline(path)
-    assert [readline.get_history_item(number) for number in (1, 2)] == ["one", "三"] and path.stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("name", ["file/history", "folder"])
-def test_a_history_that_cannot_be_written_is_one_of_this_chat_only(readline, tmp_path, name):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    save = start_readline(tmp_path / name)
-    readline.add_history("kept for now")
-    save()
-    assert readline.get_history_item(1) == "kept for now"
+def test_bytes_that_are_no_text_are_asked_all_the_same(talk):
+    assert "Traceback" not in talk("What is \udcff?") and talk.chat.chat.turns[0].content == "What is ??"
 
 
 class Tty(io.StringIO):
@@ -378,38 +265,29 @@ def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
     save_weights(tmp_path / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", encoder_folder, "--device", "cpu", "--temperature", "0",
              "--max_new_tokens", "20000", "--max_seq_len", "30000"]  # fmt: skip
-    person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color",
-                    XDG_STATE_HOME=str(tmp_path / "state"), NO_COLOR="")  # fmt: skip
+    person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color", NO_COLOR="")
     person.reads("[1] chat:")
     person.types("1\n")
     person.reads("sft_vlm_32 on cpu")
-    person.reads(">\x1b[0m ")
-    person.types("/im\tre\t\n")
+    person.reads("\n> ")
+    person.types("/image re\t\n")
     person.reads("image 1 for the next question: red.png")
     person.types("What is this?\n")
     person.reads("What is this?\r\n", more=100)
     person.types("\x03")
-    said = person.reads("(stopped)").rpartition("What is this?\r\n")[2].partition("^C")[0]
+    person.reads("(stopped)")
+    person.reads("\n> ")
     person.types("/params max_new_tokens=5\n")
     person.reads("seed=none")
-    person.reads(">\x1b[0m ")
-    person.types("/save talk.md\n")
-    person.reads("saved: talk.md")
-    person.types("/retry\n")  # the chat goes on
-    person.reads("changes that)\x1b[0m\r\n")
-    assert (again := person.reads("\r\n")) and said.startswith(again)
-    person.reads(">\x1b[0m ")
+    person.types("And?\n")  # the chat goes on
+    person.reads("And?\r\n", more=5)
+    person.reads("\n> ")
     person.types("half a line")
     person.reads("half a line")
     time.sleep(1)  # a signal between readline's last key and its wait for the next would be answered with that one only
     person.types("\x03")
     person.reads("(Ctrl-D or /exit leaves)")
-    person.reads(">\x1b[0m ")
+    person.reads("\n> ")
     person.types("/exit\n")
     assert person.process.wait(timeout=60) == 0
     os.close(person.screen)
-    history = (tmp_path / "state" / "minimind-v" / "history").read_text().splitlines()
-    assert history == ["/image red.png", "What is this?", "/params max_new_tokens=5", "/save talk.md", "/retry", "/exit"]
-    _, link, question, answer = (folder / "talk.md").read_text(encoding="utf-8").strip().split("\n\n", 3)
-    assert (link, question) == ("![red.png](red.png)", "> What is this?")
-    assert answer.startswith(said.replace("\r\n", "\n").strip()) and len(said) > 40, "what was seen is kept"

@@ -1,33 +1,25 @@
 """The chat page: images, questions, answers as they grow."""
 
-import re
 import time
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 import streamlit as st
-from streamlit.runtime import get_instance
-from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from chat.markdown import escape
 from model.inference.generation import Sampling
 
 from .attention import attention_html
-from .conversation import Conversation, Exchange, explain, turns
+from .conversation import Conversation, Exchange, explain, in_turn
 from .images import MAX_IMAGES, MAX_MEGABYTES, MAX_PIXELS, SessionImage, examples, take
 from .models import ModelChoice, find_models, load, training_questions
 from .settings import page_settings
-from .texts import Labels
+from .texts import Labels, escape
 
 THUMBNAIL = 180  # CSS pixels
-NOTICES = 3  # in sight at once: more would push the input line off the screen
 FRAME = 0.04  # seconds between two changes of a growing answer
 # Name, bounds, value, step: bounds within which answers make sense; anything finer is for the command line.
 SLIDERS = (
     ("temperature", 0.0, 2.0, 0.65, 0.05),
     ("top_p", 0.05, 1.0, 0.85, 0.05),
-    ("top_k", 0, 200, 0, 5),
-    ("repetition_penalty", 1.0, 2.0, 1.0, 0.05),
     ("max_new_tokens", 16, 1024, 512, 16),
 )
 
@@ -47,7 +39,9 @@ def show(labels: Labels) -> None:
         return
     st.caption(labels.describe(model))
     place = st.empty()
-    toolbar(conversation, labels)
+    if conversation.exchanges:
+        with st.container(horizontal=True, horizontal_alignment="right"):
+            st.button(labels("clear"), icon=":material/delete:", on_click=act, args=(conversation, conversation.clear))
     for number in range(len(conversation.exchanges)):
         answer = show_exchange(conversation, number, labels)
     if not conversation.exchanges:
@@ -71,10 +65,9 @@ def pick_model(conversation: Conversation, labels: Labels) -> ModelChoice | None
         labels("model"), list(choices), key="model", help=labels("model_help"), persist_state="session",
         format_func=lambda path: f"{choices[path].name} ({choices[path].size})" if path in choices else str(path),
     )  # fmt: skip
-    model, loaded = choices[path], conversation.model
-    if loaded and loaded.path == path and loaded.changed != model.changed and not st.button(labels("newer"), help=labels("newer_help")):
-        return loaded
-    return model
+    loaded = conversation.model
+    # Weights that training has replaced meanwhile are for new sessions: a conversation keeps its model.
+    return loaded if loaded and loaded.path == path else choices[path]
 
 
 def pick_sampling(labels: Labels) -> Sampling:
@@ -114,18 +107,7 @@ def bring_model(conversation: Conversation, model: ModelChoice, place, labels: L
 def act(conversation: Conversation, change, *args) -> None:
     """What a click does to the conversation. Notices about earlier ones go."""
     conversation.notices = []
-    turns.run(change, *args)
-
-
-def toolbar(conversation: Conversation, labels: Labels) -> None:
-    """Clear and download, when there is something."""
-    if not conversation.exchanges:
-        return
-    with st.container(horizontal=True, horizontal_alignment="right"):
-        text = conversation.markdown(labels("conversation"), labels("you"), labels("assistant"))
-        st.download_button(labels("download"), text, "conversation.md", "text/markdown", icon=":material/download:",
-                           on_click="ignore", disabled=conversation.busy)  # fmt: skip
-        st.button(labels("clear"), icon=":material/delete:", on_click=act, args=(conversation, conversation.clear))
+    in_turn(change, *args)
 
 
 def show_exchange(conversation: Conversation, number: int, labels: Labels):
@@ -155,8 +137,8 @@ def show_ending(conversation: Conversation, exchange: Exchange, number: int, lab
         st.error(labels.error(exchange.problem))
     if exchange.stopped:
         st.caption(labels("stopped"))
-    elif exchange.first_seconds is not None:
-        st.caption(labels("timing", model=exchange.model.name, first=exchange.first_seconds, seconds=exchange.seconds))
+    elif exchange.answer:
+        st.caption(labels("timing", model=exchange.model.name, seconds=exchange.seconds))
     if exchange.dropped:
         st.caption(labels("dropped", count=exchange.dropped))
     if exchange.history and exchange.model == conversation.model:
@@ -174,7 +156,7 @@ def show_attention(conversation: Conversation, exchange: Exchange, labels: Label
         return
     try:
         with st.spinner(labels("look_wait")):
-            seen = turns.run(conversation.look, exchange)
+            seen = in_turn(conversation.look, exchange)
     except Exception as error:  # the page lives on and tells what happened
         st.error(labels.error(explain(error)))
         return
@@ -196,9 +178,9 @@ def follow(conversation: Conversation, place, labels: Labels) -> None:
     """Shows the answer as it grows, to its end. A click elsewhere breaks this off, and the next run continues it."""
     exchange, shown = conversation.exchanges[-1], 0.0
     if not exchange.answer:
-        place.caption(labels("queue", count=turns.waiting) if turns.waiting else labels("thinking"))
+        place.caption(labels("thinking"))
     while not exchange.done:
-        turns.run(conversation.step)
+        in_turn(conversation.step)
         if exchange.answer and time.monotonic() - shown > FRAME:
             place.text(exchange.answer)
             shown = time.monotonic()
@@ -211,10 +193,8 @@ def follow(conversation: Conversation, place, labels: Labels) -> None:
 def bottom(conversation: Conversation, model: ModelChoice, labels: Labels) -> None:
     """Notices, the images of the next question, and where to type it."""
     with st.bottom:
-        for notice in conversation.notices[:NOTICES]:
-            st.error(notice)
-        if (more := len(conversation.notices) - NOTICES) > 0:
-            st.caption(labels("more_notices", count=more))
+        if conversation.notices:
+            st.error("  \n".join(conversation.notices))
         if conversation.busy:
             st.button(labels("stop"), icon=":material/stop_circle:", type="primary", key="stop",
                       on_click=act, args=(conversation, conversation.stop))  # fmt: skip
@@ -235,11 +215,10 @@ def submit(conversation: Conversation, labels: Labels) -> None:
             images.append(take(file.getvalue(), file.name))
         except Exception as error:  # of odd files, all kinds
             conversation.notices.append(labels.error(explain(error)))
-        get_instance().uploaded_file_mgr.remove_file(get_script_run_ctx().session_id, file.file_id)  # Streamlit's own copy
     if len(images) > MAX_IMAGES:
         conversation.notices.append(labels("too_many", count=len(images), most=MAX_IMAGES))
     if value.text.strip() and not conversation.notices:
-        turns.run(conversation.ask, value.text.strip(), images)
+        in_turn(conversation.ask, value.text.strip(), images)
         return
     conversation.tray = images[:MAX_IMAGES]
     st.session_state.question = value.text
@@ -259,7 +238,7 @@ def show_tray(conversation: Conversation, model: ModelChoice, labels: Labels) ->
 
 
 def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels) -> None:
-    """The examples, those of a kind that the model was trained on first, and the camera."""
+    """How to attach images, and the examples, those of a kind that the model was trained on first."""
     st.caption(labels("attach", count=MAX_IMAGES, megabytes=MAX_MEGABYTES, megapixels=MAX_PIXELS // 10**6))
     found = sorted(examples(page_settings().image_dir), key=lambda image: image.name.startswith("easy_vqa") != model.is_demo)
     if found:
@@ -268,7 +247,6 @@ def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels
             for image in found:
                 st.button(f"![{escape(image.name)}]({image.thumbnail})", key=f"example_{image.name}",
                           on_click=act, args=(conversation, bring, conversation, image, labels))  # fmt: skip
-    camera(conversation, labels)
 
 
 def bring(conversation: Conversation, image: SessionImage, labels: Labels) -> None:
@@ -277,21 +255,3 @@ def bring(conversation: Conversation, image: SessionImage, labels: Labels) -> No
         conversation.notices.append(labels("too_many", count=MAX_IMAGES + 1, most=MAX_IMAGES))
     elif image not in conversation.tray:
         conversation.tray.append(image)
-
-
-def may_film(url: str | None) -> bool:
-    """Whether browsers let the page at this address ask for a camera: over https, or from the machine itself."""
-    place = urlsplit(url or "")
-    return place.scheme != "http" or bool(re.fullmatch(r"(.+\.)?localhost|127\.[\d.]+|::1", place.hostname or ""))
-
-
-def camera(conversation: Conversation, labels: Labels) -> None:
-    """The camera, asked for only when it is wanted: browsers ask for permission as soon as it is there."""
-    allowed = may_film(st.context.url)
-    if not st.toggle(labels("camera"), key="camera", disabled=not allowed, help=None if allowed else labels("camera_closed")):
-        return
-    shot = st.camera_input(labels("camera"), key=f"shot_{len(conversation.exchanges)}", label_visibility="collapsed")
-    if shot is not None and shot.file_id != st.session_state.get("shot"):
-        st.session_state.shot = shot.file_id
-        bring(conversation, take(shot.getvalue(), shot.name), labels)
-        st.rerun()

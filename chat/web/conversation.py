@@ -1,9 +1,7 @@
 """One session's conversation with a model: questions, answers as they grow, the images of the next question."""
 
 import contextlib
-import io
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 
 from chat.chat import Chat
-from chat.markdown import escape
 from machine import ran_out_of_memory
 from model.conversation import Turn
 from model.errors import SampleError, UsageError
@@ -25,29 +22,13 @@ from model.inference.generation import Sampling
 from .images import SessionImage
 from .models import ModelChoice
 
-
-class Turns:
-    """Sessions take turns at the model: one thread does their steps, a token each, in the order in which they come. So
-    nobody waits for another's long answer, models need no locks, and one pool of arithmetic threads serves everybody."""
-
-    def __init__(self):
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._lock = threading.Lock()
-        self.waiting = 0  # sessions whose step is being done or waits
-
-    def run(self, step: Callable, *args) -> Any:
-        """What the step returns, once its turn has come."""
-        with self._lock:
-            done = self._thread.submit(step, *args)
-            self.waiting += 1
-        try:
-            return done.result()
-        finally:
-            with self._lock:
-                self.waiting -= 1
+model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
 
-turns = Turns()  # of this process
+def in_turn(step: Callable, *args) -> Any:
+    """What the step returns, once its turn has come: one thread does the steps of all sessions, a token each, in the order in
+    which they come. Nobody waits for another's long answer, and models need no locks."""
+    return model_thread.submit(step, *args).result()
 
 
 def explain(error: Exception) -> str:
@@ -76,13 +57,12 @@ class Exchange:
     history: tuple[list[Turn], list[torch.Tensor]] | None = None  # turns and images up to the answer, if there are images
     attention: AnswerAttention | None = None  # once somebody wanted to see it
     asked: float = field(default_factory=time.monotonic)
-    first_seconds: float | None = None
     seconds: float = 0.0
 
 
 @dataclass
 class Conversation:
-    """A conversation of one session. Whatever changes it runs in `turns`, so nothing happens amid a step."""
+    """A conversation of one session. Whatever changes it runs by `in_turn`, so nothing happens amid a step."""
 
     max_length: int  # tokens that are remembered
     tray: list[SessionImage] = field(default_factory=list)  # shown with the next question
@@ -131,8 +111,6 @@ class Conversation:
             if self._answer is None:
                 self._answer = self._begin(exchange)
             exchange.answer += next(self._answer)
-            if exchange.first_seconds is None:
-                exchange.first_seconds = time.monotonic() - exchange.asked
         except StopIteration:
             self._finish()
         except Exception as error:  # whatever happened is told in the session it happened to
@@ -175,14 +153,3 @@ class Conversation:
         """Forgets everything but the model."""
         self.stop()
         self.tray, self.exchanges, self.notices, self._chat = [], [], [], None
-
-    def markdown(self, title: str, you: str, model: str) -> str:
-        """The conversation as a Markdown document; images by name, their bytes stay private."""
-        file = io.StringIO()
-        file.write(f"# {title}\n\n{time.strftime('%Y-%m-%d %H:%M')}\n")
-        for exchange in self.exchanges:
-            names = "".join(f"[{escape(image.name)}] " for image in exchange.images)
-            answered_by = f"{model} ({exchange.model.name})" if exchange.model else model
-            said = escape(exchange.answer) or "—"
-            file.write(f"\n**{you}:** {names}{escape(exchange.question)}\n\n**{answered_by}:** {said}\n")
-        return file.getvalue()

@@ -59,36 +59,31 @@ def find_models(settings: Namespace) -> list[ModelChoice]:
 def read_choice(path: Path) -> ModelChoice | None:
     """The model at `path`: {weight}_{hidden}{_moe}.pth or a transformers folder. None for anything else."""
     native = re.fullmatch(r".+_(\d+)(_moe)?\.pth", path.name)
-    sidecar = read_json(path.with_suffix(".json") if native else path / "config.json")
-    config = as_dict(sidecar.get("config")) if native else sidecar
-    if not native and config.get("model_type") != "minimind-v":
+    record = read_json(path.with_suffix(".json") if native else path / "config.json")
+    if not native and record.get("model_type") != "minimind-v":
         return None
-    width, is_moe = (int(native[1]), bool(native[2])) if native else (as_int(config.get("hidden_size")), bool(config.get("use_moe")))
     try:
         str(path).encode()  # a name that is no text cannot be sent to a browser
         changed = (path if native else path / "config.json").stat().st_mtime_ns
     except (OSError, UnicodeEncodeError):  # deleted meanwhile
         return None
-    return ModelChoice(
-        path, changed, width, as_int(config.get("num_hidden_layers")), is_moe,
-        as_int(as_dict(sidecar.get("progress")).get("update")), str(as_dict(sidecar.get("training")).get("data_path") or ""),
-    )  # fmt: skip
+    try:
+        config = record["config"] if native else record
+        size = int(config["hidden_size"]), int(config["num_hidden_layers"]), bool(config.get("use_moe"))
+        if not native:
+            return ModelChoice(path, changed, *size)
+        return ModelChoice(path, changed, *size, int(record["progress"]["update"]), str(record["training"]["data_path"]))
+    except (LookupError, TypeError, ValueError, AttributeError):  # published weights have no sidecar, and one may hold anything
+        return ModelChoice(path, changed, int(native[1]) if native else None, None, bool(native and native[2]))
 
 
 def read_json(path: Path) -> dict:
     """The object in a json file; empty when there is none that can be read: what it adds is optional."""
     try:
-        return as_dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-
-
-def as_dict(value: object) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def as_int(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+    return content if isinstance(content, dict) else {}
 
 
 @functools.lru_cache(32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .models import as_dict, read_json
+from .models import read_json
 
 METRICS = ["update", "epoch", "seconds", "loss", "eval_loss", "aux_loss", "learning_rate", "tokens_per_second",
            "peak_memory_mb", "seconds_left"]  # fmt: skip
@@ -42,7 +42,8 @@ class Run:
     def arguments(self) -> dict[str, str]:
         """What the run was started with, from its sidecar; empty before its first save."""
         sidecar = read_json(self.path.with_name(self.path.name.removesuffix(SUFFIX) + ".json"))
-        return {as_text(key): as_text(value) for key, value in as_dict(sidecar.get("training")).items()}
+        training = sidecar.get("training")
+        return {as_text(key): as_text(value) for key, value in training.items()} if isinstance(training, dict) else {}
 
 
 def find_runs(folder: Path) -> dict[str, tuple[Path, int]]:

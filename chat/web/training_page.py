@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import streamlit as st
 
-from chat.markdown import escape
 from dataset.images import open_images
 from model.errors import DataError, SampleError
 
@@ -15,7 +14,7 @@ from .charts import chart, give_colours, points, spans_decades
 from .images import SessionImage, take
 from .runs import Run, as_text, find_runs, read_run
 from .settings import page_settings
-from .texts import Labels
+from .texts import Labels, escape
 
 REFRESH = "2s"
 SHOWN_AT_FIRST = 4
@@ -31,13 +30,8 @@ def read_run_once(path: Path, changed: int) -> Run:
     return read_run(path)
 
 
+@st.fragment(run_every=REFRESH)
 def show(labels: Labels) -> None:
-    """The whole page."""
-    live = st.toggle(labels("live"), True, key="live", help=labels("live_help"), persist_state="session")
-    st.fragment(show_runs, run_every=REFRESH if live else None)(labels)
-
-
-def show_runs(labels: Labels) -> None:
     """Choices, and everything about the chosen runs; read again at every refresh."""
     found, state = find_runs(page_settings().save_dir), st.session_state
     if not found:
@@ -116,23 +110,21 @@ def show_charts(runs: dict[str, Run], axis: str, smoothing: float, log: bool, la
 
 
 def show_arguments(runs: dict[str, Run], labels: Labels) -> None:
-    """The runs' arguments side by side."""
-    st.subheader(labels("arguments"))
+    """A run's arguments; of several runs, side by side, those that differ."""
     table = pd.DataFrame({name: run.arguments() for name, run in runs.items()}).fillna("")
-    if table.empty:
-        st.caption(labels("arguments_none"))
-        return
-    if len(runs) > 1 and st.toggle(labels("arguments_differing"), True, key="differing"):
+    if len(runs) > 1:
         table = table[table.nunique(axis=1) > 1]
+    if table.empty:
+        return
+    st.subheader(labels("arguments" if len(runs) == 1 else "arguments_differing"))
     table.index = "--" + table.index
     st.dataframe(table.rename_axis(labels("argument")), alt=labels("arguments"))
 
 
 def show_samples(runs: dict[str, Run], labels: Labels) -> None:
     """What the models answered to the same questions as training went on, the newest answer first."""
-    st.subheader(labels("samples"))
-    if not any(run.samples for run in runs.values()):
-        st.caption(labels("samples_none"))
+    if any(run.samples for run in runs.values()):
+        st.subheader(labels("samples"))
     for name, run in runs.items():
         images_path = run.arguments().get("images_path", "")
         questions: dict[tuple, list[dict]] = {}

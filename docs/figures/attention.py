@@ -3,18 +3,23 @@
 import textwrap
 from pathlib import Path
 
+import numpy as np
+import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from dataset.images import load_image
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
-from model.inference.attention_map import look, overlay, pixels_to_image
+from model.inference.attention_map import look, pixels_to_image
 from model.inference.generation import Sampling
 from model.vision import preprocess
 
 from .style import save
 
 TOKENS = 5  # shown of an answer
+# From no attention to the most: black, violet, red, orange, pale yellow; brighter all the way, so it reads without colour.
+HEAT = np.array([(0, 0, 0), (70, 15, 110), (185, 40, 90), (245, 125, 25), (255, 245, 170)], dtype=np.float32)
 
 
 def draw_attention(path: Path, assistant: Assistant, files: list[Path], question: str, layer: int | None = None, head: int | None = None) -> None:
@@ -43,3 +48,18 @@ def draw_attention(path: Path, assistant: Assistant, files: list[Path], question
             word = textwrap.shorten(token, 14, placeholder="…") or "…"
             axis.set_title(f"{word}\n{float(heat.sum()):.0%} on the image", fontsize=8, parse_math=False)
     save(figure, path)
+
+
+def overlay(image: Image.Image, heat: torch.Tensor, top: float | None = None) -> Image.Image:
+    """The image in grey under the colours of `heat` [s, s], RGB of the same size.
+
+    `top` is the weight with the brightest colour, by default the largest of `heat`: give the same one to all images
+    that are compared. Each patch is one flat square, because that is all the model knows.
+    """
+    top = float(heat.max()) if top is None else top
+    strength = heat.float().cpu().numpy() / max(top, 1e-12)
+    strength = np.asarray(Image.fromarray(strength.clip(0, 1)).resize(image.size, Image.Resampling.NEAREST))
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(strength, stops, channel) for channel in HEAT.T], axis=-1)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    return Image.fromarray((0.3 * grey + 0.7 * colours).round().clip(0, 255).astype(np.uint8))

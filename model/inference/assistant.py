@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from model.conversation import Rendered, Renderer, Turn
 from model.device import bf16_is_fast, usable_device
 from model.errors import UsageError
-from model.inference.generation import Features, Prompt, Sampling, generate_batch
+from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder
 from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
@@ -50,27 +50,27 @@ class Assistant:
         for turns in conversations:
             rendered = self.renderer.render_prompt(turns)
             prompts.append(self.prompt(rendered, [next(numbers) for _ in rendered.image_starts]))
-        return self.answer(prompts, self.encode(list(number)) if number else [], sampling)
+        features = self.encode(list(number)) if number else ()  # [P, W] of an image by its number
+        return [self.text(ids) for ids in generate_batch(self.decoder, prompts, features, sampling, self.renderer.im_end)]
 
     def prompt(self, rendered: Rendered, images: Sequence[int]) -> Prompt:
         """A rendered conversation whose images have these numbers."""
         return Prompt(rendered.ids, rendered.image_starts, tuple(images), self.model.config.image_tokens)
-
-    def answer(self, prompts: list[Prompt], features: Features, sampling: Sampling) -> list[str]:
-        """Answers to B prompts; `features` gives the patch vectors [P, W] of an image by its number."""
-        return [self.text(ids) for ids in generate_batch(self.decoder, prompts, features, sampling, self.renderer.im_end)]
 
     def text(self, ids: list[int]) -> str:
         """Tokens as text, without half a character at its end."""
         return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of tokens as they come, in whole characters; joined, it is `text` of all."""
+        """The text of each token as it comes, joined that of all: a character spread over several tokens comes with the
+        last of them, and "" with the others."""
         pending = []  # tokens since the last whole character
         for token in tokens:
             pending.append(token)
             piece = self.tokenizer.backend_tokenizer.decode(pending, skip_special_tokens=True)
-            if piece and not piece.endswith("\ufffd"):
+            if piece.endswith("\ufffd"):
+                yield ""
+            else:
                 pending = []
                 yield piece
         if rest := self.text(pending):

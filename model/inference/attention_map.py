@@ -1,4 +1,4 @@
-"""Where did it look? Attention from the tokens of an answer to the patches of the images, computed on demand, and drawn.
+"""Where did it look? Attention from the tokens of an answer to the patches of the images, computed on demand.
 
 Legend of shapes: L tokens of the prompt, A of the answer, T = L + A - 1 (nothing follows the last one), N images, P
 patches of an image in s rows of s, D hidden size, H query heads, G key/value heads, d size of a head.
@@ -8,11 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import UsageError
@@ -20,9 +17,6 @@ from model.inference.assistant import Assistant
 from model.layers import apply_rope, rope_tables
 from model.model_minimind import Attention
 from model.model_vlm import MiniMindVLM
-
-# From no attention to the most: black, violet, red, orange, pale yellow; brighter all the way, so it reads without colour.
-HEAT = np.array([(0, 0, 0), (70, 15, 110), (185, 40, 90), (245, 125, 25), (255, 245, 170)], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -58,15 +52,7 @@ def look(
     answer = answer[: answer.index(renderer.im_end)]
     maps = attention_to_images(assistant.model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
                                assistant.encode(list(pixels[:shown])), layer, head)  # fmt: skip
-    return AnswerAttention(split_text(assistant.tokenizer, answer), maps.cpu())
-
-
-def split_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token; bytes of an unfinished character wait for the token that finishes it."""
-    decoder = DecodeStream()
-    texts = [decoder.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
-    texts[-1] += tokenizer.decode(ids)[sum(map(len, texts)) :]  # a character that was never completed
-    return texts
+    return AnswerAttention(list(assistant.pieces(answer))[: len(answer)], maps.cpu())
 
 
 @torch.no_grad()
@@ -105,7 +91,7 @@ def attention_to_images(
         hidden_states, _ = block(hidden_states, rope, None, None, None)
     if layer is None:
         total /= config.num_hidden_layers
-    return total.view(count, -1, side, side)
+    return total.view(count, len(image_starts), side, side)
 
 
 def attention_weights(
@@ -129,18 +115,3 @@ def attention_weights(
 def pixels_to_image(pixels: torch.Tensor) -> Image.Image:
     """What the model saw, uint8 [3, H, W], as an image."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def overlay(image: Image.Image, heat: torch.Tensor, top: float | None = None) -> Image.Image:
-    """The image in grey under the colours of `heat` [s, s], RGB of the same size.
-
-    `top` is the weight with the brightest colour, by default the largest of `heat`: give the same one to all images
-    that are compared. Each patch is one flat square, because that is all the model knows.
-    """
-    top = float(heat.max()) if top is None else top
-    strength = heat.float().cpu().numpy() / max(top, 1e-12)
-    strength = np.asarray(Image.fromarray(strength.clip(0, 1)).resize(image.size, Image.Resampling.NEAREST))
-    stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(strength, stops, channel) for channel in HEAT.T], axis=-1)
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
-    return Image.fromarray((0.3 * grey + 0.7 * colours).round().clip(0, 255).astype(np.uint8))

@@ -14,6 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from model.model_vlm import MiniMindVLM
 
@@ -53,38 +60,25 @@ class Sampling:
 
 
 class Chooser:
-    """Chooses tokens for B rows; random numbers come from a generator of its own."""
+    """Chooses the next token of each row; random numbers come from a generator of its own."""
 
     def __init__(self, sampling: Sampling, device: torch.device):
-        self.sampling = sampling
+        self.greedy, self.processors = sampling.temperature == 0, LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        if not self.greedy:
+            self.processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                self.processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self.processors.append(TopPLogitsWarper(float(sampling.top_p)))
         self.generator = torch.Generator(device)
         self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
 
-    def scores(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """logits [B, V] after penalty, temperature, top-k and top-p, in fp32; `seen` bool [B, V] are the tokens that
-        a row has already. -inf where a token cannot be chosen."""
-        scores, s = logits.float(), self.sampling
-        if s.repetition_penalty != 1.0 and seen is not None:
-            # Divided or multiplied by sign: dividing a negative logit would make its token likelier.
-            penalized = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
-            scores = torch.where(seen, penalized, scores)
-        if s.temperature == 0:
-            return scores
-        scores = scores / s.temperature
-        if 0 < s.top_k < scores.shape[-1]:
-            least = scores.topk(s.top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if s.top_p < 1:  # keeps the fewest tokens that together have this probability
-            ordered, order = scores.sort(descending=True)
-            probabilities = ordered.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            scores = torch.empty_like(scores).scatter(-1, order, ordered.masked_fill(before >= s.top_p, -torch.inf))
-        return scores
-
-    def __call__(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """The next tokens, int64 [B]."""
-        scores = self.scores(logits, seen)
-        if self.sampling.temperature == 0:
+    def __call__(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """logits [B, V] and the tokens so far, int64 [B, T] -> the next tokens, int64 [B]."""
+        scores = self.processors(history, logits.float())
+        if self.greedy:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(-1)
 
@@ -147,14 +141,11 @@ def embed(
     return model.embed(ids, None, torch.cat(places).to(model.device), torch.cat(patches).unsqueeze(0))
 
 
-def tokens_seen(prompts: Sequence[Prompt], sampling: Sampling, model: MiniMindVLM) -> torch.Tensor | None:
-    """bool [B, V]: the tokens of each prompt; None where no penalty asks."""
-    if sampling.repetition_penalty == 1.0:
-        return None
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        seen[row, torch.from_numpy(prompt.ids)] = True
-    return seen.to(model.device)
+def histories(prompts: Sequence[Prompt], device: torch.device) -> torch.Tensor:
+    """The tokens of B prompts, int64 [B, T]; shorter ones are padded with their first token, which they hold anyway."""
+    T = max(len(prompt.ids) for prompt in prompts)
+    rows = [np.pad(prompt.ids, (0, T - len(prompt.ids)), constant_values=prompt.ids[0]) for prompt in prompts]
+    return torch.from_numpy(np.stack(rows)).to(device)
 
 
 @torch.inference_mode()
@@ -173,9 +164,9 @@ def generate_stream(
     for part in embed(model, [prompt], [(len(memory.key), len(key))], features).split(chunk, dim=1):
         logits = decoder(part, memory.cache)
         memory.key = key[: len(memory.key) + part.shape[1]]
-    chooser, seen = Chooser(sampling, model.device), tokens_seen([prompt], sampling, model)
+    chooser, history = Chooser(sampling, model.device), histories([prompt], model.device)
     for number in range(1, sampling.max_new_tokens + 1):
-        token = chooser(logits, seen)
+        token = chooser(logits, history)
         chosen = int(token)
         if chosen == stop:
             return
@@ -184,8 +175,7 @@ def generate_stream(
             return
         logits = decoder(model.embed(token[:, None]), memory.cache)
         memory.key = np.append(memory.key, chosen)
-        if seen is not None:
-            seen[0, chosen] = True
+        history = torch.cat((history, token[:, None]), dim=1)
 
 
 def read_prompts(
@@ -226,12 +216,12 @@ def generate_batch(
     A prompt that is given several times gets as many samples. Rows that have ended leave the batch.
     """
     logits, cache, held, lengths = read_prompts(decoder, prompts, features)
-    chooser, seen = Chooser(sampling, logits.device), tokens_seen(prompts, sampling, decoder.model)
+    chooser, history = Chooser(sampling, logits.device), histories(prompts, logits.device)
     held = F.pad(held, (0, sampling.max_new_tokens), value=True)
     answers: list[list[int]] = [[] for _ in prompts]
     rows, going = list(range(len(prompts))), [True] * len(prompts)  # whose answer a row is, and whether it continues
     for number in range(1, sampling.max_new_tokens + 1):
-        tokens = chooser(logits, seen)
+        tokens = chooser(logits, history)
         for place, token in enumerate(tokens.tolist()):
             going[place] = going[place] and token != stop
             if going[place]:
@@ -241,11 +231,9 @@ def generate_batch(
         if sum(going) < SHRINK * len(going):
             kept = torch.tensor([place for place, on in enumerate(going) if on], device=logits.device)
             cache.select(kept)
-            tokens, held, lengths = tokens[kept], held[kept], lengths[kept]
-            seen = None if seen is None else seen[kept]
+            tokens, history, held, lengths = tokens[kept], history[kept], held[kept], lengths[kept]
             rows, going = [rows[place] for place in kept.tolist()], [True] * len(kept)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
+        history = torch.cat((history, tokens[:, None]), dim=1)
         K = cache.length + 1
         logits = decoder(decoder.model.embed(tokens[:, None]), cache, held[:, None, None, :K], lengths[:, None])
         lengths = lengths + 1

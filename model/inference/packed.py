@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layers import rope_tables
+from model.layers import apply_rope, rope_tables
 from model.model_minimind import FeedForward, MiniMindForCausalLM
 from model.moe import MOEFeedForward
 
@@ -67,11 +67,6 @@ class KeyValueCache:
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` in three calls instead of seven, with the first half of `sin` negated."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
 class PackedFeedForward:
     """SwiGLU in two products."""
 
@@ -118,7 +113,7 @@ class PackedBlock:
     def __call__(self, x: torch.Tensor, B: int, rope, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
         """x [B * T, D] -> [B * T, D]; `mask` bool [B or 1, 1, T, K], or None where every token sees all before it."""
         heads = self.qkv(self.norms[0](x)).view(B, len(x) // B, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 G, T, d]
-        rotated = rotate(heads[:, : -self.kv_heads], *rope)
+        rotated = apply_rope(heads[:, : -self.kv_heads], *rope)
         q = rotated[:, : -self.kv_heads]
         k, v = cache.append(self.layer, rotated[:, -self.kv_heads :], heads[:, -self.kv_heads :])
         causal = mask is None and q.shape[2] > 1
@@ -155,9 +150,7 @@ class PackedDecoder:
             positions = torch.arange(start, start + T, device=x.device)[None]
         if mask is None and start and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None]
-        cos, sin = (table.unsqueeze(1) for table in rope_tables(self.model.config, positions))  # [B or 1, 1, T, d]
-        first, second = sin.chunk(2, dim=-1)
-        rope = cos, torch.cat((-first, second), dim=-1)
+        rope = tuple(table.unsqueeze(1) for table in rope_tables(self.model.config, positions))  # [B or 1, 1, T, d] each
         x = x.flatten(0, 1)
         for block in self.blocks:
             x = block(x, B, rope, cache, mask)

@@ -1,5 +1,6 @@
 """Evaluation: answers alone and in batches, chat with memory, scoring, and the script as a person uses it."""
 
+import io
 import json
 import os
 import re
@@ -149,12 +150,15 @@ def files(tmp_path_factory, encoder_folder, tokenizer):
     return folder, [str(flag) for flag in flags]
 
 
-def test_without_a_terminal_the_folder_is_described(files):
+def test_without_a_terminal_the_folder_is_described(files, capsys, monkeypatch):
     folder, flags = files
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.chdir(folder)
     (folder / "images" / "._red.png").write_bytes(b"a companion")
-    done = run_script("eval_vlm.py", *flags, cwd=folder)
-    assert done.returncode == 0 and done.stdout.startswith("Describe the image.\n") and "._red" not in done.stdout, done.stderr
-    assert all(f"[{name}.png]" in done.stdout for name in ("red", "blue", "broken")) and "cannot be read" in done.stdout
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Describe the image.\n") and "._red" not in shown
+    assert all(f"[{name}.png]" in shown for name in ("red", "blue", "broken")) and "cannot be read" in shown
 
 
 def test_the_question_of_folder_mode_can_be_chosen(files, assistant, capsys):
@@ -183,9 +187,8 @@ def trained(tmp_path, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize(
     "recorded",
-    ["{repository}/model/vision_model/mine", "model/vision_model/mine", "/gone/minimind-v/model/vision_model/mine",
-     "../elsewhere/model/vision_model/mine", r"C:\Users\me\minimind-v\model\vision_model\mine"],
-)  # fmt: skip
+    ["{repository}/model/vision_model/mine", "/gone/minimind-v/model/vision_model/mine", r"C:\Users\me\minimind-v\model\vision_model\mine"],
+)
 def test_weights_alone_are_enough(trained, recorded, capsys):
     """Their size is found by their name, vision encoder and tokenizer by their sidecar, also in a repository that moved."""
     folder, save = trained

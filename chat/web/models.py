@@ -68,12 +68,12 @@ def read_choice(path: Path) -> ModelChoice | None:
     except (OSError, UnicodeEncodeError):  # deleted meanwhile
         return None
     try:
-        config = record["config"] if native else record
-        size = int(config["hidden_size"]), int(config["num_hidden_layers"]), bool(config.get("use_moe"))
         if not native:
+            size = int(record["hidden_size"]), int(record["num_hidden_layers"]), bool(record.get("use_moe"))
             return ModelChoice(path, changed, *size)
+        size = int(native[1]), int(record["config"]["num_hidden_layers"]), bool(native[2])
         return ModelChoice(path, changed, *size, int(record["progress"]["update"]), str(record["training"]["data_path"]))
-    except (LookupError, TypeError, ValueError, AttributeError):  # published weights have no sidecar, and one may hold anything
+    except (LookupError, TypeError, ValueError):  # published weights have no sidecar, and one may hold anything
         return ModelChoice(path, changed, int(native[1]) if native else None, None, bool(native and native[2]))
 
 

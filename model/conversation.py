@@ -121,6 +121,7 @@ class Renderer:
                 raise SampleError(f"{len(starts)} images of {self.image_tokens} tokens do not fit in {max_length} tokens"
                                   f" (the last ends at {starts[-1] + self.image_tokens}); raise --max_seq_len",
                                   sample.where)  # fmt: skip
+            # What is cut is the end of an answer, or whole turns after the last image.
             rendered = Rendered(rendered.ids[:max_length], rendered.labels[:max_length], starts)
         # The first token is never predicted, so a label there would teach nothing.
         if not (rendered.labels[1:] != IGNORE_INDEX).any():
@@ -133,7 +134,7 @@ class Renderer:
         that opening; no labels."""
         rendered = self.render_turns(turns)
         if continue_last:
-            ids = rendered.ids[: -1 - len(self._newline)]
+            ids = rendered.ids[: -1 - len(self._newline)]  # without <|im_end|> and the newline after it
         else:
             ids = np.concatenate([rendered.ids, [self.im_start, *self._header]])
         return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
@@ -167,6 +168,7 @@ class Renderer:
         """
         if not show_images or IMAGE_PLACEHOLDER not in text:
             return self._backend.encode(text, add_special_tokens=False).ids, []
+        # "<image>\nWhat?" -> "@@...@\nWhat?": no merge of the vocabulary contains "@", so P of them are P tokens.
         parts, P = text.split(IMAGE_PLACEHOLDER), self.image_tokens
         encoding = self._backend.encode((self.image_token * P).join(parts), add_special_tokens=False)
         begins = [begin for begin, _ in encoding.offsets]  # the first character of each token

@@ -66,7 +66,7 @@ def splice_image_features(
         raise ValueError(f"{N} images ({N * P} patch vectors), but image positions for {image_positions.numel() / P:g}"
                          f" ({image_positions.numel()} placeholder tokens)")  # fmt: skip
     # Out of place, so that gradients reach the projector through the copied rows, and the embedding through the others.
-    flat = inputs_embeds.reshape(-1, D)
+    flat = inputs_embeds.reshape(-1, D)  # [B * T, D], so that one index finds any row and token
     return flat.index_copy(0, image_positions, features.reshape(-1, D).to(flat.dtype)).view_as(inputs_embeds)
 
 
@@ -96,7 +96,8 @@ class MiniMindVLM(MiniMindForCausalLM):
                     f" {self.config.image_tokens} of width {self.config.vision_hidden_size}"
                 )
             vision_encoder.eval().requires_grad_(False)
-        self.__dict__["vision_encoder"] = vision_encoder  # not registered as a submodule
+        # Not registered as a submodule: nothing that walks the model trains, saves or wakes it.
+        self.__dict__["vision_encoder"] = vision_encoder
 
     def _apply(self, fn, recurse=True):
         """Moves the encoder along when the model moves (`to`, `cuda`, `half`)."""
@@ -130,6 +131,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             return inputs_embeds
         if image_positions is None:
             image_positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
+        # [N, P, W] -> [N, P, D]: the one layer between the two models, and all that stage one trains.
         return splice_image_features(inputs_embeds, self.vision_proj(image_features), image_positions)
 
     def forward(
@@ -159,5 +161,6 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise ValueError("images go with input_ids; inputs_embeds hold them already (see `embed`)")
         if input_ids is not None and inputs_embeds is None:
             input_ids, inputs_embeds = None, self.embed(input_ids, pixel_values, image_positions, image_features)
+        # From here on this is a language model: it reads vectors, and is not told which of them were an image.
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels,
                                use_cache, logits_to_keep, **kwargs)  # fmt: skip

@@ -10,20 +10,15 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Cores' worth of time that the control groups of this process grant it: the least on the way from the root to its own."""
-    least, trees = math.inf, root / "sys/fs/cgroup"
+    """Cores' worth of time that the control group of this process and those above it grant it: the least of them."""
+    least = math.inf
     with contextlib.suppress(OSError):  # another system than Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue  # version 1 has a tree for each controller
-            for base in (trees / "cpu", trees / controllers) if controllers else (trees,):
-                # A container may see its own tree under the host's names: what is not there is passed over.
-                for folder in (base / path[1:], *(base / parent for parent in Path(path[1:]).parents)):
-                    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-                        with contextlib.suppress(OSError, ValueError):  # "max"
-                            quota, period = (float(word) for name in names for word in (folder / name).read_text().split())
-                            least = min(least, quota / period if quota > 0 else math.inf)
+            own = Path(line.removeprefix("0::/"))  # a container may see its own tree under the host's names
+            for folder in (own, *own.parents):
+                with contextlib.suppress(OSError, ValueError):  # not there; "max"
+                    quota, period = map(float, (root / "sys/fs/cgroup" / folder / "cpu.max").read_text().split())
+                    least = min(least, quota / period)
     return least
 
 

@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +35,10 @@ from tests.conftest import (
     write_jsonl,
 )
 from tests.storm import Storm
-from tests.test_training import NAME, assert_same, make_trainer, train, weights
+from tests.test_training import NAME, assert_same, make_trainer, run_training, train, weights
 from trainer import checkpoint, distributed
 from trainer.checkpoint import Schedule
 from trainer.config import parse_config
-from trainer.distributed import agree_on_name
 from trainer.guards import TrainingFailed
 from trainer.loop import cosine
 from trainer.main import claim_outputs
@@ -251,8 +249,7 @@ def test_data_that_let_a_run_down_cost_none_of_it(encoder_folder, tmp_path):
     image = data[1] / f"{sample}_0.png"
     content = image.read_bytes()
     image.write_bytes(b"no image")
-    flags = training_flags(data, encoder_folder, tmp_path / "part", on_bad_sample="raise")
-    done = run_script("train_sft_vlm.py", *flags)
+    done = run_training(data, encoder_folder, tmp_path / "part", on_bad_sample="raise")
     assert done.returncode == 1 and f"until update {at} is saved" in done.stderr and "Traceback" not in done.stderr
     image.write_bytes(content)
     train(data, encoder_folder, tmp_path / "part", from_resume=1)
@@ -368,7 +365,7 @@ def test_a_corrupt_newest_state_is_reported_and_the_previous_used(data, encoder_
     blob = bytearray(state.read_bytes())
     blob[len(blob) // 2] ^= 1  # one bit
     state.write_bytes(blob)
-    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, part, from_resume=1, **{**flags, "epochs": 1}))
+    done = run_training(data, encoder_folder, part, from_resume=1, **{**flags, "epochs": 1})
     assert done.returncode == 0 and "corrupt" in done.stderr and "10 updates done" in done.stderr, done.stderr
     one_epoch = tmp_path / "one"
     train(data, encoder_folder, one_epoch, **{**flags, "epochs": 1})
@@ -377,7 +374,7 @@ def test_a_corrupt_newest_state_is_reported_and_the_previous_used(data, encoder_
         read_tensors(file, "training state")
     for file in (state, checkpoint.previous_state(state)):
         file.write_bytes(b"")
-    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, part, from_resume=1, **flags))
+    done = run_training(data, encoder_folder, part, from_resume=1, **flags)
     assert done.returncode == 2 and "no training state can be read" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -464,7 +461,7 @@ def test_memory_and_open_files_stay_flat_over_ten_thousand_updates(encoder_folde
 
 def test_read_only_folder_is_said_at_the_start(data, encoder_folder, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
-    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path))
+    done = run_training(data, encoder_folder, tmp_path)
     assert done.returncode == 2 and "cannot write in" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -564,20 +561,6 @@ def test_a_worker_that_dies_before_it_looks_is_no_reason_to_take_up_an_older_run
                           capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert "resumed from" not in done.stderr
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
-
-
-def test_every_start_of_a_group_has_a_name_of_its_own():
-    """Restarted workers meet in the store that the dead ones used; what those left there must not be taken up."""
-    store, names = torch.distributed.HashStore(), []
-    store.set("hello/2", "left by a dead worker")
-    for _ in range(3):
-        with ThreadPoolExecutor(3) as threads:
-            agreed = set(threads.map(lambda rank: agree_on_name(store, rank, 3, 60), (2, 1, 0)))
-        assert len(agreed) == 1
-        names += agreed
-    assert len(set(names)) == 3
-    with pytest.raises(TimeoutError, match=r"\[1\] of 2 did not come"):
-        agree_on_name(torch.distributed.HashStore(), 0, 2, 0.1)
 
 
 def test_the_learning_rate_continues_without_a_jump():

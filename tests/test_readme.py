@@ -79,7 +79,7 @@ def test_the_readme_shows_the_commands_of_every_script(name):
 
 
 def test_the_flags_page_is_what_the_command_prints():
-    done = run("-m trainer.config")
+    done = run("-m docs.flags")
     assert done.returncode == 0 and done.stdout.startswith("| flag"), done.stderr
     assert done.stdout.strip() in read("docs/flags.md")
 

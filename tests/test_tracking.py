@@ -15,16 +15,15 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 
 from tests.conftest import REPOSITORY, read_metrics, training_flags
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
-from trainer import distributed, tracking
+from trainer import distributed, swanlab_thread
 from trainer.build import build
 from trainer.config import TrainConfig, parse_config
 from trainer.loop import Trainer
-from trainer.tracking import MetricsFile, SwanLab, Tracker
+from trainer.swanlab_thread import SwanLab
+from trainer.tracking import MetricsFile, Tracker
 
 GOOD = """
 import json, os, time
-class Config(dict):
-    def update(self, values): say("summary", values)
 def say(kind, values):
     with open(os.environ["SAID"], "a") as file: file.write(json.dumps([kind, values]) + "\\n")
 def hang(*_, **__):
@@ -32,7 +31,6 @@ def hang(*_, **__):
 def fail(*_, **__):
     raise ValueError("no such\\nluck")
 class Run:
-    config = Config()
     def log(self, values, step): say("log", [step, values])
     def finish(self, state="success", error=None): say("finish", [state, error])
 def init(**arguments):
@@ -156,23 +154,23 @@ def test_a_run_says_at_its_end_where_its_weights_are(data, encoder_folder, tmp_p
 # --- SwanLab ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_tells_swanlab_its_settings_points_and_summary(start, tmp_path, capfd):
+def test_a_run_tells_swanlab_its_settings_and_points(start, tmp_path, capfd):
     tracker = start(GOOD, "an-id")
     for update in range(1, 4):
         tracker.log({"loss": 3.0 / update}, update)
-    tracker.close({"loss": 1.0, "update": 3})
-    (_, init), *points, (_, summary), end = start.said()
+    tracker.close()
+    (_, init), *points, end = start.said()
     assert init["config"]["epochs"] == 4 and init["config"]["command"] and init["project"] == "MiniMind-V-Pretrain"
     assert (init["id"], init["resume"]) == ("an-id", "allow") and init["name"] == "pretrain_vlm_512-e4-b16-lr0.0004"
     assert points == [["log", [update, {"loss": 3.0 / update}]] for update in (1, 2, 3)]
-    assert summary == {"summary": {"loss": 1.0, "update": 3}} and end == ["finish", ["success", None]]
+    assert end == ["finish", ["success", None]]
     assert "warning" not in capfd.readouterr().err
 
 
 def test_training_that_fails_leaves_a_crashed_run(start):
     tracker = start(GOOD)
     tracker.log({"loss": 1.0}, 1)
-    tracker.close({}, "memory ran out")
+    tracker.close("memory ran out")
     assert start.said()[-1] == ["finish", ["crashed", "memory ran out"]]
 
 
@@ -185,11 +183,11 @@ def test_a_failing_swanlab_is_one_warning(start, capfd, code, reason):
     tracker = start(code)
     for update in range(1, 3000):
         tracker.log({"loss": 1.0}, update)
-    tracker.close({})
+    tracker.close()
     error = capfd.readouterr().err
     assert (error.count("warning:") == 1 and reason in error) or "does not keep up" in error, error
     tracker.log({"loss": 1.0}, 50)
-    tracker.close({})
+    tracker.close()
     assert not capfd.readouterr().err
 
 
@@ -199,8 +197,8 @@ def test_a_hanging_swanlab_is_not_waited_for(start, capfd, monkeypatch, code):
     tracker = start(code)
     for update in range(1, 5000 if "finish" not in code.splitlines()[-1] else 2):
         tracker.log({"loss": 1.0, "learning_rate": 1e-3}, update)
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
-    tracker.close({})
+    monkeypatch.setattr(swanlab_thread, "FINISH_SECONDS", 0.1)
+    tracker.close()
     error = capfd.readouterr().err
     assert error.count("warning:") == 1 and ("does not keep up" in error or "did not finish within" in error)
 
@@ -213,7 +211,7 @@ def train_here(data, encoder_folder, out, **flags) -> int:
 
 def train_apart(data, encoder_folder, out, **environment) -> subprocess.CompletedProcess:
     """A run with --use_wandb in a process of its own, which waits for SwanLab's end for a second."""
-    code = "import sys; from trainer import tracking; from trainer.main import main; tracking.FINISH_SECONDS = 1; sys.exit(main('', {}, sys.argv[1:]))"
+    code = "import sys; from trainer import swanlab_thread; from trainer.main import main; swanlab_thread.FINISH_SECONDS = 1; sys.exit(main('', {}, sys.argv[1:]))"
     flags = training_flags(data, encoder_folder, out, num_workers=0, save_weight="sft_vlm")
     return subprocess.run([sys.executable, "-c", code, *flags, "--use_wandb"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
@@ -228,9 +226,9 @@ def test_a_hanging_swanlab_does_not_keep_the_process(data, encoder_folder, tmp_p
 
 
 def test_the_real_package_offline(data, encoder_folder, tmp_path, monkeypatch, capfd):
-    """Two starts of one run: its folder is in save_dir, its points, settings and summary are complete, its id is one."""
+    """Two starts of one run: its folder is in save_dir, its points and settings are complete, its id is one."""
     monkeypatch.setenv("SWANLAB_MODE", "offline")
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 300.0)  # on a busy machine
+    monkeypatch.setattr(swanlab_thread, "FINISH_SECONDS", 300.0)  # on a busy machine
     monkeypatch.chdir(tmp_path)
     for resume, epochs in ((0, 1), (1, 2)):
         assert train_here(data, encoder_folder, tmp_path, from_resume=resume, epochs=epochs, eval_data_path=0.3) == 0
@@ -245,7 +243,7 @@ def test_the_real_package_offline(data, encoder_folder, tmp_path, monkeypatch, c
     sidecar = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())
     assert len(runs) == 2 and ids == {sidecar["progress"]["tracker_id"]}
     settings = sorted((tmp_path / "out" / "swanlog").glob("run-*/files/config.yaml"))[-1].read_text()
-    assert "eval_data_path" in settings and "summary" in settings and str(lines[-1]["eval_loss"])[:8] in settings
+    assert "eval_data_path" in settings
 
 
 def test_a_run_ends_well_though_swanlab_does_not(data, encoder_folder, tmp_path, monkeypatch, capfd):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -38,6 +40,8 @@ from tests.conftest import (
     training_flags,
     write_jsonl,
 )
+from train_pretrain_vlm import DEFAULTS as PRETRAIN
+from train_sft_vlm import DEFAULTS as SFT
 from trainer import checkpoint, distributed
 from trainer.build import build, freeze, warn_of_small_steps
 from trainer.config import TrainConfig, parse_config
@@ -65,8 +69,25 @@ def make_trainer(data, encoder_folder, out, **flags) -> Trainer:
     return Trainer(build(parse_config("", {}, training_flags(data, encoder_folder, out, num_workers=0, **flags)), distributed.start("cpu")))
 
 
-def train(data, encoder_folder, out, *extra, script: str = "train_sft_vlm.py", processes: int = 0, **flags):
-    done = run_script(script, *training_flags(data, encoder_folder, out, **flags), *extra, processes=processes)
+def run_training(data, encoder_folder, out, script: str = "train_sft_vlm.py", **flags) -> types.SimpleNamespace:
+    """A script's run in this process, with a process's one thread: its exit code and what it said."""
+    threads, said = torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stderr(said):
+            defaults = SFT if script == "train_sft_vlm.py" else PRETRAIN
+            code = main("", defaults, training_flags(data, encoder_folder, out, **{"num_workers": 0, **flags}))
+    finally:
+        torch.set_num_threads(threads)
+    return types.SimpleNamespace(returncode=code, stderr=said.getvalue())
+
+
+def train(data, encoder_folder, out, processes: int = 0, **flags):
+    """A run that ends well, in this process, or in several under torchrun."""
+    if processes:
+        done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, out, **flags), processes=processes)
+    else:
+        done = run_training(data, encoder_folder, out, **flags)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -138,8 +159,6 @@ def test_learning_rate_goes_from_the_peak_to_a_tenth():
 
 
 def test_defaults_are_the_published_ones():
-    from train_sft_vlm import DEFAULTS as SFT
-
     pretrain, sft = parse_config("", {}, []), parse_config("", SFT, [])
     expected = {
         "save_weight": ("pretrain_vlm", "sft_vlm"), "epochs": (4, 2), "batch_size": (16, 4),
@@ -185,7 +204,7 @@ def test_too_few_updates_to_learn_are_told_at_the_start(samples, batch_size, rat
 
 
 def test_the_table_of_flags_is_printed_with_the_defaults_of_both_scripts():
-    done = subprocess.run([sys.executable, "-m", "trainer.config"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "docs.flags"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines()[2:])
     assert set(rows) == {f"--{item.name}" for item in dataclasses.fields(TrainConfig)}
     assert rows["--epochs"].startswith("4 (2) | ") and rows["--data_path"].startswith("dataset/pretrain_data.jsonl (dataset/sft_data.jsonl) | ")
@@ -340,10 +359,10 @@ def test_a_bad_sample_is_skipped_named_and_counted(data, encoder_folder, tmp_pat
     rows = data[0].read_text().splitlines()
     rows[4:4] = ['{"conversations": 3}']
     few = write_jsonl(tmp_path / "few.jsonl", rows * 11)  # 11 of 253
-    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), encoder_folder, tmp_path / "a"))
+    done = run_training((few, data[1]), encoder_folder, tmp_path / "a")
     assert done.returncode == 1 and "bad, more than 10 and 1%" in done.stderr and "Traceback" not in done.stderr
     assert "few.jsonl:5: 'conversations' is missing" in done.stderr
-    done = run_script("train_sft_vlm.py", *training_flags((few, data[1]), encoder_folder, tmp_path / "b", on_bad_sample="raise"))
+    done = run_training((few, data[1]), encoder_folder, tmp_path / "b", on_bad_sample="raise")
     assert done.returncode == 1 and done.stderr.count("bad sample: ") == 1
     plain = write_jsonl(tmp_path / "plain.jsonl", ['{"conversations": 3}', *(
         [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 130)])  # fmt: skip
@@ -430,7 +449,7 @@ def test_weights_that_are_not_finite_are_refused(data, encoder_folder, tmp_path)
     broken = weights(tmp_path)
     broken["model.norm.weight"][3] = float("nan")
     torch.save(broken, tmp_path / "out" / "broken_32.pth")
-    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, from_weight="broken"))
+    done = run_training(data, encoder_folder, tmp_path, from_weight="broken")
     assert done.returncode == 2 and "broken_32.pth holds weights that are not finite" in done.stderr
 
 
@@ -439,7 +458,7 @@ def test_weights_that_are_not_finite_are_refused(data, encoder_folder, tmp_path)
 def test_a_run_that_trains_nothing_leaves_what_was_trained_before(data, encoder_folder, tmp_path, flags, told):
     train(data, encoder_folder, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*_32*") if path.suffix in (".pth", ".json")}
-    done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, save_interval=1, batch_size=2, **flags))
+    done = run_training(data, encoder_folder, tmp_path, save_interval=1, batch_size=2, **flags)
     assert done.returncode in (1, 2) and told in done.stderr and "Traceback" not in done.stderr
     assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
 
@@ -587,7 +606,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 def test_resume_with_other_settings_is_refused_by_name(data, encoder_folder, tmp_path):
     train(data, encoder_folder, tmp_path)
     for flag, value in (("seed", 7), ("freeze_llm", 2)):
-        done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, from_resume=1, **{flag: value}))
+        done = run_training(data, encoder_folder, tmp_path, from_resume=1, **{flag: value})
         assert done.returncode == 2 and f"--{flag}" in done.stderr, done.stderr
     done = train(data, encoder_folder, tmp_path, from_resume=1)  # a finished run has nothing left to do
     assert "11 updates done" in done.stderr

@@ -126,9 +126,9 @@ def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, encoder_fold
     held = set(range(22)) - trained
     assert len(held) == 7
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    result = trainer.validation.measure(StopRequest())
+    loss, _ = trainer.validation.measure(StopRequest())
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert abs(result.loss - plain_mean(trainer, held)) < 1e-5
+    assert abs(loss - plain_mean(trainer, held)) < 1e-5
     assert trainer.run.model.training and not trainer.run.model.vision_encoder.training
 
 
@@ -136,7 +136,7 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
     """Against transformers' generate, one question at a time."""
     trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=0.3)
     trainer.train_epochs(1, StopRequest())
-    said, rows = trainer.validation.measure(StopRequest()).samples, data[0].read_text().splitlines()
+    (_, said), rows = trainer.validation.measure(StopRequest()), data[0].read_text().splitlines()
     assert len(said) == 3
     model, dataset = trainer.run.model.eval(), trainer.run.dataset
     for answer in said:

@@ -28,7 +28,7 @@ from model.vision import patches_per_image
 from model.weights import fingerprints, load_tokenizer, load_vision_encoder, load_weights
 
 from .checkpoint import load_training_state
-from .config import TrainConfig
+from .config import TrainConfig, fraction_of
 from .distributed import Ranks
 from .guards import StopRequest
 from .sampler import ResumableSampler
@@ -101,7 +101,9 @@ def load_parts(
     config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MiniMindVLM, Mixture, ImageSource]:
     """The model with the weights it starts from, the samples and the images; raises UsageError with all that is missing."""
-    problems, start = [], config.start_file if not config.from_resume else None
+    problems, fraction = [], fraction_of(config.eval_data_path)
+    scratch = config.from_resume or config.from_weight == "none"
+    start = None if scratch else config.weights_of(config.from_weight)
     model = samples = images = None
     try:
         model = build_model(config.hidden_size, config.num_hidden_layers, bool(config.use_moe),
@@ -110,7 +112,7 @@ def load_parts(
         problems.append(str(error))
     try:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
-        if config.eval_fraction and not len(samples.hold_out(config.eval_fraction, config.seed)):
+        if fraction and not len(samples.hold_out(fraction, config.seed)):
             problems.append(f"--eval_data_path {config.eval_data_path} holds out none of {len(samples)} samples; give more")
         if images.missing and any(isinstance(ref, str) for ref in samples[0].images):
             problems.append(f"--images_path {config.images_path}: there is no such folder or zip, and {samples.where(0)}"

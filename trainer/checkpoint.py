@@ -1,5 +1,6 @@
 """What a run saves and resumes: the training state, the one truth, and the weights and sidecar that are exports of it."""
 
+import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from model.weights import (
     write_weights,
 )
 
-from .config import TrainConfig, fraction_of
+from .config import fraction_of
 from .distributed import Ranks
 from .sampler import ResumableSampler
 
@@ -87,11 +88,11 @@ def previous_state(path: Path) -> Path:
     return path.with_name(f"{path.stem}_previous{path.suffix}")
 
 
-def snapshot(run: "Run", state: dict, interval: list[float], schedule: Schedule) -> dict[str, Any]:
-    """The whole content of a training state. `interval` are the sums since the last log line, over all ranks."""
+def snapshot(run: "Run", state: dict, schedule: Schedule) -> dict[str, Any]:
+    """The whole content of a training state."""
     return copy_to_cpu({
         "version": STATE_VERSION, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(), "state": state, "interval": interval, "schedule": asdict(schedule),
+        "scaler": run.scaler.state_dict(), "state": state, "schedule": asdict(schedule),
         "rng": torch.get_rng_state(), "ranks": run.ranks.size, "threads": torch.get_num_threads(),
         "grain": run.sampler.grain, "samples_per_update": run.sampler.samples_per_update,
         "config": asdict(run.config), "fingerprints": run.fingerprints,
@@ -116,7 +117,7 @@ class Saver:
     def __init__(self, resumed: bool):
         self._executor, self._task = ThreadPoolExecutor(1, "saver"), None
         self._resumed = resumed
-        self._on_disk: dict[Path, str | None] = {}  # fingerprints of the weights there that are this run's
+        self._on_disk: dict[Path, str] = {}  # fingerprints of the weights there that are this run's
 
     def save(self, weight_file: Path, model: MiniMindVLM, sidecar: dict, state_file: Path | None = None,
              content: dict | None = None) -> None:  # fmt: skip
@@ -146,17 +147,12 @@ class Saver:
             task.result()
 
     def _export(self, file: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict) -> None:
-        if self._resumed and file not in self._on_disk:  # the sidecar is written first, and fits what lies there as well
-            self._on_disk[file] = fingerprint_on_disk(file)
-        self._on_disk[file] = write_weights(file, weights, config, sidecar, self._on_disk.get(file))
-
-
-def fingerprint_on_disk(weight_file: Path) -> str | None:
-    """The fingerprint of the weights in a file; None where they are missing, corrupt, or none that this project writes."""
-    try:
-        return tensors_fingerprint(read_state(weight_file))
-    except UsageError:
-        return None
+        before = self._on_disk.get(file)
+        if self._resumed and before is None:
+            with contextlib.suppress(UsageError):  # missing, corrupt, or none that this project writes
+                before = tensors_fingerprint(read_state(file))
+        # The sidecar is written first, and has to fit the weights that lie there as well.
+        self._on_disk[file] = write_weights(file, weights, config, sidecar, before)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -169,9 +165,8 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
     """
     previous, problems = previous_state(path), []
     if not path.is_file():  # it is there at every instant once a run has saved
-        older = f" To resume the run before it, give its state that name: mv '{previous}' '{path}'" if previous.is_file() else ""
         raise UsageError(f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
-                         f" --hidden_size, --use_moe and --checkpoint_dir.{older}")  # fmt: skip
+                         f" --hidden_size, --use_moe and --checkpoint_dir.")  # fmt: skip
     for file in (path, previous):
         try:
             content = read_tensors(file, "training state")
@@ -184,7 +179,7 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
     raise UsageError(f"no training state can be read: {'; '.join(problems)}. Start again, without --from_resume 1.")
 
 
-def restore(run: "Run") -> tuple[TrainState, torch.Tensor, Schedule]:
+def restore(run: "Run") -> tuple[TrainState, Schedule]:
     """Brings model, optimizer, scaler and sampler back to the saved state, and returns the rest of it; raises UsageError
     when flags or files do not allow an exact resume."""
     config, sampler, ranks, path = run.config, run.sampler, run.ranks, run.config.resume_file
@@ -207,14 +202,11 @@ def restore(run: "Run") -> tuple[TrainState, torch.Tensor, Schedule]:
     total = state.update + sampler.count_updates(config.epochs, state.epoch, state.samples)
     if schedule.total != total:
         schedule = schedule.continued(state.update, total)
-    interval = torch.tensor(content["interval"], device=ranks.device)
-    if not ranks.is_main:  # the first rank has the losses of all
-        interval[:2] = 0.0
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     left = (config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(f"resumed from {path} (saved {saved}): {state.update} updates done, epoch {state.epoch + 1},"
                 f" sample {state.samples} of {sampler.size}; {left} to go")  # fmt: skip
-    return state, interval, schedule
+    return state, schedule
 
 
 def check_settings(run: "Run", content: dict) -> None:
@@ -224,7 +216,7 @@ def check_settings(run: "Run", content: dict) -> None:
         if getattr(config, name) != then[name]:
             raise UsageError(f"{path} was saved with --{name} {then[name]}, now it is {getattr(config, name)}:"
                              " no exact resume is possible")  # fmt: skip
-    if config.eval_fraction != fraction_of(then["eval_data_path"]):
+    if fraction_of(config.eval_data_path) != fraction_of(then["eval_data_path"]):
         raise UsageError(
             f"{path} was saved with --eval_data_path {then['eval_data_path'] or 'not given'}, now it is"
             f" {config.eval_data_path or 'not given'}: samples would be held out and trained on, and no exact resume is possible"
@@ -232,13 +224,9 @@ def check_settings(run: "Run", content: dict) -> None:
     if content["data_size"] != run.sampler.size:
         raise UsageError(
             f"{path} was saved with {content['data_size']} training samples, {config.data_path} has"
-            f" {run.sampler.size}: no exact resume is possible. Instead, {other_data(config)}"
+            f" {run.sampler.size}: no exact resume is possible. Instead, start from the saved weights: --from_weight"
+            f" {config.save_weight} without --from_resume"
         )
-
-
-def other_data(config: TrainConfig) -> str:
-    """What to do where a resume is not possible, because the number of samples is another."""
-    return f"start from the saved weights: --from_weight {config.save_weight} without --from_resume"
 
 
 def differences(run: "Run", content: dict) -> list[str]:

@@ -1,8 +1,6 @@
 """Flags and settings of training: one frozen dataclass, checked when it is made, and the names of a run's files.
 
 A mistake here is a UsageError: the scripts print it and end with exit code 2.
-
-    python -m trainer.config            # prints docs/flags.md's table
 """
 
 import argparse
@@ -12,7 +10,6 @@ import json
 import math
 import os
 import re
-import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,44 +107,33 @@ class TrainConfig:
             value = getattr(self, name)
             require(bool(value) and os.sep not in value, name, "a name without folders; folders go to --save_dir")
         require(not self.save_weight.endswith("_best"), "save_weight", "_best is for the best weights of a validated run")
-        require(self.eval_fraction is None or 0 < self.eval_fraction < 1, "eval_data_path",
+        fraction = fraction_of(self.eval_data_path)
+        require(fraction is None or 0 < fraction < 1, "eval_data_path",
                 f"a fraction lies between 0 and 1; a file of that name is ./{self.eval_data_path}")  # fmt: skip
         for name in ("eval_interval", "eval_images_path"):
             require(not getattr(self, name) or bool(self.eval_data_path), name, "needs --eval_data_path, data to validate on")
-        require(not (self.eval_fraction and self.eval_images_path), "eval_images_path",
+        require(not (fraction and self.eval_images_path), "eval_images_path",
                 "goes with files in --eval_data_path; samples held out have their images in --images_path")  # fmt: skip
 
-    @property
-    def run_name(self) -> str:
-        """{weight}_{hidden}{_moe}: the stem of every file of the run."""
-        return weight_name(self.save_weight, self.hidden_size, bool(self.use_moe))
+    def weights_of(self, prefix: str) -> Path:
+        """{save_dir}/{prefix}_{hidden_size}{_moe}.pth."""
+        return Path(self.save_dir) / f"{weight_name(prefix, self.hidden_size, bool(self.use_moe))}.pth"
 
     @property
     def weight_file(self) -> Path:
-        """Where the weights go."""
-        return Path(self.save_dir) / f"{self.run_name}.pth"
+        return self.weights_of(self.save_weight)
 
     @property
-    def best_file(self) -> Path:
-        """Where the weights of the lowest validation loss go."""
-        return Path(self.save_dir) / f"{weight_name(f'{self.save_weight}_best', self.hidden_size, bool(self.use_moe))}.pth"
+    def best_file(self) -> Path:  # the weights of the lowest validation loss
+        return self.weights_of(f"{self.save_weight}_best")
 
     @property
     def metrics_file(self) -> Path:
-        """One json line a log interval, and one a validation."""
-        return Path(self.save_dir) / f"{self.run_name}.metrics.jsonl"
+        return self.weight_file.with_suffix(".metrics.jsonl")
 
     @property
-    def resume_file(self) -> Path:
-        """Where the training state goes."""
-        return Path(self.checkpoint_dir) / f"{self.run_name}_resume.pth"
-
-    @property
-    def start_file(self) -> Path | None:
-        """The weights to start from; None for a start from scratch."""
-        if self.from_weight == "none":
-            return None
-        return Path(self.save_dir) / f"{weight_name(self.from_weight, self.hidden_size, bool(self.use_moe))}.pth"
+    def resume_file(self) -> Path:  # the training state
+        return Path(self.checkpoint_dir) / f"{self.weight_file.stem}_resume.pth"
 
     @property
     def features_folder(self) -> Path:
@@ -158,14 +144,9 @@ class TrainConfig:
         stem = re.sub(r"\W+", "_", Path(paths[0][0]).stem)
         return Path(self.checkpoint_dir) / "features" / f"{stem}_{digest}"
 
-    @property
-    def eval_fraction(self) -> float | None:
-        """The fraction of the training samples to hold out; None where --eval_data_path names files or nothing."""
-        return fraction_of(self.eval_data_path)
-
 
 def fraction_of(eval_data_path: str | None) -> float | None:
-    """The number that --eval_data_path is, if it is one."""
+    """The fraction of the training samples to hold out; None where --eval_data_path names files or nothing."""
     try:
         return float(eval_data_path or "")
     except ValueError:
@@ -190,22 +171,3 @@ def parse_config(description: str, defaults: dict, argv: list[str] | None = None
         return TrainConfig(**{name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()})
     except UsageError as error:
         parser.error(str(error))
-
-
-def flags_table() -> str:
-    """All flags of the training scripts as a markdown table, SFT's default in () where it is another."""
-    sft = runpy.run_path(inside("train_sft_vlm.py"))["DEFAULTS"]
-
-    def shown(value) -> str:
-        return "" if value is None else "off" if value is False else str(value).removeprefix(inside() + os.sep)
-
-    rows = ["| flag | default | meaning |", "|---|---|---|"]
-    for item in dataclasses.fields(TrainConfig):
-        other = sft.get(item.name, item.default)
-        default = shown(item.default) + (f" ({shown(other)})" if other != item.default else "")
-        rows.append(f"| --{item.name} | {default} | {item.metadata['help'].replace('%%', '%')} |")
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(flags_table())

@@ -5,8 +5,6 @@ Started by `torchrun`, a process group is made (NCCL on CUDA, gloo elsewhere); s
 
 import os
 import sys
-import time
-import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -56,32 +54,6 @@ class Ranks:
         return tensor.tolist()
 
 
-def agree_on_name(store: dist.Store, rank: int, size: int, seconds: float) -> str:
-    """A name for this start of the group, the same on all ranks and never used before; raises TimeoutError.
-
-    torchrun's agent keeps one store of keys over all restarts, so that new workers find the addresses of the dead ones and
-    may try to reach these for half an hour (github.com/pytorch/pytorch/issues/135712). Its own count of restarts
-    differs between machines. So each rank asks under a word that nobody used before, and the first rank answers.
-    """
-    if rank:
-        word = uuid.uuid4().hex
-        store.set(f"hello/{rank}", word)
-        name = store.get(f"name/{word}").decode()  # waits
-        store.set(f"here/{name}/{rank}", "")
-        return name
-    name, missing, deadline = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + seconds
-    while missing:
-        for other in list(missing):
-            if store.check([f"hello/{other}"]):
-                store.set(f"name/{store.get(f'hello/{other}').decode()}", name)  # perhaps a dead one's word: no harm
-            if store.check([f"here/{name}/{other}"]):
-                missing.remove(other)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(missing)} of {size} did not come within {seconds:.0f} s")
-        time.sleep(0.02)
-    return name
-
-
 def launched() -> tuple[int, int, int, int] | None:
     """Rank, size, local rank and local size, if torchrun started this process: then all of its variables are set.
 
@@ -108,7 +80,10 @@ def join(backend: str, rank: int, size: int, seconds: float) -> None:
     """Joins the group that meets at torchrun's address; raises OSError when it does not come about in time."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds)))
-        store = dist.PrefixStore(agree_on_name(store, rank, size, seconds), store)
+        # torchrun's agent may keep one store of keys over all restarts of its workers: what the dead ones left there must not
+        # be found (github.com/pytorch/pytorch/issues/135712). Without the agent's, each start has a store of its own.
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, OSError) as error:
         raise OSError(

@@ -24,7 +24,7 @@ from model.storage import StorageError
 from model.vision import normalize
 
 from .build import Loader, Run, worker_count
-from .checkpoint import Saver, Schedule, TrainState, other_data, restore, snapshot
+from .checkpoint import Saver, Schedule, TrainState, restore, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
 
@@ -83,7 +83,7 @@ class Trainer:
         self.interval = torch.zeros(5, device=run.ranks.device)
         self.schedule = Schedule(run.config.epochs * run.sampler.updates_per_epoch)
         if self.config.from_resume:
-            self.state, self.interval, self.schedule = restore(run)
+            self.state, self.schedule = restore(run)
         self.total = self.schedule.total
         self.saver = Saver(resumed=bool(self.config.from_resume))
         self.saved_update, self.has_news = self.state.update, False  # without news, nothing on disk is replaced
@@ -116,7 +116,16 @@ class Trainer:
             except Stopped as stopped:
                 stopped_by = stopped.signum
             except BadData as error:
-                raise TrainingFailed(f"{error}. {self.save_before_the_end()}") from error
+                if not self.has_news:
+                    raise TrainingFailed(f"{error}. Nothing was trained since the start; mend the data and start again") from error
+                self.state.epoch_bad = 0  # a resume counts bad samples from here on
+                self.save_if_due(last=True)
+                self.saver.wait()
+                raise TrainingFailed(
+                    f"{error}. What was trained until update {self.state.update} is saved. Mend the data, a line for a line, and"
+                    " continue with --from_resume 1; where lines are added or removed, start from the saved weights:"
+                    f" --from_weight {self.config.save_weight} without --from_resume"
+                ) from error
             self.save_if_due(last=True)
             self.saver.wait()
         return stopped_by
@@ -209,7 +218,8 @@ class Trainer:
         if update not in (1, self.total) and update % self.config.log_interval:
             return
         self.finite.read()
-        loss, aux_loss, supervised, updates, tokens = self.interval_sums()
+        loss, aux_loss, supervised, updates, tokens = self.interval.tolist()
+        loss, aux_loss = self.ranks.sum([loss, aux_loss])
         now = time.monotonic()
         per_update = (now - self.began) / (update - self.began_update)
         memory = torch.accelerator.max_memory_allocated() if self.ranks.device.type == "cuda" else peak_memory()
@@ -238,16 +248,16 @@ class Trainer:
         if self.validation is None or not self.validation.due(state, self.total):
             return
         begin = time.monotonic()
-        result = self.validation.measure(stop)  # stopped by a signal, a resume does it
-        best = result.is_better_than(state.best_loss)
+        loss, answers = self.validation.measure(stop)  # stopped by a signal, a resume does it
+        best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         state.validated, self.saved_update, self.has_news = state.update, -1, True
         if best:
-            state.best_loss, state.best_update = result.loss, state.update
+            state.best_loss, state.best_update = loss, state.update
             self.save_weights(self.config.best_file)
         self.logged += time.monotonic() - begin
         self.tracker.log_validation({
             "update": state.update, "epoch": state.epoch + state.samples / self.run.sampler.size,
-            "seconds": self.progress()["seconds"], "eval_loss": result.loss, "best": best, "samples": result.samples,
+            "seconds": self.progress()["seconds"], "eval_loss": loss, "best": best, "samples": answers,
         })  # fmt: skip
 
     def save_if_due(self, last: bool = False) -> None:
@@ -257,11 +267,10 @@ class Trainer:
             return
         self.finite.read()
         self.saved_update = self.state.update
-        interval = self.interval_sums()
         if self.ranks.is_main:
             if self.run.cache:
                 self.run.cache.flush()
-            self.save_weights(self.config.weight_file, snapshot(self.run, self.progress(), interval, self.schedule))
+            self.save_weights(self.config.weight_file, snapshot(self.run, self.progress(), self.schedule))
 
     def save_weights(self, weight_file: Path, content: dict | None = None) -> None:
         """Weights and sidecar, and before them the training state with this content, if any; by the first rank.
@@ -276,21 +285,6 @@ class Trainer:
         except StorageError as error:
             self.ranks.warn(f"warning: a save failed, training continues: {error}")
 
-    def interval_sums(self) -> list[float]:
-        """`interval`, with the losses of all ranks; waits for the device."""
-        loss, aux_loss, *rest = self.interval.tolist()
-        return [*self.ranks.sum([loss, aux_loss]), *rest]
-
     def progress(self) -> dict:
         """The state as it is saved: with the time spent until now."""
         return asdict(self.state) | {"seconds": self.state.seconds + time.monotonic() - self.began}
-
-    def save_before_the_end(self) -> str:
-        """Saves what was trained before the data turned out bad, and says so."""
-        if not self.has_news:
-            return "Nothing was trained since the start; mend the data and start again"
-        self.state.epoch_bad = 0  # a resume counts bad samples from there on
-        self.save_if_due(last=True)
-        self.saver.wait()
-        return (f"What was trained until update {self.state.update} is saved. Mend the data, a line for a line, and"
-                f" continue with --from_resume 1; where lines are added or removed, {other_data(self.config)}")  # fmt: skip

@@ -23,7 +23,6 @@ from .config import TrainConfig, parse_config
 from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
-from .tracking import end_process_if_stuck
 
 BEGAN = "minimind-v/began"  # a key in the store of torchrun's agent
 
@@ -31,8 +30,12 @@ BEGAN = "minimind-v/began"  # a key in the store of torchrun's agent
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
     keep_talking()
-    code = run(parse_config(description, defaults, argv))
-    end_process_if_stuck(code)
+    config = parse_config(description, defaults, argv)
+    code = run(config)
+    if config.use_wandb:
+        from .swanlab_thread import end_process_if_stuck
+
+        end_process_if_stuck(code)
     return code
 
 

@@ -4,9 +4,8 @@ The data are files of their own, or a fraction of the training samples that no e
 are encoded as in training: again each time, or with --cache_features once.
 """
 
-import math
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,23 +19,12 @@ from model.model_minimind import IGNORE_INDEX
 
 from .build import Loader, Run, make_sampler, open_cache
 from .checkpoint import TrainState
+from .config import fraction_of
 from .guards import BadSampleGuard, Stopped, StopRequest
 from .loop import compute_loss, encode
 
 ASKED = 3  # questions answered at each validation
 ANSWER_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Result:
-    """One validation: mean cross-entropy over all supervised tokens of the held-out samples, and answers."""
-
-    loss: float
-    samples: list[dict]
-
-    def is_better_than(self, best: float | None) -> bool:
-        """Whether the loss is the lowest so far."""
-        return math.isfinite(self.loss) and (best is None or self.loss < best)
 
 
 def hold_out(run: Run) -> tuple[Run, np.ndarray]:
@@ -46,7 +34,7 @@ def hold_out(run: Run) -> tuple[Run, np.ndarray]:
     """
     config, dataset = run.config, run.dataset
     numbers = dataset.samples.held_out
-    if not config.eval_fraction:
+    if fraction_of(config.eval_data_path) is None:
         files = replace(config, data_path=config.eval_data_path, images_path=config.eval_images_path or config.images_path)
         try:
             samples, images = open_samples(files.data_path), open_images(files.images_path)
@@ -79,12 +67,12 @@ class Validation:
         return (regular or update == total) and update != state.validated
 
     @torch.no_grad()
-    def measure(self, stop: StopRequest) -> Result:
-        """Loss and answers. Raises Stopped when a signal comes meanwhile to any rank."""
+    def measure(self, stop: StopRequest) -> tuple[float, list[dict]]:
+        """The loss, and answers to a few questions. Raises Stopped when a signal comes meanwhile to any rank."""
         self.run.model.eval()
         try:
             loss, asked = self.loss(stop), self.asked if self.run.ranks.is_main else []
-            return Result(loss, [answer for number in asked if (answer := self.ask(number))])
+            return loss, [answer for number in asked if (answer := self.ask(number))]
         finally:
             self.run.model.train()
 

@@ -28,7 +28,7 @@ from model.vision import patches_per_image
 from model.weights import fingerprints, load_tokenizer, load_vision_encoder, load_weights
 
 from .checkpoint import load_training_state
-from .config import TrainConfig, fraction_of
+from .config import DTYPES, TrainConfig, fraction_of
 from .distributed import Ranks
 from .guards import StopRequest
 from .sampler import ResumableSampler
@@ -36,7 +36,6 @@ from .sampler import ResumableSampler
 if TYPE_CHECKING:
     from dataset.features import FeatureCache
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INITIAL_SIZE = 0.02  # standard deviation of randomly initialized weights
 LOADER_GRACE = 60  # seconds that a loader process lives on after a SIGTERM
 
@@ -79,7 +78,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
-    model.vision_encoder.to(DTYPES[dtype])  # frozen: what autocast would cast at every use is cast once
+    model.vision_encoder.to(getattr(torch, dtype))  # frozen: what autocast would cast at every use is cast once
     if config.use_compile:
         for block in model.model.layers:
             block.compile(dynamic=True)  # in place: the names of the weights stay
@@ -94,20 +93,17 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     ranks.print(f"model: {model.num_parameters() / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained;"
                 f" data: {len(dataset)} samples, {samples.epoch_size} an epoch")  # fmt: skip
     warn_of_small_steps(config, ranks, config.epochs * sampler.updates_per_epoch)
-    return Run(config, ranks, model, dataset, sampler, optimizer, scaler, DTYPES[dtype], used, saved)
+    return Run(config, ranks, model, dataset, sampler, optimizer, scaler, getattr(torch, dtype), used, saved)
 
 
-def load_parts(
-    config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase
-) -> tuple[MiniMindVLM, Mixture, ImageSource]:
+def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[MiniMindVLM, Mixture, ImageSource]:
     """The model with the weights it starts from, the samples and the images; raises UsageError with all that is missing."""
     problems, fraction = [], fraction_of(config.eval_data_path)
     scratch = config.from_resume or config.from_weight == "none"
     start = None if scratch else config.weights_of(config.from_weight)
     model = samples = images = None
     try:
-        model = build_model(config.hidden_size, config.num_hidden_layers, bool(config.use_moe),
-                            config.vision_model_path, tokenizer)  # fmt: skip
+        model = build_model(config, tokenizer)
     except UsageError as error:
         problems.append(str(error))
     try:
@@ -132,25 +128,19 @@ def load_parts(
     return model, samples, images
 
 
-def build_model(
-    hidden_size: int, num_hidden_layers: int, use_moe: bool, vision_model_path: str, tokenizer: PreTrainedTokenizerBase
-) -> MiniMindVLM:
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> MiniMindVLM:
     """A randomly initialized model around the frozen vision encoder, in fp32 on the CPU."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        encoder = load_vision_encoder(vision_model_path)
-        config = VLMConfig(
-            hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, use_moe=use_moe, vocab_size=len(tokenizer),
-            image_token_id=tokenizer.convert_tokens_to_ids("@"), image_tokens=patches_per_image(encoder),
-            vision_hidden_size=encoder.config.hidden_size,
-        )  # fmt: skip
-        return MiniMindVLM(config, encoder)
+        encoder = load_vision_encoder(config.vision_model_path)
+        return MiniMindVLM(VLMConfig(
+            hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers, use_moe=bool(config.use_moe),
+            vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids("@"),
+            image_tokens=patches_per_image(encoder), vision_hidden_size=encoder.config.hidden_size,
+        ), encoder)  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
-    except RuntimeError as error:  # torch's word for memory that is not there
-        raise UsageError(f"--hidden_size {hidden_size} and --num_hidden_layers {num_hidden_layers} make no model here:"
-                         f" {first_line(error)}") from error  # fmt: skip
 
 
 def freeze(model: MiniMindVLM, mode: int) -> None:
@@ -166,20 +156,20 @@ def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | Non
     device is slower at it. A measurement may come out otherwise each time, so what exists has precedence."""
     if known := config.dtype or (saved and saved[0]["config"]["dtype"]):
         return known
-    names, chosen = list(DTYPES), None
+    chosen = None
     if ranks.is_main:  # it decides for all: two answers would be two models
         if config.cache_features:
             from dataset.features import format_of  # not needed without
 
             chosen = format_of(config.features_folder, encoder)
-        if chosen in names:
+        if chosen in DTYPES:
             ranks.print(f"notice: {chosen}, as the images in the feature cache were encoded; another --dtype encodes them"
                         " again")  # fmt: skip
         else:
             chosen = "bfloat16" if bf16_is_fast(ranks.device) else "float32"
             if chosen == "float32":
                 ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
-    return names[int(ranks.sum([float(names.index(chosen) if chosen else 0)])[0])]
+    return DTYPES[int(ranks.sum([float(DTYPES.index(chosen) if chosen else 0)])[0])]
 
 
 def may_compile(config: TrainConfig, ranks: Ranks) -> bool:

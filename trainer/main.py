@@ -79,26 +79,24 @@ def ending(trainer: Trainer, stopped_by: int) -> str:
 
 
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
-    """The message for a failure at run time, with the remedy; None for a fault of the program. `began` tells a state that this
-    run saved from an older one that lies there."""
+    """The message for a failure at run time, with the remedy; None for a fault of the program."""
     text = str(error).strip()
     if "in DataLoader worker process" in text:  # its traceback follows, and last what it died of
         text = text.splitlines()[-1]
     text = " ".join(text.split()).rstrip(".") or type(error).__name__
-    state = config.resume_file
-    saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
-    rest = f". Continue from {state} with --from_resume 1" if saved else ". Nothing was saved yet"
-    if ran_out_of_memory(error):
-        return (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
-                f" --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len{rest}")  # fmt: skip
     remedy = loader_remedy(error)
-    if remedy:
-        text += f". {remedy}"
+    if ran_out_of_memory(error):
+        text = (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
+                " --accumulation_steps), with --gradient_checkpointing 1, or with a smaller --max_seq_len")  # fmt: skip
     # When a loader process dies, its connection may be seen to break first.
-    if "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
-        return (f"a loader process died, for want of memory if it said nothing: {text}{rest}, with fewer --num_workers if it"
-                " comes again")  # fmt: skip
-    return text + rest if remedy else None if isinstance(error, RuntimeError) else text
+    elif "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+        text = f"a loader process died, for want of memory if it said nothing: {text}. Fewer --num_workers need less of it"
+    elif not remedy:
+        return None if isinstance(error, RuntimeError) else text
+    state = config.resume_file  # perhaps an older run's
+    saved = state.is_file() and (config.from_resume or state.stat().st_mtime > began)
+    rest = f"Continue from {state} with --from_resume 1" if saved else "Nothing was saved yet"
+    return ". ".join(filter(None, (text, remedy, rest)))
 
 
 def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:

@@ -37,11 +37,12 @@ from tests.conftest import (
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, make_trainer, run_training, train, weights
 from trainer import checkpoint, distributed
-from trainer.checkpoint import Schedule
+from trainer.checkpoint import TrainState
 from trainer.config import parse_config
 from trainer.guards import TrainingFailed
 from trainer.loop import cosine
 from trainer.main import claim_outputs
+from trainer.sampler import ResumableSampler
 
 STATE = f"{NAME}_resume.pth"
 
@@ -564,11 +565,14 @@ def test_a_worker_that_dies_before_it_looks_is_no_reason_to_take_up_an_older_run
 
 
 def test_the_learning_rate_continues_without_a_jump():
-    schedule = Schedule(100)
-    assert [schedule.progress(u) for u in (0, 50, 100)] == [0, 0.5, 1] and cosine(0, 2.0) == 2.0
-    other = schedule.continued(40, 70)
-    assert other.progress(40) == 0.4 and other.progress(70) == 1 and abs(cosine(other.progress(70), 1.0) - 0.1) < 1e-12
-    assert 0.4 < other.progress(41) < 0.43
+    """Of 100 updates 40 are done when it turns out that there are 70."""
+    state, sampler, progress = TrainState(), ResumableSampler(100, 1, 1, seed=0), []
+    for update in range(70):
+        progress.append(state.progress)
+        state.advance(sampler, 100 if update < 40 else 70)
+    assert progress[:40] == pytest.approx(np.arange(40) / 100)
+    assert [*progress[40:], state.progress] == pytest.approx(np.linspace(0.4, 1, 31))
+    assert cosine(0, 2.0) == 2.0 and cosine(state.progress, 1.0) == pytest.approx(0.1)
 
 
 # --- the storm --------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class TrainState:
 
     epoch: int = 0  # finished epochs
     update: int = 0  # finished updates, over all epochs
+    progress: float = 0.0  # along the learning rate's curve, from 0 to 1
     samples: int = 0  # samples of the running epoch that are trained on, over all ranks
     read: int = 0  # samples read so far, bad ones included
     bad: int = 0  # bad ones among them
@@ -52,32 +53,17 @@ class TrainState:
     best_loss: float | None = None  # the lowest validation loss, and its update
     best_update: int = 0
 
-    def advance(self, sampler: ResumableSampler) -> None:
-        """Counts the update just finished."""
+    def advance(self, sampler: ResumableSampler, total: int) -> None:
+        """Counts the update just finished.
+
+        What is left of the learning rate's curve is spread over the updates that are left: it continues without a jump
+        where a resumed run has more or fewer of them to do.
+        """
+        self.progress += (1 - self.progress) / (total - self.update)
         self.update += 1
         self.samples = min(sampler.size, self.samples + sampler.samples_per_update)
         if self.samples == sampler.size:
             self.epoch, self.samples, self.epoch_bad = self.epoch + 1, 0, 0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How far along the learning rate's curve an update is, without a jump where a resumed run has other updates to do.
-
-    Straight from `begin` at update `first` to 1 at update `total`.
-    """
-
-    total: int
-    first: int = 0
-    begin: float = 0.0
-
-    def progress(self, update: int) -> float:
-        """In [0, 1], of `update` finished updates."""
-        return self.begin + (1 - self.begin) * ((update - self.first) / (self.total - self.first))
-
-    def continued(self, update: int, total: int) -> "Schedule":
-        """From where `update` updates are done towards another total."""
-        return Schedule(total, update, self.progress(update)) if total > update else Schedule(total)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -88,11 +74,11 @@ def previous_state(path: Path) -> Path:
     return path.with_name(f"{path.stem}_previous{path.suffix}")
 
 
-def snapshot(run: "Run", state: dict, schedule: Schedule) -> dict[str, Any]:
+def snapshot(run: "Run", state: dict) -> dict[str, Any]:
     """The whole content of a training state."""
     return copy_to_cpu({
         "version": STATE_VERSION, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(), "state": state, "schedule": asdict(schedule),
+        "scaler": run.scaler.state_dict(), "state": state,
         "rng": torch.get_rng_state(), "ranks": run.ranks.size, "threads": torch.get_num_threads(),
         "grain": run.sampler.grain, "samples_per_update": run.sampler.samples_per_update,
         "config": asdict(run.config), "fingerprints": run.fingerprints,
@@ -179,9 +165,9 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
     raise UsageError(f"no training state can be read: {'; '.join(problems)}. Start again, without --from_resume 1.")
 
 
-def restore(run: "Run") -> tuple[TrainState, Schedule]:
-    """Brings model, optimizer, scaler and sampler back to the saved state, and returns the rest of it; raises UsageError
-    when flags or files do not allow an exact resume."""
+def restore(run: "Run") -> TrainState:
+    """Brings model, optimizer, scaler and sampler back to where they were saved; raises UsageError when flags or files do
+    not allow an exact resume."""
     config, sampler, ranks, path = run.config, run.sampler, run.ranks, run.config.resume_file
     (content, problem), run.saved = run.saved, None
     check_fingerprints(path, run.fingerprints, content["fingerprints"])
@@ -196,17 +182,14 @@ def restore(run: "Run") -> tuple[TrainState, Schedule]:
     run.optimizer.load_state_dict(content["optimizer"])
     run.scaler.load_state_dict(content["scaler"])
     torch.set_rng_state(content["rng"])
-    state, schedule = TrainState(**content["state"]), Schedule(**content["schedule"])
+    state = TrainState(**content["state"])
     sampler.grain = content["grain"]
     keep_global_batch(sampler, content["samples_per_update"], ranks)
-    total = state.update + sampler.count_updates(config.epochs, state.epoch, state.samples)
-    if schedule.total != total:
-        schedule = schedule.continued(state.update, total)
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     left = (config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(f"resumed from {path} (saved {saved}): {state.update} updates done, epoch {state.epoch + 1},"
                 f" sample {state.samples} of {sampler.size}; {left} to go")  # fmt: skip
-    return state, schedule
+    return state
 
 
 def check_settings(run: "Run", content: dict) -> None:

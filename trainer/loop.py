@@ -24,7 +24,7 @@ from model.storage import StorageError
 from model.vision import normalize
 
 from .build import Loader, Run, worker_count
-from .checkpoint import Saver, Schedule, TrainState, restore, snapshot
+from .checkpoint import Saver, TrainState, restore, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
 
@@ -77,14 +77,12 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.config, self.ranks = run, run.config, run.ranks
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-        self.state = TrainState()
+        self.state = restore(run) if self.config.from_resume else TrainState()
+        left = run.sampler.count_updates(self.config.epochs, self.state.epoch, self.state.samples)
+        self.total = self.state.update + left
         # Sums since the last log line: cross-entropy and auxiliary loss of this rank; supervised tokens, updates and
         # tokens of all ranks.
         self.interval = torch.zeros(5, device=run.ranks.device)
-        self.schedule = Schedule(run.config.epochs * run.sampler.updates_per_epoch)
-        if self.config.from_resume:
-            self.state, self.schedule = restore(run)
-        self.total = self.schedule.total
         self.saver = Saver(resumed=bool(self.config.from_resume))
         self.saved_update, self.has_news = self.state.update, False  # without news, nothing on disk is replaced
         self.model = run.model
@@ -135,10 +133,10 @@ class Trainer:
         for epoch in range(self.state.epoch, until):
             for micro_batches in self.loader.epoch(epoch, skip=self.state.samples):
                 supervised, tokens = self.agree(micro_batches, stop)
-                learning_rate = cosine(self.schedule.progress(self.state.update), self.config.learning_rate)
+                learning_rate = cosine(self.state.progress, self.config.learning_rate)
                 if supervised:  # else all its samples were bad, and momentum would move the weights all the same
                     self.update(micro_batches, learning_rate, supervised, tokens)
-                self.state.advance(self.run.sampler)
+                self.state.advance(self.run.sampler, self.total)
                 self.tracker.advance()
                 self.log_if_due(learning_rate)
                 self.validate_if_due(stop)
@@ -270,7 +268,7 @@ class Trainer:
         if self.ranks.is_main:
             if self.run.cache:
                 self.run.cache.flush()
-            self.save_weights(self.config.weight_file, snapshot(self.run, self.progress(), self.schedule))
+            self.save_weights(self.config.weight_file, snapshot(self.run, self.progress()))
 
     def save_weights(self, weight_file: Path, content: dict | None = None) -> None:
         """Weights and sidecar, and before them the training state with this content, if any; by the first rank.

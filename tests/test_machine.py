@@ -275,7 +275,7 @@ def test_too_few_open_files_end_the_run_with_the_remedy(data, encoder_folder, tm
 # --- compilers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiler", ["/no/such/g++", "g++ -O2", "false"])
+@pytest.mark.parametrize("compiler", ["/no/such/g++", "false"])
 def test_a_compiler_that_does_not_work_is_told_in_one_line(compiler, data, encoder_folder, tmp_path):
     done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, use_compile=1), CXX=compiler)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

@@ -281,7 +281,7 @@ def test_mended_data_continue_and_others_start_from_the_saved_weights(data, enco
 # --- a log that cannot be written, a terminal that is gone ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shell", "processes"), [("2>/dev/full", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>&1 | head -1", 0), ("2>&1 | true", 2)])
+@pytest.mark.parametrize(("shell", "processes"), [("2>/dev/full", 0), (">&- 2>&- <&-", 0), ("2>&1 | true", 2)])
 def test_a_log_that_cannot_be_written_costs_nothing(encoder_folder, tmp_path, shell, processes):
     """Nor one that cannot spell: a bad sample names a file in Chinese."""
     data = make_data(tmp_path / "圖", 22)
@@ -513,7 +513,7 @@ def test_another_number_of_processes_takes_every_sample_once_and_keeps_the_sched
 
 
 def test_torchrun_restarts_a_killed_worker_and_the_group_continues(data, encoder_folder, tmp_path):
-    flags = {"epochs": 6, "save_interval": 1}
+    flags = {"epochs": 3, "save_interval": 1}
     train(data, encoder_folder, tmp_path / "whole", processes=2, **flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
                str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, tmp_path / "part", **flags)]  # fmt: skip
@@ -529,14 +529,13 @@ def test_torchrun_restarts_a_killed_worker_and_the_group_continues(data, encoder
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, encoder_folder, tmp_path, processes):
+def test_a_restart_does_not_take_up_a_finished_run_of_the_same_name(data, encoder_folder, tmp_path):
     """A worker dies before the first save: the group starts again from scratch, and its result is that of the new run."""
     flags = {"epochs": 2, "save_interval": 10**6}
-    train(data, encoder_folder, tmp_path / "whole", processes=processes, **flags)
-    train(data, encoder_folder, tmp_path / "part", processes=processes, epochs=1, seed=7)
+    train(data, encoder_folder, tmp_path / "whole", processes=2, **flags)
+    train(data, encoder_folder, tmp_path / "part", epochs=1, seed=7)
     old = (tmp_path / "part" / "checkpoints" / STATE).read_bytes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--max_restarts", "2",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "2",
                str(REPOSITORY / "train_sft_vlm.py"), *training_flags(data, encoder_folder, tmp_path / "part", **flags)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     seen, killed = [], False

@@ -15,7 +15,7 @@ import machine
 from dataset import validate
 from model.device import why_not_compile
 from tests.conftest import REPOSITORY, run_script, training_flags
-from trainer import distributed
+from trainer import distributed, torchrun
 from trainer.build import worker_count
 from trainer.loop import compute_loss
 from trainer.main import main
@@ -155,13 +155,13 @@ def test_variables_left_behind_are_one_process_with_a_notice(left, monkeypatch, 
 def test_other_launchers_variables_say_nothing(left, monkeypatch, capsys):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launched() is None and capsys.readouterr().err == ""
+    assert torchrun.launched() is None and capsys.readouterr().err == ""
 
 
 def test_a_whole_set_is_a_group(monkeypatch):
     for name, value in WHOLE.items():
         monkeypatch.setenv(name, value)
-    assert distributed.launched() == (1, 4, 1, 2)
+    assert torchrun.launched() == (1, 4, 1, 2)
 
 
 @pytest.mark.parametrize("wrong", [
@@ -189,7 +189,7 @@ def test_a_group_that_does_not_meet_ends_in_time(rank, address, busy, monkeypatc
             listener.close()
         for name, value in {**WHOLE, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
+        monkeypatch.setattr(torchrun, "JOIN_SECONDS", 1)
         assert main("", {}, training_flags(data, encoder_folder, tmp_path)) == 1
     told = capsys.readouterr().err
     assert f"MASTER_ADDR {address}, MASTER_PORT {port}, within 1 s" in told and "--standalone" in told and "Traceback" not in told

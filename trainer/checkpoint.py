@@ -152,7 +152,7 @@ def load_training_state(path: Path) -> tuple[dict, str | None]:
     previous, problems = previous_state(path), []
     if not path.is_file():  # it is there at every instant once a run has saved
         raise UsageError(f"--from_resume 1, but there is no training state at {path}. Start without it, or check --save_weight,"
-                         f" --hidden_size, --use_moe and --checkpoint_dir.")  # fmt: skip
+                         " --hidden_size, --use_moe and --checkpoint_dir.")  # fmt: skip
     for file in (path, previous):
         try:
             content = read_tensors(file, "training state")

@@ -1,6 +1,5 @@
 """What both training scripts do: flags, start, training, and an exit code that says how it went."""
 
-import dataclasses
 import io
 import os
 import signal
@@ -24,8 +23,6 @@ from .distributed import Ranks
 from .guards import TrainingFailed
 from .loop import Trainer
 
-BEGAN = "minimind-v/began"  # a key in the store of torchrun's agent
-
 
 def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
     """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
@@ -45,7 +42,10 @@ def run(config: TrainConfig) -> int:
     try:
         ranks = distributed.start(config.device or default_device())
         locks = claim_outputs(config, ranks)
-        config = resume_after_restart(config, ranks)
+        if dist.is_initialized():
+            from .torchrun import resume_after_restart
+
+            config = resume_after_restart(config, ranks)
         trainer = Trainer(build(config, ranks))
         stopped_by = trainer.train()
         ranks.print(ending(trainer, stopped_by))
@@ -117,32 +117,6 @@ def claim_outputs(config: TrainConfig, ranks: Ranks) -> list[FileLock]:
     for file in files:
         remove_temporaries(file)
     return locks
-
-
-def resume_after_restart(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """torchrun that starts its workers again wants them to resume what this run saved, and nothing else: where it may do so,
-    a run from scratch first moves the state of an older run of the same name to the previous one's place.
-
-    That it began is recorded in the store of torchrun's agent, which outlives the workers: they may have died before. Without
-    such a store all ranks' restarts are counted: a machine that came back counts its own from 0.
-    """
-    if config.from_resume or not dist.is_initialized():
-        return config
-    counts = [float(os.environ.get(f"TORCHELASTIC_{name}") or 0) for name in ("MAX_RESTARTS", "RESTART_COUNT")]
-    may_restart, restarts = ranks.sum(counts)
-    if not may_restart:  # on none of the machines
-        return config
-    began, there = restarts > 0, False
-    if ranks.is_main:
-        there = config.resume_file.is_file()
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            began = store.check([BEGAN])
-            store.set(BEGAN, "")
-        if there and not began:
-            os.replace(config.resume_file, previous_state(config.resume_file))
-            ranks.print(f"notice: the training state of an older run is kept at {previous_state(config.resume_file)}")
-    return dataclasses.replace(config, from_resume=int(ranks.sum([float(there and began)])[0]))
 
 
 class _Lossy(io.FileIO):

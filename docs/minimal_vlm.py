@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Where a token thinks by itself: SwiGLU (arXiv 2002.05202), a wide layer half of which opens and closes the other.
+    """Where each token is transformed by itself: SwiGLU (arXiv 2002.05202), two wide layers, one scaling the other.
     Three matrices of width 8/3 D cost what the classic two of 4 D do; multiples of 64 suit the hardware."""
 
     def __init__(self, config: Config):
@@ -120,7 +120,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward. Both only add to x: gradients reach the first block undiminished (1512.03385)."""
+    """Attention, then feed-forward. Both add to x (residual connections, arXiv 1512.03385), so gradients pass."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -133,12 +133,12 @@ class Block(nn.Module):
 
 
 # ---- 2. The vision-language model ------------------------------------------------------------------------------------
-# CLIP (arXiv 2103.00020) learned which caption belongs to which image, so what it sees is what people speak of. Its
-# encoder, a vision transformer (2010.11929), cuts 224 x 224 pixels into 14 x 14 patches of 16 x 16: P = 196 vectors,
-# which look at one another as tokens do. We read all of them, for it matters where something is.
+# A vision transformer (arXiv 2010.11929) cuts 224 x 224 pixels into 14 x 14 patches of 16 x 16: P = 196 vectors, which
+# look at one another as tokens do. CLIP's (arXiv 2103.00020) learned which caption belongs to which image, so it sees
+# what people speak of. The demo's, tiny-clip, learned the same in small, from drawings of shapes: it comes pretrained.
 
 IMAGE_SIZE, IMAGE_TOKENS = 224, 196
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its pixels
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of R, G, B
 
 
 def load_image(path: Path) -> torch.Tensor:
@@ -148,7 +148,7 @@ def load_image(path: Path) -> torch.Tensor:
 
 
 class MiniVLM(nn.Module):
-    """Vision encoder, projector, decoder, and the head that scores V tokens, by the names of the published weights."""
+    """Vision encoder, projector, decoder and output head. The nesting serves only the published weights' names."""
 
     def __init__(self, config: Config, vision_encoder: CLIPVisionModel | None = None):
         super().__init__()
@@ -157,7 +157,7 @@ class MiniVLM(nn.Module):
         self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.lm_head.weight = self.model.embed_tokens.weight  # one matrix to read a word and to say it (1608.05859)
+        self.lm_head.weight = self.model.embed_tokens.weight  # read and write by one matrix (arXiv 1608.05859)
         self.vision_proj = nn.ModuleDict({"vision_proj": nn.Sequential(nn.Linear(config.vision_hidden_size, D))})
         for matrix in (parameter for parameter in self.parameters() if parameter.ndim == 2):
             nn.init.normal_(matrix, std=D**-0.5)  # a sum of D products with numbers near 1 is near 1 again
@@ -197,14 +197,14 @@ def load_weights(path: Path, vision_encoder: CLIPVisionModel | None) -> MiniVLM:
     (V, D), (_, W) = state["model.embed_tokens.weight"].shape, state["vision_proj.vision_proj.0.weight"].shape
     layers = sum(name.endswith("input_layernorm.weight") for name in state)
     model = MiniVLM(Config(hidden_size=D, num_hidden_layers=layers, vocab_size=V, vision_hidden_size=W))
-    model.load_state_dict(state)  # strictly: a model without some of its weights still talks, and nobody notices
+    model.load_state_dict(state)  # strict: without some of its weights it would still answer, only badly
     model.vision_encoder = vision_encoder
     return model
 
 
 # ---- 3. From conversations to numbers --------------------------------------------------------------------------------
 # A line {"conversations": [{"role": "user", "content": "What is this?\n<image>"}, ...], "image": "cat.jpg"} of the data
-# is written as ChatML, <image> as 196 placeholders. Loss is on what the assistant says, which is what it shall learn:
+# is written as ChatML, <image> as 196 placeholders. Loss is on what the assistant says, which it is to learn:
 #   <|im_start|>system\nYou are a helpful assistant<|im_end|>\n
 #   <|im_start|>user\nWhat is this?\n@@@...@<|im_end|>\n
 #   <|im_start|>assistant\nA cat.<|im_end|>\n                 <- "A cat.<|im_end|>\n" has labels, nothing else
@@ -221,10 +221,10 @@ def load_tokenizer(folder: Path = REPOSITORY / "model") -> Tokenizer:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a text with 196 placeholders for each "<image>", and the index of each image's first. Images are found by
-    their characters, not by searching the ids for placeholders: people type "@" as well."""
+    """Ids of a text with 196 placeholders for each "<image>", and the index of each image's first. "a<image>b" becomes
+    "a@b": the token at character 1 is the image (no token holds more than "@"); any other "@" is somebody's text."""
     parts = text.split("<image>")
-    begins = {len("@".join(parts[:number])) for number in range(1, len(parts))}  # characters where joining puts an "@"
+    begins = {len("@".join(parts[:number])) for number in range(1, len(parts))}  # for "a<image>b": {1}
     encoding, ids, starts = tokenizer.encode("@".join(parts)), [], []
     for token, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True):
         starts += [len(ids)] if begin in begins else []
@@ -239,7 +239,7 @@ def render(tokenizer: Tokenizer, turns: list[dict], answer: bool = False) -> tup
     newline, header = tokenizer.encode("\n").ids, [IM_START, *tokenizer.encode("assistant\n").ids]
     ids, labels, starts = [], [], []
     for turn in turns:
-        if turn["role"] == "assistant":  # header and answer are tokenized apart, as they come about when it answers
+        if turn["role"] == "assistant":  # header and answer are tokenized apart, as in generation
             said = [*tokenizer.encode(turn["content"]).ids, IM_END, *newline]
             ids += header + said
             labels += [IGNORE] * len(header) + said
@@ -307,8 +307,8 @@ def collate(examples: list[Example], length: int | None = None, device: str = "c
 
 
 def train_loss(model: MiniVLM, batch: Batch) -> torch.Tensor:
-    """Mean of -log p(the token that comes) over all tokens with a label. Before training all V tokens are about equally
-    likely, so the first loss is near ln 6400 = 8.76. If it stays there, nothing is learned."""
+    """Mean of -log p(the token that comes) over all tokens with a label. With all V tokens equally likely it is
+    ln 6400 = 8.76; random weights, whose scores vary, begin at about 9.3. If it stays there, nothing is learned."""
     hidden = model(model.embed(batch.ids, batch.pixels, batch.image_positions))
     targets = batch.labels[:, 1:]  # position t predicts token t + 1
     supervised = targets != IGNORE  # the head is the largest matrix; it runs only where there is something to learn
@@ -325,7 +325,7 @@ def update(model: MiniVLM, batch: Batch, optimizer: torch.optim.Optimizer, learn
     optimizer.param_groups[0]["lr"] = learning_rate
     loss = train_loss(model, batch)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch shall not throw the weights far (1211.5063)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # clipped: one odd batch moves little
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
@@ -345,7 +345,7 @@ def train(model: MiniVLM, data: Dataset, batch_size: int, learning_rate: float, 
     """One epoch, by AdamW (arXiv 1711.05101), which scales a weight's step by the size of its recent gradients."""
     model.requires_grad_(not projector_only)
     model.vision_proj.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # passes over what gets no gradient
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)  # skips what gets no gradient
     loader = DataLoader(data, batch_size, shuffle=True, collate_fn=lambda examples: collate(examples, device=device))
     for done, batch in enumerate(loader):
         loss = update(model, batch, optimizer, cosine(done / len(loader), learning_rate))

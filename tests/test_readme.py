@@ -158,7 +158,8 @@ def test_training_on_ones_own_images_runs_as_written(after_the_demo, capsys):
         done = run(program, *shlex.split(arguments), *more[program], cwd=after_the_demo)
         assert done.returncode == 0, done.stderr
     assert (after_the_demo / "out" / "mine_best_256.pth").is_file()
-    assert done.stdout.count("[") == 12
+    assert [len((after_the_demo / "my" / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "test")] == [20, 4]
+    assert "exact" in done.stdout and len((after_the_demo / "out" / "mine_256_predictions.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_experiments_run_as_written(after_the_demo, capsys):
@@ -166,10 +167,10 @@ def test_the_experiments_run_as_written(after_the_demo, capsys):
     for block in blocks("docs/how-it-works.md", "python"):
         if "get_peft_model" in block:
             continue  # tests/test_processing.py
-        compiled = compile(block.replace(", 200)", ", 8)"), "how-it-works.md", "exec")
+        compiled = compile(block.replace("min(200,", "min(8,"), "how-it-works.md", "exec")
         exec(compiled, scope)
     printed = capsys.readouterr().out
-    assert len(re.findall(r"(?m)^[\w' ]+ \{'colour': \d", printed)) >= 6, printed
+    assert len(re.findall(r"(?m)^[\w' ]+ \{'all': \d", printed)) >= 6, printed
     assert scope["rows"] and (after_the_demo / "dataset" / "demo" / "pairs.jsonl").stat().st_size
 
 

@@ -1,6 +1,8 @@
 """The machine that a process finds itself on: cores, threads, memory, open files. Imported before torch, and without it."""
 
+import atexit
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -89,3 +91,4 @@ def keep_few_kernels() -> None:
 
 settle_threads()
 keep_few_kernels()
+atexit.register(gc.freeze)  # an ending interpreter searches all objects for circles, several times: seconds, after torch

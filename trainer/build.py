@@ -226,15 +226,28 @@ def worker_count(wanted: int, ranks: Ranks) -> int:
     return min(wanted, most)
 
 
+class MicroBatches:
+    """The sample numbers of this rank's micro-batches in what is left of an epoch: what a DataLoader asks for."""
+
+    def __init__(self, sampler: ResumableSampler):
+        self.sampler, self.start = sampler, (0, 0)  # epoch, samples to skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for update in self.sampler.updates(*self.start):
+            yield from update
+
+
 class Loader:
     """This rank's micro-batches, read by processes that live through all epochs."""
 
     def __init__(self, run: Run, workers: int):
         config = run.model.config
-        self.sampler, self.start = run.sampler, (0, 0)
+        # Not this object itself: in a circle of references, the processes would outlive the training until some garbage
+        # collection, which comes at a bad moment and then waits for each of them.
+        self.numbers = MicroBatches(run.sampler)
         self.batches = DataLoader(
             run.dataset,
-            batch_sampler=self,
+            batch_sampler=self.numbers,
             collate_fn=partial(collate, pad_id=config.pad_token_id, image_tokens=config.image_tokens),
             num_workers=workers,
             # Started again in every epoch, they would be forks of a trainer grown by gigabytes, whose pages are copied.
@@ -246,15 +259,10 @@ class Loader:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each update that is left after `skip` samples of an epoch."""
-        self.start = (epoch, skip)
+        self.numbers.start = (epoch, skip)
         batches = iter(self.batches)
-        for update in self.sampler.updates(epoch, skip):
+        for update in self.numbers.sampler.updates(epoch, skip):
             yield list(islice(batches, len(update)))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The sample numbers of those micro-batches: what DataLoader asks for."""
-        for update in self.sampler.updates(*self.start):
-            yield from update
 
 
 def _start_worker(_: int) -> None:

@@ -60,6 +60,7 @@ class ArchiveImages(ImageSource):
         index.write(np.sort(np.array(found, self.ENTRY), order="like").tobytes())
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[np.void]:
+        """The entries of that name, in other spellings, too, if `loosely`."""
         name = posixpath.normpath(name.replace("\\", "/") if loosely else name)
         like = hash_of(likeness(name))
         begin, end = (int(np.searchsorted(self._entries["like"], like, side)) for side in ("left", "right"))
@@ -133,6 +134,7 @@ class ManyImages(ImageSource):
         self.sources, self.path = sources, ", ".join(str(source.path) for source in sources)
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[ImageSource]:
+        """The sources that have that name, each as often as it has it. Raises SampleError where none can have it."""
         found, problem = [], None
         for source in self.sources:
             try:

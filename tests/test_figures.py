@@ -145,12 +145,13 @@ def test_attention_is_drawn_for_each_token(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["attention", "--save_dir", "nowhere"], "no weights at nowhere/sft_vlm_512.pth"),
     (["loss", "--out", "noext"], "ends in .png, .jpg or .webp"),
-    (["loss", "--out", "."], "a folder, a pipe or a device"),
+    (["loss", "--out", "folder.png"], "a folder, a device or a dangling link"),
     (["loss", "--out", "file/a.png"], "no file can be written there"),
 ])  # fmt: skip
 def test_mistakes_are_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder.png").mkdir()
     assert main([*arguments, *([] if "--out" in arguments else ["--out", "x.png"])]) == 2
     said = capsys.readouterr().err
-    assert message in said and os.listdir(tmp_path) == ["file"]
+    assert message in said and sorted(os.listdir(tmp_path)) == ["file", "folder.png"]

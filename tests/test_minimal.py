@@ -20,7 +20,6 @@ from model.conversation import Renderer, parse_turns
 from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder
 from model.load import read_native
-from model.model_minimind import FeedForward
 from model.moe import MOEFeedForward
 from model.vision import normalize
 from model.weights import load_weights, save_weights
@@ -58,7 +57,7 @@ def plain_model(model):
                            c.vision_hidden_size)  # fmt: skip
     plain = minimal.MiniVLM(sizes)
     for layer in plain.model.layers if c.use_moe else ():
-        layer.mlp = PlainExperts(c, FeedForward)
+        layer.mlp = PlainExperts(c)
     plain.load_state_dict(model.state_dict())
     plain.vision_encoder = model.vision_encoder
     return plain

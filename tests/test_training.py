@@ -575,7 +575,7 @@ def test_corrupt_and_malicious_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no readable weight file"):
         load_weights(path, model)
     torch.save({"model.norm.weight": Evil()}, path)
-    with pytest.raises(UsageError, match=r"wants to call posix\.system"):
+    with pytest.raises(UsageError, match="more than tensors and plain values"):
         load_weights(path, model)
     assert not os.path.exists("/tmp/minimind_v_was_here")
     with pytest.raises(UsageError, match="no training state at"):

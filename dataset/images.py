@@ -26,6 +26,8 @@ Ref = str | bytes
 
 MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can unfold to gigabytes
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
+MOST_MISSING = 0.05  # fraction of a truncated image that may be missing
+CAN_BE_TRUNCATED = ("JPEG", "MPO", "PNG", "BMP")  # of others nobody can tell how much is missing
 Image.init()  # registers all formats
 CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
 FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
@@ -46,9 +48,11 @@ class ImageSource:
         """The decoded image; raises SampleError."""
         return load_image(ref if isinstance(ref, bytes) else self.read(ref, where), name_of(ref), where)
 
-    def pixels(self, ref: Ref, where: str = "") -> torch.Tensor:
-        """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError."""
+    def pixels(self, ref: Ref, where: str = "", notes: list[str] | None = None) -> torch.Tensor:
+        """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError. A truncated image adds to `notes`."""
         image = self.load(ref, where)
+        if notes is not None and image.info.get("truncated"):
+            notes.append(f"{where}: image {shown(name_of(ref))} is truncated, used: nearly all of it is there")
         with unreadable(name_of(ref), where):
             return preprocess(image)
 
@@ -190,10 +194,44 @@ def unreadable(name: str, where: str) -> Iterator[None]:
 
 
 def decode(data: bytes, most_pixels: int) -> Image.Image:
-    """The first frame, decoded.
+    """The first frame, decoded; of a truncated file, too, if nearly all of it is there: `info["truncated"]` says so.
 
     Raises ImageRefused for what is no image or has too many pixels, and what decoders raise, which is all kinds.
     """
+    image = open_image(data, most_pixels)
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error) or image.format not in CAN_BE_TRUNCATED:
+            raise
+        image = load_truncated(image, data, most_pixels)
+    return image
+
+
+def load_truncated(image: Image.Image, data: bytes, most_pixels: int) -> Image.Image:
+    """What is there of a truncated image; raises ImageRefused unless that is nearly all.
+
+    A JPEG comes in blocks, and those that are missing become grey; of other images, rows are missing, which stay zeros.
+    A progressive JPEG is refused unless its last scan (all frequencies, to the last bit; ITU-T T.81, B.2.3) has begun.
+    """
+    jpeg = image.format in ("JPEG", "MPO")
+    if jpeg:
+        image = open_image(data + b"\xff\xd9", most_pixels)  # with an end mark
+    else:
+        image.tile = []  # what the decoder has done is in the image
+    image.load()
+    blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), (127, 128) if jpeg else 0).all(2)
+    scan = data[data.rfind(b"\xff\xda") + 4 :]  # number of components, two bytes of each, first and last frequency, bits
+    last_frequency, bits = (scan + bytes(11))[2 * scan[0] + 2 :][:2] if scan else (0, 0)
+    lacks_scans = "progressive" in image.info and (last_frequency != 63 or bits % 16 != 0)
+    if lacks_scans or (blank if jpeg else blank.all(1)).mean() > MOST_MISSING:
+        raise ImageRefused("it is truncated, and too much of it is missing")
+    image.info["truncated"] = True
+    return image
+
+
+def open_image(data: bytes, most_pixels: int) -> Image.Image:
+    """The image, yet to be decoded; raises ImageRefused."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -204,7 +242,6 @@ def decode(data: bytes, most_pixels: int) -> Image.Image:
         image = open_by_plugin(data)
     if image.width * image.height > most_pixels:
         raise ImageRefused(f"it has {image.width} x {image.height} pixels, more than {most_pixels:,}; save it smaller")
-    image.load()
     return image
 
 

@@ -41,7 +41,8 @@ STAGES = {640: "train_pretrain_vlm.py", 1536: "train_sft_vlm.py"}  # by their --
 
 
 FOUND = np.dtype([("images", "u4"), ("length", "u4"), ("used", "u4"), ("supervised", "u4"), ("hash", "u8")])  # of a sample
-Report = tuple[np.ndarray, list[SampleError]]  # FOUND of each sample, a length of 0 for a bad one, and what is wrong with those
+# FOUND of each sample, a length of 0 for a bad one; what is wrong with those; and where a truncated image is used.
+Report = tuple[np.ndarray, list[SampleError], list[str]]
 
 
 def kind_of(error: SampleError) -> str:
@@ -58,19 +59,19 @@ class Checker:
 
     def check(self, span: range) -> Report:
         """A report on the samples with these numbers."""
-        found, errors = np.zeros(len(span), FOUND), []
+        found, errors, notes = np.zeros(len(span), FOUND), [], []
         for row, index in enumerate(span):
             try:
                 sample = self.samples[index]
                 whole, used = self.renderer.render(sample), self.renderer.render(sample, self.max_length)
                 for ref in sample.images:
-                    self.images.pixels(ref, sample.where)
+                    self.images.pixels(ref, sample.where, notes)
             except SampleError as error:
                 errors.append(error)
                 continue
             content = hash_of(repr([sample.turns, sample.images]))
             found[row] = len(sample.images), len(whole), len(used), (used.labels[1:] != -100).sum(), content
-        return found, errors
+        return found, errors, notes
 
 
 _checker: Checker | None = None  # of this process
@@ -170,11 +171,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError("--plot needs matplotlib: pip install matplotlib")
         samples, images = open_samples(args.data), open_images(args.images_path)
         checker = Checker(samples, images, Renderer(load_tokenizer(args.tokenizer_path)), args.max_seq_len)
-        reports, errors = [], []
+        reports, errors, notes = [], [], []
         with tqdm(total=len(samples), unit="sample", disable=not sys.stderr.isatty()) as bar:
-            for found, wrong in check_all(checker, args.processes):
+            for found, wrong, truncated in check_all(checker, args.processes):
                 reports.append(found)
-                errors += wrong
+                errors, notes = errors + wrong, notes + truncated
                 bar.update(len(found))
         found = np.concatenate(reports)
         numbers = np.flatnonzero(found["length"])  # of the good samples
@@ -182,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{counted(len(found), 'sample')}, {counted(good['images'].sum(), 'image')};"
               f" {len(errors):,} bad ({len(errors) / len(found):.2%})")  # fmt: skip
         tell_errors(errors)
+        if notes:
+            print(f"  {counted(len(notes), 'image')} truncated, used", *(f"      {note}" for note in notes[:SHOWN]), sep="\n")
         if len(good):
             tell_lengths(good, args.max_seq_len)
             tell_duplicates(good["hash"], numbers, samples)

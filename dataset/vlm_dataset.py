@@ -34,6 +34,7 @@ class ImageInput:
     pixels: torch.Tensor | None = None  # uint8 [3, 224, 224]
     features: torch.Tensor | None = None  # bf16 [P, W]
     entry: tuple[int, int] = (-1, 0)  # in the feature cache, if there is one: slot, and signature of the image's file
+    note: str = ""  # that it is truncated
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ class VLMDataset(Dataset):
         return Example(index, rendered.ids, rendered.labels, rendered.image_starts, shown)
 
     def _image(self, ref: Ref, where: str) -> ImageInput:
-        if self.cache is None:
-            return ImageInput(pixels=self.images.pixels(ref, where))
-        entry = self.cache.slot_of(ref), self.images.signature(ref, where)
-        features = self.cache.read(*entry)
-        return ImageInput(self.images.pixels(ref, where) if features is None else None, features, entry)
+        entry, features, notes = ImageInput.entry, None, []
+        if self.cache is not None:
+            entry = self.cache.slot_of(ref), self.images.signature(ref, where)
+            features = self.cache.read(*entry)
+        pixels = self.images.pixels(ref, where, notes) if features is None else None
+        return ImageInput(pixels, features, entry, "".join(notes))
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Batch:
     tokens: int = 0  # real ones, padding apart
     supervised: int = 0  # tokens that carry loss
     bad: tuple[BadSample, ...] = ()
+    truncated: tuple[BadSample, ...] = ()  # good ones, with a truncated image of which nearly all is there
 
     def _map(self, function) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -164,4 +167,5 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         image_positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         indices=tuple(example.index for example in examples),
         tokens=int(mask.sum()), supervised=len(loss_positions), bad=bad,
+        truncated=tuple(BadSample(example.index, image.note) for example in examples for image in example.images if image.note),
     )  # fmt: skip

@@ -146,7 +146,7 @@ PICTURES = {
     "zero bytes": (b"", "cannot be read: it is empty"),
     "truncated png": (encoded(RED)[:60], "cannot be read"),
     "truncated jpeg": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:900], "cannot be read"),
-    "jpeg cut by a few bytes": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:-9], "cannot be read"),
+    "jpeg cut by a few bytes": (encoded(Image.effect_noise((90, 90), 50), "JPEG")[:-9], None),
     "only a header": (b"\x89PNG\r\n\x1a\n", "it is an image, but damaged, truncated"),
     "text": (b"this is no picture", "it is text, not an image"),
     "html": (b"<html><body>404 Not Found</body></html>", "it is a web page, perhaps an error that was saved in place"),

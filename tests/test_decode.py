@@ -8,12 +8,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
-from dataset import kinds
+from dataset import kinds, validate
 from dataset.images import IMAGE_SUFFIXES, ImageRefused, decode, image_files, open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from model.errors import SampleError, reason
-from model.vision import to_rgb
+from model.vision import preprocess, to_rgb
 from tests.conftest import write_jsonl
 
 GRAIN = np.random.default_rng(0).normal(0, 8, (300, 400, 3))
@@ -29,30 +29,75 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
     return file.getvalue()
 
 
-CUT = {"jpeg": ("JPEG", {}), "progressive": ("JPEG", {"progressive": True}), "png": ("PNG", {}), "webp": ("WEBP", {}), "bmp": ("BMP", {}),
-       "tiff": ("TIFF", {})}  # fmt: skip
+CUT = {"jpeg": ("JPEG", {}), "420": ("JPEG", {"subsampling": 2}), "restarts": ("JPEG", {"restart_marker_rows": 1}),
+       "progressive": ("JPEG", {"progressive": True}), "cmyk": ("JPEG", {"mode": "CMYK"}), "grey": ("JPEG", {"mode": "L"}),
+       "png": ("PNG", {}), "bmp": ("BMP", {})}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_a_truncated_file_is_refused(name):
+def test_a_file_short_of_a_few_bytes_shows_nearly_everything(name):
     form, options = CUT[name]
-    data = encoded(PHOTO, form, **options)
-    assert decode(data, 10**6).size == PHOTO.size
-    for kept in (len(data) - 54, len(data) // 2, 99):
-        with pytest.raises((ImageRefused, OSError, SyntaxError)):
-            decode(data[:kept], 10**6)
+    image = PHOTO.convert(options.get("mode", "RGB"))
+    data = encoded(image, form, **{key: value for key, value in options.items() if key != "mode"})
+    whole = decode(data, 10**6)
+    assert "truncated" not in whole.info
+    whole = np.asarray(whole.convert("RGB")).astype(int)
+    for count in (1, 2, 10, 54):
+        shown = decode(data[:-count], 10**6)
+        assert shown.info.get("truncated") or (name == "png" and count < 54), "a PNG ends with bytes that are no pixels"
+        differing = (abs(np.asarray(shown.convert("RGB")) - whole).max(2) > 60).mean()
+        assert differing < 0.06 and shown.size == image.size, count
+    for kept in (0.5, 0.2):
+        if name == "progressive" and kept == 0.5:  # the last bits alone are missing
+            assert abs(np.asarray(decode(data[: len(data) // 2], 10**6)) - whole).mean() < 4
+            continue
+        with pytest.raises((ImageRefused, OSError)):
+            decode(data[: int(len(data) * kept)], 10**6)
 
 
-def test_a_truncated_image_makes_a_bad_sample(renderer, tmp_path):
+def test_much_that_is_missing_is_not_hidden_in_few_rows():
+    with pytest.raises(ImageRefused, match="too much of it is missing"):  # a single row of blocks
+        data = encoded(PHOTO.resize((2000, 8)), "JPEG")
+        decode(data[: len(data) // 2], 10**6)
+    data = encoded(PHOTO, "JPEG", progressive=True)
+    scans = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    for scan in scans[1:7]:  # all pixels have come, but coarse
+        with pytest.raises((ImageRefused, OSError), match=r"too much of it is missing|truncated"):
+            decode(data[: scan + 40], 10**6)
+
+
+@pytest.mark.parametrize(("form", "options"), [("WEBP", {}), ("WEBP", {"lossless": True}), ("SGI", {}), ("TIFF", {}), ("GIF", {})])
+def test_truncated_files_of_kinds_that_hide_what_is_missing_are_refused(form, options):
+    """A hundredth of a WebP's bytes may hold most of the pixels; SGI ends with a whole channel."""
+    calm = np.asarray(PHOTO).copy()
+    calm[60:] = np.linspace(30, 220, 240)[:, None, None]
+    data = encoded(Image.fromarray(calm), form, **options)
+    for missing in (10, 54, len(data) // 100, len(data) // 25):
+        with pytest.raises((ImageRefused, OSError)):
+            decode(data[:-missing], 10**6)
+
+
+def test_a_truncated_image_is_used_named_and_counted(renderer, tmp_path, capsys):
     data = encoded(PHOTO, "JPEG")
-    for name, content in (("a.jpg", data), ("b.jpg", data[:-10])):
+    for name, content in (("a.jpg", data), ("b.jpg", data[:-10]), ("c.jpg", data[:-9000])):
         (tmp_path / name).write_bytes(content)
-    path = write_jsonl(tmp_path / "data.jsonl", [ROW | {"image": name} for name in ("a.jpg", "b.jpg")])
+    path = write_jsonl(tmp_path / "data.jsonl", [ROW | {"image": name} for name in ("a.jpg", "b.jpg", "c.jpg")])
     dataset = VLMDataset(open_samples(path), open_images(tmp_path), renderer, 640)
-    batch = collate(dataset.__getitems__([0, 1]), 0, 196)
-    (bad,) = batch.bad
-    assert batch.indices == (0,) and bad.index == 1
-    assert f"{path}:2: image 'b.jpg' cannot be read: " in bad.reason and "truncated" in bad.reason
+    batch = collate(dataset.__getitems__([0, 1, 2]), 0, 196)
+    (note,), (bad,) = batch.truncated, batch.bad
+    assert batch.indices == (0, 1) and note.index == 1 and bad.index == 2
+    assert note.reason == f"{path}:2: image 'b.jpg' is truncated, used: nearly all of it is there"
+    assert f"{path}:3: image 'c.jpg' cannot be read: it is truncated, and too much" in bad.reason
+    assert validate.main([str(path), "--images_path", str(tmp_path), "--processes", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "3 samples, 2 images; 1 bad (33.33%)" in said and f"1 image truncated, used\n      {note.reason}" in said
+    assert validate.main([str(write_jsonl(path, [ROW | {"image": "b.jpg"}])), "--images_path", str(tmp_path)]) == 0
+
+
+def test_a_truncated_image_is_seen_by_the_model_as_the_whole_one():
+    data = encoded(PHOTO, "JPEG")
+    whole, truncated = (preprocess(decode(content, 10**6)).int() for content in (data, data[:-2]))
+    assert (whole - truncated).abs().max() <= 1
 
 
 def file_of(array, form: str) -> Image.Image:

@@ -370,6 +370,18 @@ def test_a_bad_sample_is_skipped_named_and_counted(data, encoder_folder, tmp_pat
     assert "plain.jsonl:1" in done.stderr and read_metrics(tmp_path / "c", NAME)[-1]["bad_samples"] == 1
 
 
+def test_a_truncated_image_is_used_named_once_and_counted(encoder_folder, tmp_path):
+    for name in ("whole.jpg", "cut.jpg"):
+        Image.effect_noise((90, 60), 40).save(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-5])
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "noise"}]
+    rows = write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns, "image": name} for name in ("whole.jpg", "cut.jpg")])
+    done = train((rows, tmp_path), encoder_folder, tmp_path / "a", epochs=2, on_bad_sample="raise")
+    assert done.stderr.count("data.jsonl:2: image 'cut.jpg' is truncated, used") == 1
+    line = read_metrics(tmp_path / "a", NAME)[-1]
+    assert (line["update"], line["truncated_images"], line["bad_samples"]) == (2, 2, 0)
+
+
 BAD = '{"conversations": 3}'
 
 

@@ -47,6 +47,7 @@ class TrainState:
     read: int = 0  # samples read so far, bad ones included
     bad: int = 0  # bad ones among them
     epoch_bad: int = 0  # those of the running epoch
+    truncated: int = 0  # images that are truncated and were used nevertheless
     seconds: float = 0.0  # spent training, over all interruptions
     tracker_id: str | None = None
     validated: int = 0  # the update of the last validation

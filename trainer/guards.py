@@ -73,13 +73,14 @@ class BadSampleGuard:
     def __init__(self, ranks: Ranks, stops_at_first: bool):
         self.ranks, self.stops_at_first, self.reported = ranks, stops_at_first, set()
 
-    def report(self, bad: list[BadSample]) -> None:
-        """Names this rank's bad samples that were not named before."""
-        kind = "bad sample" if self.stops_at_first else "bad sample skipped"
-        for sample in bad[:1] if self.stops_at_first else bad:
+    def report(self, bad: list[BadSample], truncated: list[BadSample]) -> None:
+        """Names this rank's bad samples and truncated images that were not named before."""
+        kind = "bad sample: " if self.stops_at_first else "bad sample skipped: "
+        named = [(sample, kind) for sample in (bad[:1] if self.stops_at_first else bad)] + [(sample, "") for sample in truncated]
+        for sample, kind in named:
             if sample.index not in self.reported:
                 self.reported.add(sample.index)
-                self.ranks.warn(f"{kind}: {sample.reason}")
+                self.ranks.warn(f"{kind}{sample.reason}")
 
     def judge(self, new: int, bad: int, read: int, done: bool) -> None:
         """Raises BadData. Of one pass over the data, `done` or still running: `read` samples of all ranks, `bad` ones among

@@ -150,10 +150,11 @@ class Trainer:
         Counts bad samples on the way. Raises BadData when there are too many, Stopped when a signal came to any rank.
         """
         bad = [sample for batch in micro_batches for sample in batch.bad]
-        self.bad_samples.report(bad)
-        supervised, tokens, good, bad_count, signals = self.ranks.sum([
+        truncated = [sample for batch in micro_batches for sample in batch.truncated]
+        self.bad_samples.report(bad, truncated)
+        supervised, tokens, good, bad_count, truncated_count, signals = self.ranks.sum([
             sum(batch.supervised for batch in micro_batches), sum(batch.tokens for batch in micro_batches),
-            sum(len(batch.indices) for batch in micro_batches), len(bad), stop.signum,
+            sum(len(batch.indices) for batch in micro_batches), len(bad), len(truncated), stop.signum,
         ])  # fmt: skip
         if signals:  # these samples wait for the resume, which counts them then
             raise Stopped(stop.signum or signal.SIGTERM)  # 0: another rank was asked to stop
@@ -161,6 +162,7 @@ class Trainer:
         done = state.samples + read
         self.bad_samples.judge(new, state.epoch_bad + new, done, done >= self.run.sampler.size)
         state.read, state.bad, state.epoch_bad = state.read + read, state.bad + new, state.epoch_bad + new
+        state.truncated += int(truncated_count)
         return supervised, tokens
 
     def update(self, micro_batches: list[Batch], learning_rate: float, supervised: float, tokens: float) -> None:
@@ -228,6 +230,7 @@ class Trainer:
             "learning_rate": learning_rate, "tokens_per_second": tokens / max(now - self.logged, 1e-9),
             "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update),
             "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad,
+            "truncated_images": self.state.truncated,
         })  # fmt: skip
         self.logged = now
         self.interval.zero_()

@@ -86,7 +86,7 @@ class Validation:
         for [batch] in self.loader.epoch(0):
             if stop.signum:
                 break
-            self.bad_samples.report(list(batch.bad))
+            self.bad_samples.report(list(batch.bad), list(batch.truncated))
             loss, _ = compute_loss(self.run, self.run.model, batch)
             total, supervised = total + loss.item() * batch.supervised, supervised + batch.supervised
             read, bad = read + len(batch.indices) + len(batch.bad), bad + len(batch.bad)

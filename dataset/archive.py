@@ -14,8 +14,8 @@ from typing import BinaryIO
 import numpy as np
 
 from model.errors import DataError, SampleError, check_fetched, reason, shown
-from model.storage import read_index
 
+from .derived import read_index
 from .images import IMAGE_SUFFIXES, MAX_BYTES, ImageRefused, ImageSource, hash_of, likeness
 
 IN_TAR, ENCRYPTED = 2**16, 2**16 + 1  # in place of a zip's method
@@ -35,7 +35,7 @@ class ArchiveImages(ImageSource):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self._entries = read_index(self.path, "index", self.ENTRY, self._write_index)
+            self._entries = read_index(self.path, self.ENTRY, self._write_index)
             self._time = self.path.stat().st_mtime_ns
         except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile, tarfile.TarError) as error:  # all by damaged ones
             check_fetched(self.path)

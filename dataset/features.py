@@ -29,7 +29,7 @@ from model.errors import DataError, SampleError
 from model.storage import hold, write_atomically
 
 from .images import Ref, hash_of
-from .sources import SampleSource
+from .sources import Mixture
 
 RECORD = np.dtype([("signature", "<i8"), ("checksum", "<u4")])  # a record of zeros is an empty slot
 PREPROCESSING = 3  # raised when the same file gives other pixels than before
@@ -52,7 +52,7 @@ class FeatureCache:
     Raises DataError when the disk cannot hold the features.
     """
 
-    def __init__(self, folder: Path, key: CacheKey, samples: SampleSource):
+    def __init__(self, folder: Path, key: CacheKey, samples: Mixture):
         self.folder, self.key = Path(folder), key
         lock = hold(self.folder / "lock", wait=True)  # ranks and other runs wait until the first has made the files
         try:
@@ -123,7 +123,7 @@ class FeatureCache:
             self.broken = error
             print(f"warning: the feature cache keeps no more ({error}); training continues", file=sys.stderr, flush=True)
 
-    def _prepare(self, samples: SampleSource) -> str | None:
+    def _prepare(self, samples: Mixture) -> str | None:
         """Maps the files, made from scratch unless they fit; returns why an older cache was thrown away, if one was."""
         old, meta = read_meta(self.folder), {"key": asdict(self.key), "data": samples.fingerprint()}
         names = None if old == meta else hash_images(samples)
@@ -194,7 +194,7 @@ def format_of(folder: Path, encoder: str) -> str | None:
     return key.get("dtype") if key.get("encoder") == encoder else None
 
 
-def hash_images(samples: SampleSource) -> np.ndarray:
+def hash_images(samples: Mixture) -> np.ndarray:
     """Hashes uint64 [M] of the different images, ascending. A sample that cannot be read has none."""
     found = set()
     for index in range(len(samples)):

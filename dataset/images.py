@@ -26,8 +26,6 @@ Ref = str | bytes
 
 MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can unfold to gigabytes
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
-MOST_MISSING = 0.05  # fraction of a truncated image that may be missing
-CAN_BE_TRUNCATED = ("JPEG", "MPO", "PNG", "BMP")  # of others nobody can tell how much is missing
 Image.init()  # registers all formats
 CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
 FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
@@ -62,10 +60,7 @@ class ImageSource:
 
     def find(self, name: str, where: str) -> Any:
         """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
-        if self.missing:
-            raise SampleError(f"image {shown(name)}: there is no folder {self.path}", where)
-        places = self.lookup(name, where)
-        places = places or self.lookup(name, where, loosely=True)
+        places = self.lookup(name, where) or self.lookup(name, where, loosely=True)
         if len(places) != 1:
             problem = f"could be any of {len(places)} files" if places else "is not"
             raise SampleError(f"image {shown(name)} {problem} in {self.path}", where)
@@ -93,6 +88,8 @@ class FolderImages(ImageSource):
         self._listings: dict[str, dict[str, list[str]]] = {}  # of folders where a name was not found: names by likeness
 
     def lookup(self, name: str, where: str, loosely: bool = False) -> list[str]:
+        if self.missing:
+            raise SampleError(f"image {shown(name)}: there is no folder {self.path}", where)
         # os.path is several times faster here than Path; isfile is False for what can be no name, as with a NUL.
         path = os.path.normpath(os.path.join(self.path, name.replace("\\", "/") if loosely else name))
         if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
@@ -103,7 +100,8 @@ class FolderImages(ImageSource):
         """Paths below the folder that differ from this one in spelling alone."""
         found = [self.path]
         for part in os.path.relpath(path, self.path).split(os.sep):
-            found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(likeness(part), [])]
+            part = likeness(part)
+            found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(part, [])]
         return found
 
     def _names(self, folder: str) -> dict[str, list[str]]:
@@ -129,26 +127,26 @@ def open_images(paths: str | Path) -> ImageSource:
 
     A single missing folder is no error yet: text-only data and parquet need none.
     """
-    names = [name for name in split_names(str(paths), os.path.exists) if name]
-    if len(names) < 2:
-        return _open_one(Path(names[0])) if names else FolderImages("")
+    names = [name for name in split_names(str(paths), os.path.exists) if name] or [""]
+    if len(names) == 1:
+        return _open_one(names[0])
     for name in names:
         if not os.path.exists(name):
             raise DataError(f"{name} does not exist; a folder or a .zip of images is wanted")
     from .archive import ManyImages  # not needed for one folder
 
-    return ManyImages([_open_one(Path(name)) for name in names])
+    return ManyImages([_open_one(name) for name in names])
 
 
-def _open_one(path: Path) -> ImageSource:
-    if path.suffix.lower() in (".zip", ".tar") and path.is_file():
+def _open_one(name: str) -> ImageSource:
+    if not os.path.exists(name) or os.path.isdir(name):
+        return FolderImages(name)
+    if os.path.splitext(name)[1].lower() in (".zip", ".tar"):
         from .archive import ArchiveImages  # not needed for folders
 
-        return ArchiveImages(path)
-    if path.exists() and not path.is_dir():
-        packed = f": mkdir images && tar -xf '{path}' -C images" if ".tar." in path.name or path.suffix == ".tgz" else ""
-        raise DataError(f"{path} is no folder of images, no .zip and no .tar{packed}")
-    return FolderImages(path)
+        return ArchiveImages(name)
+    packed = f": mkdir images && tar -xf '{name}' -C images" if name.endswith((".tar.gz", ".tgz")) else ""
+    raise DataError(f"{name} is no folder of images, no .zip and no .tar{packed}")
 
 
 def split_names(names: str, leads: Callable[[str], bool]) -> list[str]:
@@ -202,31 +200,11 @@ def decode(data: bytes, most_pixels: int) -> Image.Image:
     try:
         image.load()
     except OSError as error:
-        if "truncated" not in str(error) or image.format not in CAN_BE_TRUNCATED:
+        if "truncated" not in str(error):
             raise
-        image = load_truncated(image, data, most_pixels)
-    return image
+        from .kinds import load_truncated  # for such files alone
 
-
-def load_truncated(image: Image.Image, data: bytes, most_pixels: int) -> Image.Image:
-    """What is there of a truncated image; raises ImageRefused unless that is nearly all.
-
-    A JPEG comes in blocks, and those that are missing become grey; of other images, rows are missing, which stay zeros.
-    A progressive JPEG is refused unless its last scan (all frequencies, to the last bit; ITU-T T.81, B.2.3) has begun.
-    """
-    jpeg = image.format in ("JPEG", "MPO")
-    if jpeg:
-        image = open_image(data + b"\xff\xd9", most_pixels)  # with an end mark
-    else:
-        image.tile = []  # what the decoder has done is in the image
-    image.load()
-    blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), (127, 128) if jpeg else 0).all(2)
-    scan = data[data.rfind(b"\xff\xda") + 4 :]  # number of components, two bytes of each, first and last frequency, bits
-    last_frequency, bits = (scan + bytes(11))[2 * scan[0] + 2 :][:2] if scan else (0, 0)
-    lacks_scans = "progressive" in image.info and (last_frequency != 63 or bits % 16 != 0)
-    if lacks_scans or (blank if jpeg else blank.all(1)).mean() > MOST_MISSING:
-        raise ImageRefused("it is truncated, and too much of it is missing")
-    image.info["truncated"] = True
+        return load_truncated(image, data)
     return image
 
 

@@ -9,6 +9,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 from model.conversation import IMAGE_PLACEHOLDER, Turn, parse_turns
 from model.errors import NoSamples, SampleError, shown
-from model.storage import read_index
+
+from .derived import read_index
 
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # suffix and codec
 BLANK = b" \t\r\n\xef\xbb\xbf"  # an empty line may have a byte order mark
 LINE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("placeholders", "<i4"), ("number", "<i4"), ("crc", "<u4")])
+RECORD, PLACEHOLDER = struct.Struct("<qiiiI"), IMAGE_PLACEHOLDER.encode()
 BYTES_PER_TOKEN = 4  # of English in a vocabulary of 6,400; only lengths relative to each other matter
 
 
@@ -77,18 +80,22 @@ class JsonlSamples:
     """The samples of a jsonl file; empty lines are none. Raises DataError for a file that holds no samples."""
 
     def __init__(self, path: str | Path):
-        self.path = self._lines_path = Path(path)
-        if is_packed(self.path) or kind_of(self.path) == ".json":
-            from .lines import one_object_a_line  # not needed for jsonl
-
-            self._lines_path = one_object_a_line(self.path)
-        index = read_index(self._lines_path, "index", LINE, self._write_index)
-        self._lines, self._fingerprint = index[:-1], index[-1].tobytes().hex()
+        self.path = Path(path)
+        self._lines_path, self._lines = self._open()
         if not len(self._lines):
             raise NoSamples(f"{self.path} holds no samples: every line is empty")
 
+    def _open(self) -> tuple[Path, np.ndarray]:
+        """The file whose lines are read, this one or a copy, and where they are in it."""
+        path = self.path
+        if is_packed(path) or kind_of(path) == ".json":
+            from .lines import one_object_a_line  # not needed for jsonl
+
+            path = one_object_a_line(path)
+        return path, read_index(path, LINE, partial(self._write_index, path))
+
     def __reduce__(self):
-        return JsonlSamples, (self.path,)  # another process maps the index itself
+        return type(self), (self.path,)  # another process maps the index itself
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -101,13 +108,13 @@ class JsonlSamples:
         return f"{self.path}:{self._lines[index]['number']}"
 
     def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """About one token for four bytes of a line, and the images."""
+        """Tokens of samples, estimated without reading them: one for four bytes of a line, and the images."""
         lines = self._lines[indices]
         return lines["size"] // BYTES_PER_TOKEN + lines["placeholders"] * image_tokens
 
     def fingerprint(self) -> str:
         """A hash of all lines."""
-        return self._fingerprint
+        return hashlib.blake2b(self._lines, digest_size=LINE.itemsize).hexdigest()
 
     def row(self, index: int) -> Any:
         """The decoded line; raises SampleError."""
@@ -122,20 +129,21 @@ class JsonlSamples:
             raise SampleError("the file has changed since the start: the line is not what it was", where)
         return parse_json(content, where)
 
-    def _write_index(self, index: BinaryIO) -> None:
-        """A LINE for every line that is not empty, and a hash of them in place of a last one."""
-        digest, record, offset = hashlib.blake2b(digest_size=LINE.itemsize), struct.Struct("<qiiiI"), 0
-        size, placeholder = self._lines_path.stat().st_size, IMAGE_PLACEHOLDER.encode()
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index of {self.path.name}", delay=3, disable=None)
-        with open(self._lines_path, "rb") as file, bar:
+    def _write_index(self, path: Path, index: BinaryIO) -> None:
+        """A LINE for every line that is not empty."""
+        offset, size = 0, path.stat().st_size
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index of {path.name}", delay=3, disable=None)
+        with open(path, "rb") as file, bar:
             for number, line in enumerate(file, start=1):
                 if line.strip(BLANK):
-                    entry = record.pack(offset, len(line), line.count(placeholder), number, zlib.crc32(line))
-                    digest.update(entry)
-                    index.write(entry)
+                    index.write(describe(line, offset, number))
                 offset += len(line)
                 bar.update(len(line))
-        index.write(digest.digest())
+
+
+def describe(line: bytes, offset: int, number: int) -> bytes:
+    """A LINE."""
+    return RECORD.pack(offset, len(line), line.count(PLACEHOLDER), number, zlib.crc32(line))
 
 
 def kind_of(path: Path) -> str:

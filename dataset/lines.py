@@ -9,8 +9,8 @@ from typing import BinaryIO
 import pyarrow
 
 from model.errors import DataError
-from model.storage import Write, derived_file
 
+from .derived import derived_file
 from .jsonl import PACKED, is_packed, kind_of
 
 
@@ -18,6 +18,7 @@ def one_object_a_line(path: Path) -> Path:
     """The copy, made once; a .json file that holds one object a line itself is copied as it is. Raises DataError."""
 
     def write(copy: BinaryIO) -> None:
+        print(f"notice: {path} is copied to .{path.name}.lines once", file=sys.stderr)
         codec = PACKED[path.suffix.lower()] if is_packed(path) else None
         try:
             with open(path, "rb") as file, pyarrow.input_stream(file, compression=codec) as source:
@@ -30,7 +31,7 @@ def one_object_a_line(path: Path) -> Path:
                 raise
             raise DataError(f"cannot read {path}: {error}") from error
 
-    return copied(path, "lines", write)
+    return derived_file(path, "lines", write)
 
 
 def lines_of(document: bytes) -> bytes:
@@ -47,17 +48,3 @@ def lines_of(document: bytes) -> bytes:
         content = content["data"]
     rows = content if isinstance(content, list) else [content]
     return b"".join(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n" for row in rows)
-
-
-def copied(path: Path, kind: str, write: Write) -> Path:
-    """A copy that is read in place of the file, made once by `write`. Raises DataError where no disk has room for it."""
-
-    def write_and_say(file: BinaryIO) -> None:
-        print(f"notice: {path} is copied to .{path.name}.{kind} once", file=sys.stderr)
-        write(file)
-
-    copy = derived_file(path, kind, write_and_say)
-    if copy is None:
-        raise DataError(f"neither the folder of {path} nor ~/.cache has room for a copy of its rows, which is read in its place;"
-                        f" name a larger disk by XDG_CACHE_HOME")  # fmt: skip
-    return copy

@@ -1,14 +1,12 @@
-"""Samples from a parquet file, by way of a copy of its rows that is mapped into memory.
+"""Samples from a parquet file, by way of a copy of its rows.
 
-Parquet is read in row groups, which writers make of a hundred rows or of a whole file. The copy, an Arrow file `.NAME.rows` next to
-the original, is made once; in it any row is as quick to read as the next, and all processes share its pages.
+Parquet is read in row groups, which writers make of a hundred rows or of a whole file. The copy `.NAME.rows` next to the original
+is made once: of each row a line of json and the bytes of its images, and at the end an index, as jsonl files have one.
 """
 
-import hashlib
 import json
-import mmap
 import os
-import zlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,22 +19,17 @@ from tqdm import tqdm
 from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import DataError, NoSamples, SampleError
 
+from .derived import derived_file
 from .foreign import as_list, image_of, remedy, with_images
-from .jsonl import BYTES_PER_TOKEN, Sample, parse_json, parse_sample
-from .lines import copied
+from .jsonl import LINE, JsonlSamples, Sample, describe, parse_json, parse_sample
 
-CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")  # the first that is there counts
+# The first of each that is there counts.
+CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")
 FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
 BATCH_ROWS = 256  # to read at a time: Arrow holds no list of more than 2 GB
-ROWS = arrow.schema([  # of the copy
-    ("row", arrow.large_binary()),  # json text, as a line of jsonl has it
-    ("images", arrow.list_(arrow.large_binary())), ("names", arrow.list_(arrow.large_string())),  # one or the other of each image
-    ("problem", arrow.large_string()),  # of a row that cannot be read
-    ("size", arrow.int32()), ("placeholders", arrow.int32()), ("crc", arrow.uint32()),
-])  # fmt: skip
 
 
-class ParquetSamples:
+class ParquetSamples(JsonlSamples):
     """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with `role` and
     `content`) and `image_bytes` (an image file's bytes, or a list of such); or as the datasets library writes it: `messages`,
     and `images` or `image` of structs with `bytes` or `path`. A path, or text in place of bytes, is a file's name.
@@ -45,67 +38,42 @@ class ParquetSamples:
     Raises DataError.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        names = read_schema(self.path)[0].names
-        self._text, self._images = find_columns(self.path, names)
-        self._columns = [name for name in (self._text, self._images, *FURTHER) if name in names]
-        copy = copied(self.path, "rows", self._write_copy)
-        with open(copy, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        reader = arrow.ipc.open_file(arrow.py_buffer(mapped))
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._bounds = np.cumsum([0, *map(len, self._batches)])
-        self._sizes, self._placeholders, self._crcs = (
-            np.concatenate([batch.column(name).to_numpy() for batch in self._batches]) for name in ("size", "placeholders", "crc")
-        )
-
-    def __reduce__(self):
-        return ParquetSamples, (self.path,)  # another process maps the copy itself
-
-    def __len__(self) -> int:
-        return int(self._bounds[-1])
+    def _open(self) -> tuple[Path, np.ndarray]:
+        schema, count = read_schema(self.path)
+        self._text, self._images = find_columns(self.path, schema.names)
+        self._columns = [name for name in (self._text, self._images, *FURTHER) if name in schema.names]
+        copy = derived_file(self.path, "rows", self._write_copy)
+        index = np.memmap(copy, LINE, "r", offset=copy.stat().st_size - count * LINE.itemsize)
+        return copy, index.view(np.ndarray)
 
     def __getitem__(self, index: int) -> Sample:
-        number, where = int(np.searchsorted(self._bounds, index, side="right")) - 1, self.where(index)
-        place = int(index - self._bounds[number])  # in its batch: a table of all batches takes a hundred times as long
-        row = {name: self._batches[number].column(name)[place].as_py() for name in ROWS.names[:4]}
-        if row["problem"] is not None:
+        """The copy's line holds the row and its images, by name or by number of bytes; or why it cannot be used."""
+        row, where, line = self.row(index), self.where(index), self._lines[index]
+        if "problem" in row:
             raise SampleError(row["problem"], where)
-        images = tuple(name if blob is None else blob for blob, name in zip(row["images"], row["names"], strict=True))
-        return parse_sample(json.loads(row["row"].decode(errors="surrogatepass")), where, images)
-
-    def where(self, index: int) -> str:
-        """file:row, rows counted from 1."""
-        return f"{self.path}:{index + 1}"
-
-    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """About one token for four bytes of text, and the images."""
-        return self._sizes[indices] // BYTES_PER_TOKEN + self._placeholders[indices].astype(np.int64) * image_tokens
-
-    def fingerprint(self) -> str:
-        """A hash of all texts."""
-        return hashlib.blake2b(self._crcs, digest_size=16).hexdigest()
+        with open(self._lines_path, "rb", buffering=0) as file:
+            file.seek(line["offset"] + line["size"])
+            images = tuple(image if isinstance(image, str) else file.read(image) for image in row["images"])
+        return parse_sample(row["row"], where, images)
 
     def _write_copy(self, file: BinaryIO) -> None:
-        with arrow.ipc.new_file(file, ROWS) as writer:
-            for batch, first in read_batches(self.path, self._columns, f"copy of {self.path.name}"):
-                rows = [copied_row(batch, number, self._text, self._images, self.where(first + number)) for number in range(len(batch))]
-                writer.write_batch(arrow.RecordBatch.from_pylist(rows, ROWS))
-
-
-def copied_row(batch: arrow.RecordBatch, number: int, text: str, images: str | None, where: str) -> dict[str, Any]:
-    """A row of the copy."""
-    try:
-        fields, refs = row_of(cells_of(batch, number, where, [text]), text, images, where)
-        content, problem = json.dumps(fields, default=str, ensure_ascii=False).encode(errors="surrogatepass"), None
-    except SampleError as error:
-        content, refs, problem = b"", (), error.problem
-    return {
-        "row": content, "problem": problem, "size": len(content), "crc": zlib.crc32(content),
-        "images": [None if isinstance(ref, str) else ref for ref in refs], "names": [ref if isinstance(ref, str) else None for ref in refs],
-        "placeholders": content.count(IMAGE_PLACEHOLDER.encode()),
-    }  # fmt: skip
+        print(f"notice: {self.path} is copied to .{self.path.name}.rows once", file=sys.stderr)
+        index, offset = bytearray(), 0
+        for batch, first in read_batches(self.path, self._columns, f"copy of {self.path.name}"):
+            for number in range(len(batch)):
+                where, images = f"{self.path}:{first + number + 1}", ()
+                try:
+                    row, images = row_of(cells_of(batch, number, where, [self._text]), self._text, self._images, where)
+                    held = [image if isinstance(image, str) else len(image) for image in images]
+                    content = {"row": row, "images": held}
+                except SampleError as error:
+                    content = {"problem": error.problem}
+                line = json.dumps(content, default=str).encode() + b"\n"
+                index += describe(line, offset, first + number + 1)
+                blobs = b"".join(image for image in images if isinstance(image, bytes))
+                file.write(line + blobs)
+                offset += len(line) + len(blobs)
+        file.write(index)
 
 
 def open_parquet(path: Path) -> parquet.ParquetFile:

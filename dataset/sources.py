@@ -1,8 +1,4 @@
-"""Where samples come from: jsonl and parquet files, one or many, mixed by weights; and their order in an epoch.
-
-A sample source is anything with `len()`, `[i] -> Sample` (raising SampleError) and the methods of SampleSource. Other
-formats join here, in `open_file`.
-"""
+"""Where samples come from: jsonl and parquet files, one or many, mixed by weights; and their order in an epoch."""
 
 import glob
 import hashlib
@@ -11,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,55 +25,50 @@ ROUNDS = 6  # of a Permutation
 Order = Callable[[np.ndarray], np.ndarray]  # places in an epoch, int64 [k], to samples' numbers, int64 [k]
 
 
-class SampleSource(Protocol):
-    """Checked samples by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def where(self, index: int) -> str:
-        """file:line of a sample."""
-
-    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """Tokens of samples, estimated without reading them again."""
-
-    def fingerprint(self) -> str:
-        """Another one whenever the samples are others."""
-
-
 class Mixture:
-    """Several sources as one: their samples numbered through, and an order that takes from each by its weight.
+    """Several files as one: their samples numbered through, and an order that takes from each by its weight.
 
-    With a weight other than 1 a source continues where it stopped the epoch before: no sample is repeated until all have come.
+    With a weight other than 1 a file continues where it stopped the epoch before: no sample is repeated until all have come.
     """
 
-    def __init__(self, sources: list[SampleSource], weights: list[float]):
+    def __init__(self, sources: list[JsonlSamples], weights: list[float]):
         self.sources, self.weights = sources, weights
-        self.bounds = running_sum([len(source) for source in sources])
+        self.bounds = np.cumsum([0, *map(len, sources)])
         self.held_out = np.empty(0, dtype=np.int64)  # numbers of samples that no epoch takes, ascending
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
-    def _sizes(self) -> list[int]:
-        """Samples of each source that are not held out."""
-        held_out = np.diff(np.searchsorted(self.held_out, self.bounds))
-        return [len(source) - int(count) for source, count in zip(self.sources, held_out, strict=True)]
+    def __getitem__(self, index: int) -> Sample:
+        source, own = self._place(index)
+        return source[own]
 
-    def _counts(self) -> list[int]:
-        """Samples that each source gives to an epoch; at least one."""
-        return [max(1, round(size * weight)) for size, weight in zip(self._sizes(), self.weights, strict=True)]
+    def _place(self, index: int) -> tuple[JsonlSamples, int]:
+        number = int(np.searchsorted(self.bounds, index, side="right")) - 1
+        return self.sources[number], int(index - self.bounds[number])
 
-    @property
-    def epoch_size(self) -> int:
-        """Samples of an epoch, weights considered."""
-        return sum(self._counts())
+    def where(self, index: int) -> str:
+        """file:line of a sample."""
+        source, own = self._place(index)
+        return source.where(own)
+
+    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
+        """Tokens of samples, estimated without reading them."""
+        numbers, lengths = np.searchsorted(self.bounds, indices, side="right") - 1, np.empty_like(indices)
+        for number in np.unique(numbers):
+            own = numbers == number
+            lengths[own] = self.sources[number].lengths(indices[own] - self.bounds[number], image_tokens)
+        return lengths
+
+    def fingerprint(self) -> str:
+        """Another one whenever the samples are others."""
+        hashes = "".join(source.fingerprint() for source in self.sources)
+        return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
 
     def hold_out(self, part: float, seed: int) -> np.ndarray:
-        """Takes this fraction of every source's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
+        """Takes this fraction of every file's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
 
-        One choice for a seed; at least one sample of each source stays.
+        One choice for a seed; at least one sample of each file stays.
         """
         chosen = []
         for number, source in enumerate(self.sources):
@@ -86,153 +77,38 @@ class Mixture:
         self.held_out = np.sort(np.concatenate(chosen))
         return self.held_out
 
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Samples of each file that are not held out, and how many of them an epoch takes; at least one."""
+        sizes = np.diff(self.bounds - np.searchsorted(self.held_out, self.bounds))
+        return sizes, np.maximum(1, np.round(sizes * self.weights)).astype(int)
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples of an epoch, weights considered."""
+        return int(self._sizes()[1].sum())
+
     def order(self, seed: int, epoch: int) -> Order:
         """The epoch's order of samples, before the sampler puts those of similar lengths together."""
-        sizes, counts = self._sizes(), self._counts()
-        begins, ends = running_sum(sizes), running_sum(counts)
-        shuffled = Permutation(sum(counts), (seed, epoch))
-        skipped = self.held_out - np.arange(len(self.held_out))  # of each held-out sample: how many others come before it
-
-        def within(source: int, places: np.ndarray) -> np.ndarray:
-            """The samples of a source at places among those it gives to the epoch."""
-            if self.weights[source] == 1:
-                return places
-            running, numbers = places + epoch * counts[source], np.empty_like(places)
-            for number in np.unique(running // sizes[source]):  # of passes through the source
-                own = running // sizes[source] == number
-                permuted = Permutation(sizes[source], (seed, source, int(number)))
-                numbers[own] = permuted(running[own] % sizes[source])
-            return numbers
+        sizes, counts = self._sizes()
+        begins, ends = np.cumsum([0, *sizes]), np.cumsum([0, *counts])
+        shuffled = Permutation(int(ends[-1]), (seed, epoch))
+        skipped = self.held_out - np.arange(len(self.held_out))  # for each held-out sample: how many others come before it
 
         def order(places: np.ndarray) -> np.ndarray:
             mixed = shuffled(places)
-            source, numbers = np.searchsorted(ends, mixed, side="right") - 1, np.empty_like(mixed)
-            for number in np.unique(source):
+            source = np.searchsorted(ends, mixed, side="right") - 1
+            numbers = begins[source] + mixed - ends[source]
+            for number in np.unique(source[np.take(self.weights, source) != 1]):
                 own = source == number
-                numbers[own] = begins[number] + within(int(number), mixed[own] - ends[number])
+                # Places along endless passes through the file, each in an order of its own.
+                passes, within = np.divmod(mixed[own] - ends[number] + epoch * counts[number], sizes[number])
+                for key in np.unique(passes):
+                    permuted = Permutation(int(sizes[number]), (seed, int(number), int(key)))
+                    within[passes == key] = permuted(within[passes == key])
+                numbers[own] = begins[number] + within
             return numbers + np.searchsorted(skipped, numbers, side="right")
 
         return order
-
-    def _place(self, index: int) -> tuple[SampleSource, int]:
-        number = int(np.searchsorted(self.bounds, index, side="right")) - 1
-        return self.sources[number], int(index - self.bounds[number])
-
-    def __getitem__(self, index: int) -> Sample:
-        source, own = self._place(index)
-        return source[own]
-
-    def where(self, index: int) -> str:
-        """file:line of a sample."""
-        source, own = self._place(index)
-        return source.where(own)
-
-    def lengths(self, indices: np.ndarray, image_tokens: int) -> np.ndarray:
-        """Estimated tokens of samples."""
-        number, lengths = np.searchsorted(self.bounds, indices, side="right") - 1, np.empty(len(indices), dtype=np.int64)
-        for source in np.unique(number):
-            own = number == source
-            lengths[own] = self.sources[source].lengths(indices[own] - self.bounds[source], image_tokens)
-        return lengths
-
-    def fingerprint(self) -> str:
-        """A hash of the sources'."""
-        return hashlib.blake2b("".join(source.fingerprint() for source in self.sources).encode(), digest_size=16).hexdigest()
-
-
-def open_samples(paths: str | Path) -> Mixture:
-    """The samples in files, in folders of them and where patterns lead, with commas between, each with a weight when wanted:
-    "a.jsonl, shards/*.parquet:0.3, more/". Raises DataError when there is no such file or it is of another kind."""
-    sources, weights, seen = [], [], set()
-    for entry, weight in split_entries(str(paths)):
-        files = {os.path.realpath(path): path for path in find_files(entry)}  # links in a circle lead to a file many times
-        if twice := next((files[real] for real in files if real in seen), None):
-            raise DataError(f"{twice} is named twice; a weight takes samples more often ({twice}:2)")
-        seen.update(files)
-        sources += (opened := open_files(files.values()))
-        weights += [weight] * len(opened)
-    return Mixture(sources, weights)
-
-
-def split_entries(paths: str) -> list[tuple[str, float]]:
-    """What --data_path names, with weights. A comma within the name of a file belongs to it."""
-    return [split_weight(entry) for entry in split_names(paths, lambda entry: leads_somewhere(split_weight(entry)[0]))]
-
-
-def leads_somewhere(entry: str) -> bool:
-    """Whether there is a file, a folder or anything that a pattern matches."""
-    return bool(entry) and (os.path.exists(entry) or next(glob.iglob(entry, recursive=True), None) is not None)
-
-
-def split_weight(entry: str) -> tuple[str, float]:
-    """"a.jsonl:0.3" as its parts; the weight is 1 where none is given."""
-    if os.path.exists(entry):
-        return entry, 1.0
-    path, colon, weight = entry.rpartition(":")
-    try:
-        value = float(weight) if colon else 1.0
-    except ValueError:  # a colon within a name
-        return entry, 1.0
-    if not 0 < value <= MOST_WEIGHT:
-        raise DataError(f"{entry}: the weight must be greater than 0 and at most {MOST_WEIGHT}")
-    return (path, value) if colon else (entry, 1.0)
-
-
-def find_files(entry: str) -> list[Path]:
-    """The data files that an entry of --data_path means, by name; raises DataError, UsageError for one that was not fetched."""
-    found = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
-    if not found:
-        raise DataError(
-            f"no data at {entry or 'an empty name'}. Fetch the published data set with\n"
-            f"    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
-            f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
-            f"or name a jsonl or parquet file of your own (format: README, 'Train on your own images')."
-        )
-    files = [Path(entry)] if found == [entry] and not os.path.isdir(entry) else []
-    if not files:
-        for path in map(Path, found):
-            if path.is_dir():
-                files += sorted(file for file in path.iterdir() if kind_of(file) in FILES)
-            elif kind_of(path) in (*FILES, ".json"):
-                files.append(path)
-        files = [file for file in files if not file.name.startswith(".") and not file.is_dir()]
-        files = [file for file in files if not (is_packed(file) and file.with_suffix("").exists())]
-    if not files:
-        raise DataError(f"{entry} holds no .jsonl and no .parquet files (.json files are named, or met by a pattern: {entry.rstrip('/')}/*.json)")
-    for file in files:
-        if file.exists() and not is_regular(file):
-            raise DataError(f"{file} is a pipe or a device; data are read more than once: write them to a file")
-        check_fetched(file)
-    return files
-
-
-def open_file(path: Path) -> SampleSource:
-    """The samples of one file; raises DataError."""
-    if kind_of(path) not in (*FILES, ".json") or (kind_of(path) == ".parquet" and is_packed(path)):
-        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, or such packed as {', '.join(PACKED)})")
-    try:
-        if path.suffix.lower() != ".parquet":
-            return JsonlSamples(path)
-        from .parquet import ParquetSamples  # pyarrow takes a while to import
-
-        return ParquetSamples(path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def open_files(paths: Iterable[Path], opened: Callable[[Path], T] = open_file) -> list[T]:
-    """What is `opened` of each file. Empty ones beside others, as Spark leaves them, are left out. Raises DataError."""
-    sources, empty = [], []
-    for path in paths:
-        try:
-            sources.append(opened(path))
-        except NoSamples as error:
-            empty.append(error)
-    if empty and not sources:
-        raise empty[0]
-    if empty:
-        print(f"notice: {len(empty)} of {len(empty) + len(sources)} files left out: {empty[0]}", file=sys.stderr)
-    return sources
 
 
 class Permutation:
@@ -269,6 +145,100 @@ def scramble(bits: np.ndarray) -> np.ndarray:
     return bits ^ bits >> np.uint64(31)
 
 
-def running_sum(counts: list[int]) -> np.ndarray:
-    """Where each of several parts begins, and the end of the last."""
-    return np.concatenate([[0], np.cumsum(counts)])
+def open_samples(paths: str | Path) -> Mixture:
+    """The samples in files, in folders of them and where patterns lead, with commas between, each with a weight when wanted:
+    "a.jsonl, shards/*.parquet:0.3, more/". Raises DataError when there is no such file or it is of another kind."""
+    sources, weights, seen = [], [], set()
+    for entry, weight in split_entries(str(paths)):
+        files = {os.path.realpath(path): path for path in find_files(entry)}  # links in a circle lead there many times
+        if twice := next((files[real] for real in files if real in seen), None):
+            raise DataError(f"{twice} is named twice; a weight takes samples more often ({twice}:2)")
+        seen.update(files)
+        sources += (opened := open_files(files.values()))
+        weights += [weight] * len(opened)
+    return Mixture(sources, weights)
+
+
+def split_entries(paths: str) -> list[tuple[str, float]]:
+    """What --data_path names, with weights. A comma within the name of a file belongs to it."""
+    return [split_weight(entry) for entry in split_names(paths, lambda entry: bool(matches(split_weight(entry)[0])))]
+
+
+def matches(entry: str) -> list[str]:
+    """The file or folder of that name; without one, what such a pattern leads to."""
+    return [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
+
+
+def split_weight(entry: str) -> tuple[str, float]:
+    """"a.jsonl:0.3" as its parts; the weight is 1 where none is given."""
+    path, colon, weight = entry.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:  # a colon within a name, or none
+        return entry, 1.0
+    if not colon or os.path.exists(entry):
+        return entry, 1.0
+    if not 0 < value <= MOST_WEIGHT:
+        raise DataError(f"{entry}: the weight must be greater than 0 and at most {MOST_WEIGHT}")
+    return path, value
+
+
+def find_files(entry: str) -> list[Path]:
+    """The data files that an entry of --data_path means; raises DataError, UsageError for one that was not fetched.
+
+    Hidden files, and packed ones beside the unpacked, are no data unless they are named.
+    """
+    found = matches(entry)
+    if not found:
+        raise DataError(
+            f"no data at {entry or 'an empty name'}. Fetch the published data set with\n"
+            f"    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
+            f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
+            f"or name a jsonl or parquet file of your own (format: README, 'Train on your own images')."
+        )
+    if found == [entry] and not os.path.isdir(entry):
+        files = [Path(entry)]
+    else:
+        files = []
+        for path in map(Path, found):
+            inside, kinds = (sorted(path.glob("[!.]*")), FILES) if path.is_dir() else ([path], (*FILES, ".json"))
+            files += [file for file in inside if kind_of(file) in kinds and not file.is_dir()]
+        files = [file for file in files if not (is_packed(file) and file.with_suffix("").exists())]
+    if not files:
+        raise DataError(f"{entry} holds no .jsonl and no .parquet files"
+                        f" (.json files are named, or met by a pattern: {entry.rstrip('/')}/*.json)")  # fmt: skip
+    for file in files:
+        if file.exists() and not is_regular(file):
+            raise DataError(f"{file} is a pipe or a device; data are read more than once: write them to a file")
+        check_fetched(file)
+    return files
+
+
+def open_file(path: Path) -> JsonlSamples:
+    """The samples of one file; raises DataError."""
+    kind = kind_of(path)
+    if kind not in (*FILES, ".json") or (kind == ".parquet" and is_packed(path)):
+        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, or such packed as {', '.join(PACKED)})")
+    try:
+        if kind != ".parquet":
+            return JsonlSamples(path)
+        from .parquet import ParquetSamples  # pyarrow takes a while to import
+
+        return ParquetSamples(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def open_files(paths: Iterable[Path], opened: Callable[[Path], T] = open_file) -> list[T]:
+    """What is `opened` of each file. Empty ones beside others, as Spark leaves them, are left out. Raises DataError."""
+    sources, empty = [], []
+    for path in paths:
+        try:
+            sources.append(opened(path))
+        except NoSamples as error:
+            empty.append(error)
+    if empty and not sources:
+        raise empty[0]
+    if empty:
+        print(f"notice: {len(empty)} of {len(empty) + len(sources)} files left out: {empty[0]}", file=sys.stderr)
+    return sources

@@ -4,10 +4,8 @@ A file is written beside its place under a temporary name, forced to disk and re
 the old file or the whole new one is there. Locks are those of the filelock library, which has them on every system.
 """
 
-import contextlib
 import errno
 import functools
-import io
 import os
 import re
 import shutil
@@ -15,16 +13,13 @@ import socket
 import stat
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from filelock import FileLock, Timeout, lock_descriptor
+from filelock import FileLock, Timeout
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DERIVED_VERSION = 4  # raised when derived files are written otherwise than before
 TEMPORARY = ".tmp"  # suffix of files that are being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # answers of NFS, Lustre and others; 524 is Linux's ENOTSUPP
 
@@ -161,51 +156,3 @@ def _explain(error: Exception, folder: Path) -> str:
 def is_regular(path: str | Path) -> bool:
     """Whether that is a file with an end; who opens a named pipe may wait for ever. Raises OSError when nothing is there."""
     return stat.S_ISREG(os.stat(path).st_mode)
-
-
-def derived_file(path: Path, kind: str, write: Write) -> Path | None:
-    """A file that `write` makes of the one at `path`, once: `.NAME.kind` next to it, or in ~/.cache/minimind-v ($XDG_CACHE_HOME)
-    where that folder is read-only. It is made again when the original has changed. None where it can be written nowhere.
-
-    Its time of modification says of which state of the original it was made. One process writes, the others wait.
-    """
-    status, original = path.stat(), str(path.absolute()).encode(errors="surrogateescape")
-    stamp = zlib.crc32(f"{DERIVED_VERSION} {status.st_size} {status.st_mtime_ns}".encode())  # whole seconds stay on any disk
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimind-v"
-    places = [path.with_name(f".{path.name}.{kind}"), cache / f"{path.name}.{zlib.crc32(original):08x}.{kind}"]
-
-    def existing() -> Path | None:
-        return next((place for place in places if place.is_file() and place.stat().st_mtime == stamp), None)
-
-    if found := existing():
-        return found
-    with open(path, "rb") as file:
-        locked = False
-        with contextlib.suppress(OSError):  # not on every network drive
-            locked = lock_descriptor(file.fileno())  # until the file is closed
-        if found := existing():  # another process was quicker
-            return found
-        for place in places:
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if locked:
-                    remove_temporaries(place)
-                temporary = write_temporary(place, write)
-                os.utime(temporary, (stamp, stamp))
-                os.replace(temporary, place)
-            except OSError:
-                continue  # read-only, or full
-            return place
-    return None
-
-
-def read_index(path: Path, kind: str, record: np.dtype, write: Write) -> np.ndarray:
-    """The records that `write` collects from the file at `path`, stored next to it and mapped into memory."""
-    place = derived_file(path, kind, write)
-    if place is None:  # nothing can be written anywhere
-        memory = io.BytesIO()
-        write(memory)
-        return np.frombuffer(memory.getbuffer(), record)
-    if place.stat().st_size < 2**20:  # a map holds a file open, and a data set may have thousands of small files
-        return np.fromfile(place, record)
-    return np.memmap(place, record, "r").view(np.ndarray)  # a memmap's own [i] takes three times as long

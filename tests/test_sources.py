@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 
 import train_pretrain_vlm
 import train_sft_vlm
-from dataset import archive, convert, foreign, lines, validate
+from dataset import archive, convert, foreign, validate
 from dataset.archive import ArchiveImages
 from dataset.images import load_image, open_images
 from dataset.jsonl import JsonlSamples, parse_sample
@@ -151,7 +151,8 @@ def test_where_the_folder_is_read_only_the_index_goes_to_the_cache(tmp_path, mon
     index.unlink()
     (tmp_path / "cache" / "minimind-v").rmdir()
     (tmp_path / "cache" / "minimind-v").write_text("no folder")
-    assert JsonlSamples(path)[0].turns[0].content == "x" and list(blocked.iterdir()) == []
+    with pytest.raises(DataError, match=r"neither the folder of .*a\.jsonl nor ~/\.cache has room .* XDG_CACHE_HOME"):
+        JsonlSamples(path)
 
 
 def run_forked(*functions) -> list[int]:
@@ -168,11 +169,11 @@ def run_forked(*functions) -> list[int]:
 def test_processes_that_start_together_make_one_index(tmp_path, monkeypatch):
     path, log, write_index = write_jsonl(tmp_path / "a.jsonl", [row("x")] * 9), tmp_path / "log", JsonlSamples._write_index
 
-    def slow(self, file):
+    def slow(*arguments):
         with open(log, "a") as told:
             told.write("read\n")
         time.sleep(0.5)
-        write_index(self, file)
+        write_index(*arguments)
 
     monkeypatch.setattr(JsonlSamples, "_write_index", slow)
     assert run_forked(*[lambda: JsonlSamples(path)[8]] * 4) == [0] * 4
@@ -323,10 +324,12 @@ def test_documents_that_cannot_be_read(tmp_path, name, content, problem):
 
 
 def test_no_room_for_a_copy_names_what_to_do(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "derived_file", lambda *_: None)
+    (tmp_path / "no folder").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no folder"))
     (tmp_path / "a.jsonl.zst").write_bytes(packed(LINES.encode(), "zst"))
-    for path in (tmp_path / "a.jsonl.zst", write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1])):
-        with pytest.raises(DataError, match=r"has room for a copy of its rows, .* XDG_CACHE_HOME"):
+    for path, kind in ((tmp_path / "a.jsonl.zst", "lines"), (write_parquet(tmp_path / "a.parquet", read_rows(data[0]), data[1]), "rows")):
+        path.with_name(f".{path.name}.{kind}").mkdir()
+        with pytest.raises(DataError, match=rf"has room for its {kind}, .* XDG_CACHE_HOME"):
             open_samples(path)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.images import ImageSource, open_images
-from dataset.sources import Mixture, Order, SampleSource, open_samples
+from dataset.sources import Mixture, Order, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from machine import cores
 from model.conversation import Renderer
@@ -180,7 +180,7 @@ def may_compile(config: TrainConfig, ranks: Ranks) -> bool:
     return bool(config.use_compile) and not ranks.sum([float(bool(problem))])[0]
 
 
-def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: SampleSource, encoder: str) -> "FeatureCache":
+def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: Mixture, encoder: str) -> "FeatureCache":
     """The feature cache of the run's data, created or reused; says how large it will grow. Raises UsageError."""
     from dataset.features import CacheKey, FeatureCache  # not needed without
 
@@ -197,7 +197,7 @@ def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: S
     return cache
 
 
-def make_sampler(config: TrainConfig, ranks: Ranks, samples: SampleSource, image_tokens: int, size: int,
+def make_sampler(config: TrainConfig, ranks: Ranks, samples: Mixture, image_tokens: int, size: int,
                  order: Callable[[int], Order]) -> ResumableSampler:  # fmt: skip
     """The sampler of `size` of these samples in this order of an epoch, those of like lengths together."""
     return ResumableSampler(

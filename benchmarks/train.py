@@ -13,11 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from timeit import timeit
 
 import torch
 from torch.utils.data import DataLoader
@@ -29,8 +31,8 @@ from dataset.vlm_dataset import VLMDataset, collate
 from docs import minimal_vlm
 from machine import peak_memory
 from model.conversation import Renderer
-from model.model_minimind import MiniMindConfig
-from model.moe import MOEFeedForward
+from model.device import check_compile
+from model.errors import UsageError
 from model.storage import REPOSITORY
 from model.weights import load_tokenizer
 
@@ -40,7 +42,7 @@ STAGES = {  # the scripts' own settings
     "pretrain": {"batch_size": 16, "max_seq_len": 640, "freeze_llm": 1, "learning_rate": 4e-4},
     "sft": {"batch_size": 4, "max_seq_len": 1536, "freeze_llm": 0, "learning_rate": 1e-6},
 }
-ROWS = (*(f"{stage}_{what}" for stage in STAGES for what in ("first_epoch", "cached")), "loader", "moe")
+ROWS = (*(f"{stage}_{what}" for stage in STAGES for what in ("first_epoch", "cached")), "loader")
 EPOCHS = 4  # of a script's turn: the first fills the feature cache, the others read it
 PLAIN_UPDATES = 2  # of the baseline's turn, after one that is not counted
 
@@ -48,6 +50,12 @@ PLAIN_UPDATES = 2  # of the baseline's turn, after one that is not counted
 def measure(wanted: list[str], folder: Path, size: Size, args: argparse.Namespace) -> Iterator[dict]:
     """The rows, each with its ratio to the baseline where that is measured, too."""
     tokenizer, encoder = load_tokenizer(str(REPOSITORY / "model")), make_encoder(folder / "encoder", size)
+    try:
+        if size.compile and wanted != ["loader"]:
+            check_compile(torch.device(args.device))
+    except UsageError as error:
+        print(f"notice: {error}, as is done here")
+        size = replace(size, compile=0)
     for stage in STAGES:
         rows = [name for name in wanted if name.startswith(stage)]
         if rows:
@@ -55,8 +63,6 @@ def measure(wanted: list[str], folder: Path, size: Size, args: argparse.Namespac
             yield from race(stage, rows, folder, encoder, size, args)
     if "loader" in wanted:
         yield measure_loader(folder, tokenizer)
-    if "moe" in wanted:
-        yield measure_moe(torch.device(args.device))
 
 
 def race(stage: str, rows: list[str], folder: Path, encoder: Path, size: Size, args: argparse.Namespace) -> Iterator[dict]:
@@ -133,19 +139,6 @@ def train_plain(stage: str, folder: Path, encoder: Path, size: Size, device: str
     return {"samples_per_second": done * flags["batch_size"] / seconds, "peak_memory_mb": memory / 2**20}
 
 
-def median_seconds(ways: dict[str, Callable], times: int) -> dict[str, float]:
-    """Median seconds of functions that take turns; the first turn is not counted."""
-    seconds = {name: [] for name in ways}
-    for _ in range(times + 1):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 def measure_loader(folder: Path, tokenizer) -> dict:
     """Captions with their images to batches of 16, on one core."""
     threads = torch.get_num_threads()
@@ -153,38 +146,10 @@ def measure_loader(folder: Path, tokenizer) -> dict:
     path, images = write_data(folder / "loader", "pretrain", 16, tokenizer, images=16)
     plain = minimal_vlm.Conversations(path, images, minimal_vlm.load_tokenizer())
     real = VLMDataset(open_samples(path), open_images(images), Renderer(tokenizer), 640)
-    seconds = median_seconds({"plain": lambda: minimal_vlm.collate([plain[number] for number in range(16)], 640),
-                              "real": lambda: collate(real.__getitems__(list(range(16))), 0, 196)}, 9)  # fmt: skip
+    ways = {"plain": lambda: minimal_vlm.collate([plain[number] for number in range(16)], 640),
+            "real": lambda: collate(real.__getitems__(list(range(16))), 0, 196)}  # fmt: skip
+    turns = [{name: timeit(way, number=1) for name, way in ways.items()} for _ in range(10)]
+    seconds = {name: statistics.median(turn[name] for turn in turns[1:]) for name in ways}  # the first warms up
     torch.set_num_threads(threads)
     return {"name": "loader", "samples_per_second": 16 / seconds["real"], "plain_samples_per_second": 16 / seconds["plain"],
-            "plain_ratio": seconds["plain"] / seconds["real"]}  # fmt: skip
-
-
-def mix_experts(layer: MOEFeedForward, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixture of Experts as textbooks write it: [B, T, D] -> the same, and the auxiliary loss. Every token is repeated for
-    each of its k experts, and a mask picks the tokens of one expert after another."""
-    chosen, weights, aux_loss = layer.gate(x)
-    tokens = x.flatten(0, 1).repeat_interleave(chosen.shape[1], dim=0)
-    outputs = torch.zeros_like(tokens)
-    for number, expert in enumerate(layer.experts):
-        mask = chosen.flatten() == number
-        outputs[mask] = expert(tokens[mask]).to(x.dtype)
-    mixed = (outputs.view(*chosen.shape, -1) * weights.unsqueeze(-1)).sum(1).view_as(x)
-    return mixed + sum(expert(x) for expert in layer.shared_experts), aux_loss
-
-
-def measure_moe(device: torch.device) -> dict:
-    """Forward and backward of one layer on 1,424 tokens: one expert after another in fp32, and ours in bf16."""
-    torch.manual_seed(0)
-    layer = MOEFeedForward(MiniMindConfig(use_moe=True)).to(device).train()
-    x = torch.randn(4, 356, 512, device=device, requires_grad=True)
-
-    def run(forward: Callable, bf16: bool) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            out, aux_loss = forward(x)
-        (out.float().square().mean() + aux_loss).backward()
-        layer.zero_grad()
-
-    seconds = median_seconds({"plain": lambda: run(partial(mix_experts, layer), False), "real": lambda: run(layer, True)}, 5)
-    return {"name": "moe", "milliseconds": seconds["real"] * 1e3, "plain_milliseconds": seconds["plain"] * 1e3,
             "plain_ratio": seconds["plain"] / seconds["real"]}  # fmt: skip

@@ -42,13 +42,13 @@ def bf16_is_fast(device: torch.device, size: int = 768) -> bool:
     return seconds[torch.bfloat16] <= seconds[torch.float32]
 
 
-def why_not_compile(device: torch.device) -> str | None:
-    """What torch.compile says where it cannot work, in one line: no compiler, one without Python.h, a cache that cannot be
-    written. Tried on a line of arithmetic, which is another at each call: one compiled before would prove nothing."""
+def check_compile(device: torch.device) -> None:
+    """Raises UsageError where torch.compile cannot work: no compiler, one without Python.h, a cache that cannot be written.
+    Tried on a line of arithmetic, which is another at each call: one compiled before would prove nothing."""
     salt = time.time_ns() % 2**40 / 2**40
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda x: (x * salt).exp().sum())(x).backward()
-        return None
     except Exception as error:  # of compilers, all kinds
-        return next((line.strip() for line in str(error).splitlines() if "error: " in line), first_line(error))
+        cause = next((line.strip() for line in str(error).splitlines() if "error: " in line), first_line(error))
+        raise UsageError(f"--use_compile 1: torch.compile does not work here: {cause}. Leave the flag out") from error

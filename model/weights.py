@@ -269,13 +269,6 @@ def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
     return encoder.eval().requires_grad_(False)
 
 
-def save_vision_encoder(encoder: CLIPVisionModel, folder: str | Path) -> None:
-    """Writes the encoder as a transformers folder, under the names that every release reads."""
-    state = encoder.state_dict()
-    state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in state.items()}
-    encoder.save_pretrained(folder, state_dict=state)
-
-
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`; raises UsageError when there is none that can be read."""
     if not (Path(folder) / "tokenizer.json").is_file():

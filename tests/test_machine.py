@@ -13,7 +13,8 @@ import torch
 
 import machine
 from dataset import validate
-from model.device import why_not_compile
+from model.device import check_compile
+from model.errors import UsageError
 from tests.conftest import REPOSITORY, run_script, training_flags
 from trainer import distributed, torchrun
 from trainer.build import worker_count
@@ -278,14 +279,16 @@ def test_too_few_open_files_end_the_run_with_the_remedy(data, encoder_folder, tm
 @pytest.mark.parametrize("compiler", ["/no/such/g++", "false"])
 def test_a_compiler_that_does_not_work_is_told_in_one_line(compiler, data, encoder_folder, tmp_path):
     done = run_script("train_sft_vlm.py", *training_flags(data, encoder_folder, tmp_path, use_compile=1), CXX=compiler)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    [told] = [line for line in done.stderr.splitlines() if "--use_compile 1 is ignored" in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    [told] = [line for line in done.stderr.splitlines() if "--use_compile 1" in line]
     assert compiler in told
 
 
 def test_a_cache_folder_that_cannot_be_written_is_told_in_one_line(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/self")
-    assert "\n" not in why_not_compile(torch.device("cpu"))
+    with pytest.raises(UsageError) as error:
+        check_compile(torch.device("cpu"))
+    assert "\n" not in str(error.value)
 
 
 # --- other systems ------------------------------------------------------------------------------------------------------

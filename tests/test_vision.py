@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
 from model.errors import UsageError
-from model.hub.modeling import MiniMindVForConditionalGeneration
+from model.hub.modeling import MiniMindVForConditionalGeneration, save_vision_encoder
 from model.recipes.train_tiny_clip import TinyCLIP, save
 from model.vision import encode_images
-from model.weights import load_vision_encoder, save_vision_encoder, vision_encoder_fingerprint
+from model.weights import load_vision_encoder, vision_encoder_fingerprint
 from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
 TINY_CLIP = REPOSITORY / "model" / "vision_model" / "tiny-clip"

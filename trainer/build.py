@@ -21,7 +21,7 @@ from dataset.sources import Mixture, Order, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from machine import cores
 from model.conversation import Renderer
-from model.device import bf16_is_fast, why_not_compile
+from model.device import bf16_is_fast, check_compile
 from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import patches_per_image
@@ -73,13 +73,14 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     saved = load_training_state(config.resume_file) if config.from_resume else None
     # What the machine decided is recorded, for a resume to do the same.
     dtype = choose_dtype(config, ranks, saved, used["vision_encoder"])
-    config = replace(config, dtype=dtype, device=str(ranks.device), use_compile=int(may_compile(config, ranks)))
+    config = replace(config, dtype=dtype, device=str(ranks.device))
     freeze(model, config.freeze_llm)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(ranks.device).train()
     model.vision_encoder.to(getattr(torch, dtype))  # frozen: what autocast would cast at every use is cast once
     if config.use_compile:
+        check_compile(ranks.device)
         for block in model.model.layers:
             block.compile(dynamic=True)  # in place: the names of the weights stay
     cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None
@@ -170,14 +171,6 @@ def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | Non
             if chosen == "float32":
                 ranks.print(f"notice: {ranks.device} multiplies bfloat16 slower than float32; using float32 (set --dtype)")
     return DTYPES[int(ranks.sum([float(DTYPES.index(chosen) if chosen else 0)])[0])]
-
-
-def may_compile(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether --use_compile was given and works, on all ranks or none."""
-    problem = why_not_compile(ranks.device) if config.use_compile else None
-    if problem:
-        ranks.warn(f"notice: --use_compile 1 is ignored: {problem}")
-    return bool(config.use_compile) and not ranks.sum([float(bool(problem))])[0]
 
 
 def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: Mixture, encoder: str) -> "FeatureCache":

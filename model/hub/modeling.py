@@ -7,10 +7,11 @@ W width of the vision encoder.
 from pathlib import Path
 
 import torch
+from transformers import CLIPVisionModel
 from transformers.utils.hub import cached_file
 
 from model.model_vlm import MiniMindVLM, find_image_positions
-from model.weights import VISION_FOLDER, load_vision_encoder, save_vision_encoder
+from model.weights import CLASSIC_PREFIX, VISION_FOLDER, load_vision_encoder
 
 
 class MiniMindVForConditionalGeneration(MiniMindVLM):
@@ -85,3 +86,10 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
             kwargs["image_mask"] = mask
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, {**kwargs, "image_features": features}
+
+
+def save_vision_encoder(encoder: CLIPVisionModel, folder: str | Path) -> None:
+    """Writes the encoder as a transformers folder, under the names that every release reads."""
+    state = encoder.state_dict()
+    state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in state.items()}
+    encoder.save_pretrained(folder, state_dict=state)

@@ -30,8 +30,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
+from model.hub.modeling import save_vision_encoder
 from model.vision import IMAGE_SIZE, normalize, preprocess
-from model.weights import save_vision_encoder
 
 FOLDER = Path(__file__).resolve().parents[1] / "vision_model" / "tiny-clip"
 SHAPES = ("circle", "triangle", "rectangle", "diamond", "star", "cross", "ring", "crescent")

@@ -22,7 +22,7 @@ import torch
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import load_weights, read_sidecar, tensors_fingerprint
 from tests.conftest import kill_tree, make_data, make_vision_encoder, training_flags
-from trainer.checkpoint import load_training_state
+from trainer.resume import load_training_state
 
 SAMPLES, EPOCHS, NAME = 22, 12, "sft_vlm_32"
 

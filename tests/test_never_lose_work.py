@@ -36,7 +36,7 @@ from tests.conftest import (
 )
 from tests.storm import Storm
 from tests.test_training import NAME, assert_same, make_trainer, run_training, train, weights
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, resume
 from trainer.checkpoint import TrainState
 from trainer.config import parse_config
 from trainer.guards import TrainingFailed
@@ -293,7 +293,7 @@ def test_a_log_that_cannot_be_written_costs_nothing(encoder_folder, tmp_path, sh
                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii:strict"})  # fmt: skip
     assert (tmp_path / "code").read_text() == "0\n"
     assert read_metrics(tmp_path, NAME)[-1]["eval_loss"] > 0 and len(weights(tmp_path)) > 3
-    assert checkpoint.load_training_state(tmp_path / "checkpoints" / STATE)[0]["state"]["epoch"] == 1
+    assert resume.load_training_state(tmp_path / "checkpoints" / STATE)[0]["state"]["epoch"] == 1
 
 
 def test_a_full_pipe_loses_a_message_and_a_slow_one_does_not(tmp_path):
@@ -323,7 +323,7 @@ def test_a_closed_terminal_saves_but_not_under_nohup(data, encoder_folder, tmp_p
     rest = process.stderr.read()
     assert process.wait(timeout=60) == code or grouped, rest
     assert ("stopped by SIGHUP" in rest) == (code != 0), rest
-    state = checkpoint.load_training_state(tmp_path / "checkpoints" / STATE)[0]["state"]
+    state = resume.load_training_state(tmp_path / "checkpoints" / STATE)[0]["state"]
     assert state["update"] >= 3 and (code != 0 or state["epoch"] == 4)
 
 
@@ -387,12 +387,12 @@ def test_after_a_corrupt_state_weights_and_state_are_of_one_update_again(data, e
     process = start_on_disk(data, encoder_folder, tmp_path, from_resume=1, epochs=500, save_interval=10**6)
     read_until(process, "update 30/")
     deadline = time.monotonic() + 120
-    while checkpoint.load_training_state(state)[1] is not None:  # the save at the start is on its way
+    while resume.load_training_state(state)[1] is not None:  # the save at the start is on its way
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
     process.wait()
-    content, problem = checkpoint.load_training_state(state)
+    content, problem = resume.load_training_state(state)
     sidecar = read_sidecar(tmp_path / "out" / f"{NAME}.pth")
     assert problem is None and content["state"]["update"] == sidecar["progress"]["update"] == 20
     assert all(torch.equal(content["model"][name].half(), tensor) for name, tensor in weights(tmp_path).items())
@@ -597,4 +597,4 @@ def test_a_resume_replaces_weights_that_are_none_of_its_own(tmp_path, foreign):
 def test_states_of_another_version_are_refused(tmp_path):
     torch.save({"version": 1}, tmp_path / "s.pth")
     with pytest.raises(UsageError, match="no training state of version"):
-        checkpoint.load_training_state(tmp_path / "s.pth")
+        resume.load_training_state(tmp_path / "s.pth")

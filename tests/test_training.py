@@ -42,7 +42,7 @@ from tests.conftest import (
 )
 from train_pretrain_vlm import DEFAULTS as PRETRAIN
 from train_sft_vlm import DEFAULTS as SFT
-from trainer import checkpoint, distributed
+from trainer import distributed, resume
 from trainer.build import build, freeze, warn_of_small_steps
 from trainer.config import TrainConfig, parse_config
 from trainer.guards import StopRequest, TrainingFailed
@@ -269,7 +269,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, encoder_folder, tmp_path
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 0, rest
     assert "stopped by SIGINT" in rest and "--from_resume 1" in rest
-    done_then = checkpoint.load_training_state(part / "checkpoints" / f"{NAME}_resume.pth")[0]["state"]["update"]
+    done_then = resume.load_training_state(part / "checkpoints" / f"{NAME}_resume.pth")[0]["state"]["update"]
     assert total // 2 < done_then < total, "it stopped in the middle of an epoch"
     done = train(data, encoder_folder, part, from_resume=1, **flags)
     assert f"{done_then} updates done" in done.stderr
@@ -290,7 +290,7 @@ def test_sigterm_saves_and_ends_with_143_even_when_all_processes_get_it(data, en
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 143, rest
     assert "Traceback" not in rest and "stopped by SIGTERM" in rest
-    state, _ = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
+    state, _ = resume.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
     assert state["state"]["update"] >= 3
 
 
@@ -326,7 +326,7 @@ def test_accumulation_takes_the_leftover_group_as_an_update(data, encoder_folder
     metrics = read_metrics(tmp_path, NAME)
     assert [line["update"] for line in metrics] == [1, 2, 3]
     assert [round(line["epoch"] * 22) for line in metrics] == [8, 16, 22]
-    state, _ = checkpoint.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
+    state, _ = resume.load_training_state(tmp_path / "checkpoints" / f"{NAME}_resume.pth")
     assert state["state"]["update"] == 3, "the last update is saved though save_interval is 100"
 
 
@@ -341,7 +341,7 @@ def test_pretraining_moves_the_projector_alone(data, encoder_folder, tmp_path):
     assert not any(name.startswith("vision_encoder") for name in after)
     sidecar = json.loads((tmp_path / "out" / "pretrain_vlm_32.json").read_text())
     assert VLMConfig(**sidecar["config"]).hidden_size == 32 and set(sidecar["fingerprints"]) == {"tokenizer", "vision_encoder"}
-    state, _ = checkpoint.load_training_state(tmp_path / "checkpoints" / "pretrain_vlm_32_resume.pth")
+    state, _ = resume.load_training_state(tmp_path / "checkpoints" / "pretrain_vlm_32_resume.pth")
     assert not any("vision_encoder" in name for name in state["model"])
 
 
@@ -591,7 +591,7 @@ def test_corrupt_and_malicious_files_are_refused(tmp_path):
         load_weights(path, model)
     assert not os.path.exists("/tmp/minimind_v_was_here")
     with pytest.raises(UsageError, match="no training state at"):
-        checkpoint.load_training_state(tmp_path / "none.pth")
+        resume.load_training_state(tmp_path / "none.pth")
 
 
 def test_values_beyond_fp16_are_not_saved_as_infinity(tmp_path):

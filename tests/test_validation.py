@@ -23,7 +23,7 @@ from model.vision import normalize
 from model.weights import load_weights, save_weights
 from tests.conftest import make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
-from trainer import checkpoint, distributed
+from trainer import distributed, resume
 from trainer.build import build
 from trainer.config import parse_config
 from trainer.guards import StopRequest, TrainingFailed
@@ -176,7 +176,7 @@ def test_training_with_validation_is_training_without_it(data, held_out_data, en
     plain, watched = ([[line[name] for name in figures] for line in read_metrics(tmp_path / name, NAME) if "loss" in line]
                       for name in ("plain", "watched"))  # fmt: skip
     assert plain == watched and len(plain) == 12 and len(validations(tmp_path / "watched")) == 6
-    a, b = (checkpoint.load_training_state(tmp_path / name / "checkpoints" / f"{NAME}_resume.pth")[0] for name in ("plain", "watched"))
+    a, b = (resume.load_training_state(tmp_path / name / "checkpoints" / f"{NAME}_resume.pth")[0] for name in ("plain", "watched"))
     assert_same(a["model"], b["model"])
     assert_same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
     assert torch.equal(a["rng"], b["rng"])

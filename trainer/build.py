@@ -27,7 +27,6 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import patches_per_image
 from model.weights import fingerprints, load_tokenizer, load_vision_encoder, load_weights
 
-from .checkpoint import load_training_state
 from .config import DTYPES, TrainConfig, fraction_of
 from .distributed import Ranks
 from .guards import StopRequest
@@ -53,7 +52,7 @@ class Run:
     scaler: torch.amp.GradScaler  # of fp16; passes everything through otherwise
     dtype: torch.dtype
     fingerprints: dict[str, str]
-    saved: tuple[dict, str | None] | None  # what a resume takes up, until it has (checkpoint.load_training_state)
+    saved: tuple[dict, str | None] | None  # what a resume takes up, until it has (resume.load_training_state)
 
     @property
     def cache(self) -> "FeatureCache | None":
@@ -70,7 +69,11 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     tokenizer = load_tokenizer(config.tokenizer_path)
     model, samples, images = load_parts(config, ranks, tokenizer)
     used = fingerprints(model, tokenizer)
-    saved = load_training_state(config.resume_file) if config.from_resume else None
+    saved = None
+    if config.from_resume:
+        from .resume import load_training_state  # not needed without
+
+        saved = load_training_state(config.resume_file)
     # What the machine decided is recorded, for a resume to do the same.
     dtype = choose_dtype(config, ranks, saved, used["vision_encoder"])
     config = replace(config, dtype=dtype, device=str(ranks.device))

@@ -24,7 +24,7 @@ from model.storage import StorageError
 from model.vision import normalize
 
 from .build import Loader, Run, worker_count
-from .checkpoint import Saver, TrainState, restore, snapshot
+from .checkpoint import Saver, TrainState, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
 
@@ -77,7 +77,11 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.config, self.ranks = run, run.config, run.ranks
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-        self.state = restore(run) if self.config.from_resume else TrainState()
+        self.state = TrainState()
+        if self.config.from_resume:
+            from .resume import restore  # not needed without
+
+            self.state = restore(run)
         left = run.sampler.count_updates(self.config.epochs, self.state.epoch, self.state.samples)
         self.total = self.state.update + left
         # Sums since the last log line: cross-entropy and auxiliary loss of this rank; supervised tokens, updates and

@@ -4,7 +4,7 @@ Legend: T tokens, P placeholders of an image, W width of the vision encoder.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -132,3 +132,12 @@ class Chat:
             pixels = pixels[turns[0].content.count(IMAGE_PLACEHOLDER) :]
             turns, dropped = turns[2:], dropped + 1  # a question and its answer
         return turns, pixels, prompt, dropped
+
+
+def as_markdown(exchanges: Iterable[tuple[Sequence[str], str, str]]) -> str:
+    """A conversation as a Markdown file: of each exchange the names of what was shown, the question, and the answer."""
+    parts = []
+    for names, question, answer in exchanges:
+        asked = "".join(f"`{name}`\n" for name in names) + question
+        parts += ["\n".join(f"> {line}" for line in asked.splitlines()), answer.strip() or "(no answer)"]
+    return "\n\n".join(parts) + "\n"

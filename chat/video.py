@@ -5,7 +5,6 @@ decoding: they are exact where a file's header is wrong or silent (recordings of
 `transformers.video_utils` finds no frame at all. Then each frame is decoded from the key frame before it.
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,10 +21,18 @@ from model.storage import is_regular
 
 @dataclass(frozen=True)
 class Frame:
-    """An image of a video, RGB and upright, and the time at which it appears, in seconds from the first one."""
+    """An image of a video, RGB and upright, and when it appears, in seconds from the first one."""
 
     image: Image.Image
     seconds: float
+
+    @property
+    def time(self) -> str:
+        """As people write it: 0:03.4, 12:40.0, 1:02:03.0; cut, not rounded."""
+        # Rates like 30000/1001 leave times a hair below the tenth that they mean.
+        whole, tenth = divmod(int(self.seconds * 10 + 1e-6), 10)
+        minutes = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
+        return f"{minutes}:{whole % 60:02}.{tenth}"
 
 
 def read_frames(path: str | Path, count: int) -> list[Frame]:
@@ -37,8 +44,6 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
     try:
         if not is_regular(path):
             raise SampleError(f"video {name} cannot be read: it is a folder, a pipe or a device")
-        if not os.path.getsize(path):
-            raise SampleError(f"video {name} cannot be read: it is empty")
         check_fetched(path)
         import av
 
@@ -83,8 +88,7 @@ def choose_frames(container, count: int, name: str) -> list[Frame]:
 
 def frame_at(container, stream, tick: int, first: int):
     """The first decodable frame at or after `tick`; None when nothing decodes from there on."""
-    # MPEG-TS is searched by the times of reading, which are earlier: where that lands too late, decode from the start.
-    for start in (tick, min(first, 0)):
+    for start in (tick, min(first, 0)):  # where the search lands too late, as in MPEG-TS, from the start
         container.seek(start, stream=stream)
         frames = decodable(container, stream)
         earliest = next(frames, None)
@@ -100,17 +104,3 @@ def decodable(container, stream) -> Iterator:
     for packet in container.demux(stream):
         with suppress(av.FFmpegError):
             yield from (frame for frame in packet.decode() if frame.pts is not None)
-
-
-def clock(seconds: float, tenths: bool = False) -> str:
-    """A time as people write it: 0:03, 12:40, 1:02:03, and with `tenths` 0:03.4; cut, not rounded."""
-    # Rates like 30000/1001 leave times a hair below the tenth that they mean.
-    whole, tenth = divmod(int(seconds * 10 + 1e-6), 10)
-    minutes = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
-    return f"{minutes}:{whole % 60:02}" + (f".{tenth}" if tenths else "")
-
-
-def labels(frames: list[Frame]) -> list[str]:
-    """The times of the frames as text, in tenths of a second where seconds would not tell them apart."""
-    seconds = [clock(frame.seconds) for frame in frames]
-    return seconds if len(set(seconds)) == len(frames) else [clock(frame.seconds, tenths=True) for frame in frames]

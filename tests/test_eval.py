@@ -270,7 +270,7 @@ def test_a_video_is_described(files, capsys):
     video = make_video(folder / "v.mp4", [0, 1, 2])
     assert main([*flags, "--temperature", "0", "--video", str(video), "--video_frames", "2"]) == 0
     shown = capsys.readouterr().out
-    assert f"2 frames for the next question, at 0:00.0, 0:00.2: {video}\n" in shown and shown.splitlines()[-1]
+    assert f"2 frames, at 0:00.0, 0:00.2, for the next question: {video}\n" in shown and shown.splitlines()[-1]
 
 
 def test_questions_from_a_pipe(files):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from chat import terminal
 from chat.chat import Chat
-from chat.terminal import Screen, TerminalChat, changed, typed_paths
+from chat.terminal import Screen, TerminalChat, changed, complete, typed_paths
 from model.conversation import IMAGE_PLACEHOLDER
 from model.errors import UsageError
 from model.inference.assistant import Assistant
@@ -76,7 +76,7 @@ def test_questions_and_images_are_those_of_a_chat(talk, assistant, folder):
     [("/image", "/image needs a PATH"), ("/image nowhere.png", "'nowhere.png' cannot be read: No such file or directory\n"), ("/image broken.png", "cannot be read"),
      ("/image .", "it is a folder"), ("/image pipe", "it is a folder, a pipe or a device"), ("/video pipe", "a pipe or a device"),
      ("/image " + "a" * 5000, "cannot be read: File name too long"), ("/video", "needs a PATH"), ("/video broken.png", "cannot be read"), ("/dance", "no such command: /dance"),
-     ("/undo", "nothing to take back"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
+     ("/undo", "no question to take back"), ("/retry", "no question to take back"), ("/save", "/save needs a PATH"), ("/params top_p=2", "top_p lies in (0, 1], not 2.0"), ("word " * 3000, "too long"),
      ("/image ~noone/x.png", "home directory"), ("/image 'red.png", "cannot be read"), ("/image a\0b", "cannot be read")],
 )  # fmt: skip
 def test_mistakes_are_told_and_change_nothing(talk, line, message):
@@ -94,7 +94,41 @@ def test_undo_goes_back_step_by_step(talk):
     assert "taken back: 8 images" in talk("/undo") and not talk.chat.chat.waiting
     assert "images that wait: 1" in talk("/undo") and len(talk.chat.chat.waiting) == 1 and not talk.chat.chat.turns
     assert talk("What?") == answer, "asked again with its image"
-    assert talk("/undo") and talk("/undo") and "nothing" in talk("/undo") and not talk.chat.chat.waiting
+    assert talk("/undo") and talk("/undo") and "no question" in talk("/undo") and not talk.chat.chat.waiting
+
+
+def test_retry_answers_the_last_question_again(talk):
+    talk("/image red.png")
+    first = talk("What?")
+    assert talk("/retry") == first and [turn.role for turn in talk.chat.chat.turns] == ["user", "assistant"]
+    talk("/params temperature=2.0")
+    assert any(talk("/retry") != first for _ in range(5)) and len(talk.chat.chat.pixels) == 1
+    assert "too long" in talk("word " * 3000) and "too long" in talk("/retry"), "the question that failed is the last one"
+    assert "taken back: word word" in talk("/undo") and len(talk.chat.chat.turns) == 2
+
+
+def test_the_conversation_is_saved_as_markdown(talk, tmp_path):
+    talk("/image my blue.png")
+    answers = [talk("What\u2028is it?").strip(), talk("/video v.mp4") and talk("And?").strip()]
+    talk("word " * 3000)
+    talk("/undo")
+    path = tmp_path / "talk 1.md"
+    assert talk(f"/save '{path}'") == f"saved: {path}\n"
+    text = path.read_text(encoding="utf-8")
+    assert text == f"> `my blue.png`\n> What\n> is it?\n\n{answers[0]}\n\n> `v.mp4`\n> And?\n\n{answers[1]}\n"
+    talk("/reset")
+    assert "File exists" in talk(f"/save {path}") and path.read_text(encoding="utf-8") == text, "it replaces nothing"
+    assert "No such file" in talk(f"/save {tmp_path}/no/talk.md")
+
+
+def test_tab_completes_commands_and_paths(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert complete("/re") == ["/retry ", "/reset "] and complete("/sa") == ["/save "]
+    assert complete("what") == complete("") == complete("what re") == complete("/image nowhere/") == []
+    assert complete("/image my b") == ["/image my blue.png"] and complete(f"/video {folder}/v") == [f"/video {folder}/v.mp4"]
+    assert complete(f"/image {folder.parent}/{folder.name[:-1]}")[0].endswith("/")
+    monkeypatch.setenv("HOME", str(folder))
+    assert complete("/image ~/re") == [f"/image {folder}/red.png"]
 
 
 class CtrlC(io.StringIO):
@@ -162,21 +196,20 @@ def test_what_the_model_forgets_is_told(talk):
 
 def test_frames_of_a_video_stand_with_their_times(talk):
     said = talk("/video v.mp4")
-    assert "8 frames for the next question, at 0:00, 0:01, 0:02, 0:03, 0:04, 0:05, 0:06, 0:07: v.mp4" in said
+    times = [f"0:0{second}.5" for second in range(8)]
+    assert f"8 frames, at {', '.join(times)}, for the next question: v.mp4" in said
     reds = [int(image[0].float().mean()) for image in talk.chat.chat.waiting]
     assert reds == sorted(reds) and reds[0] < 30 and reds[-1] > 220
     talk("What happens?")
-    times = "".join(f"0:0{second} {IMAGE_PLACEHOLDER}\n" for second in range(8))
-    assert talk.chat.chat.turns[0].content == f"{times}What happens?"
+    shown = "".join(f"{time} {IMAGE_PLACEHOLDER}\n" for time in times)
+    assert talk.chat.chat.turns[0].content == f"{shown}What happens?"
 
 
 def test_as_many_frames_as_fit(talk):
     talk.chat.video_frames = 20
     room = talk.chat.chat.room()
     talk("/image red.png")
-    said = talk("/video v.mp4")
-    assert f"{room - 1} frames for" in said and "20 do not fit: a larger --max_seq_len makes room" in said
-    assert "no room for a video beside the" in talk("/video v.mp4") and len(talk.chat.chat.waiting) == room
+    assert f"{room - 1} frames, at" in talk("/video v.mp4") and len(talk.chat.chat.waiting) == room
     assert "more than fit" in talk("/image red.png")
     assert "too long" not in (said := talk("What?")) or "would fit" in said
 
@@ -199,9 +232,9 @@ def test_parameters_are_shown(talk):
 
 def test_paths_as_people_type_them(talk, folder):
     for typed in ("my blue.png", "'my blue.png'", '"my blue.png"', r"my\ blue.png"):
-        assert typed_paths("/image", typed) == ["my blue.png"]
-    assert typed_paths("/image", "red.png 'my blue.png'") == ["red.png", "my blue.png"]
-    assert typed_paths("/image", "it's not there.png") == ["it's not there.png"]
+        assert typed_paths(typed) == ["my blue.png"]
+    assert typed_paths("red.png 'my blue.png'") == ["red.png", "my blue.png"]
+    assert typed_paths("it's not there.png") == ["it's not there.png"]
 
 
 def test_bytes_that_are_no_text_are_asked_all_the_same(talk):
@@ -270,7 +303,7 @@ def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
     person.types("1\n")
     person.reads("sft_vlm_32 on cpu")
     person.reads("\n> ")
-    person.types("/image re\t\n")
+    person.types("/im\tre\t\n")
     person.reads("image 1 for the next question: red.png")
     person.types("What is this?\n")
     person.reads("What is this?\r\n", more=100)
@@ -279,9 +312,13 @@ def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
     person.reads("\n> ")
     person.types("/params max_new_tokens=5\n")
     person.reads("seed=none")
-    person.types("And?\n")  # the chat goes on
-    person.reads("And?\r\n", more=5)
+    person.types("/ret\t\n")  # the chat continues
+    person.reads("/retry \r\n", more=5)
     person.reads("\n> ")
+    person.types("/save talk.md\n")
+    person.reads("saved: talk.md")
+    person.reads("\n> ")
+    assert (folder / "talk.md").read_text(encoding="utf-8").startswith("> `red.png`\n> What is this?\n\n")
     person.types("half a line")
     person.reads("half a line")
     time.sleep(1)  # a signal between readline's last key and its wait for the next would be answered with that one only

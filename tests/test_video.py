@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from chat import video
-from chat.video import Frame, clock, labels, read_frames
+from chat.video import Frame, read_frames
 from model.errors import DataError, SampleError
 
 SIZE = (96, 64)
@@ -44,7 +44,7 @@ def test_frames_stand_in_the_middle_of_equal_parts(tmp_path, suffix, codec):
     assert [frame.seconds for frame in frames] == pytest.approx([number / 10 for number in range(5, 80, 10)], abs=0.002)
     assert numbers(frames, 80) == pytest.approx(list(range(5, 80, 10)), abs=2)
     assert all(frame.image.mode == "RGB" and frame.image.size == SIZE for frame in frames)
-    assert labels(frames) == ["0:00", "0:01", "0:02", "0:03", "0:04", "0:05", "0:06", "0:07"]
+    assert [frame.time for frame in frames] == [f"0:0{second}.5" for second in range(8)]
 
 
 def test_seeking_finds_what_decoding_everything_finds(tmp_path):
@@ -83,7 +83,7 @@ def test_an_animation_is_a_video(tmp_path, suffix, options):
     colours[0].save(tmp_path / f"v.{suffix}", save_all=True, append_images=colours[1:], duration=[1000, 200, 5000], **options)
     frames = read_frames(tmp_path / f"v.{suffix}", 40)
     assert [frame.image.getpixel((5, 5)) for frame in frames] == [pytest.approx(colour, abs=6) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
-    assert labels(frames) == ["0:00.0", "0:01.0", "0:01.2"]
+    assert [frame.time for frame in frames] == ["0:00.0", "0:01.0", "0:01.2"]
     (frame,) = read_frames(tmp_path / f"v.{suffix}", 1)
     assert frame.image.getpixel((5, 5))[2] > 240, "on show in the middle"
 
@@ -149,8 +149,6 @@ def test_files_that_are_no_video(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")  # which nobody writes into
     with pytest.raises(SampleError, match=r"pipe\.mp4' cannot be read: it is a folder, a pipe or a device"):
         read_frames(tmp_path / "pipe.mp4", 3)
-    with pytest.raises(SampleError, match=r"empty\.mp4' cannot be read: it is empty"):
-        read_frames(tmp_path / "empty.mp4", 3)
     audio(tmp_path / "sound.m4a")
     with pytest.raises(SampleError, match=r"no images, only \['audio'\]"):
         read_frames(tmp_path / "sound.m4a", 3)
@@ -170,5 +168,5 @@ def test_without_pyav_the_command_is_named(tmp_path, monkeypatch):
 
 
 def test_times_as_text():
-    assert [clock(seconds) for seconds in (0, 3.99, 59.9, 60, 760, 3723)] == ["0:00", "0:03", "0:59", "1:00", "12:40", "1:02:03"]
-    assert [clock(seconds, tenths=True) for seconds in (0.3 - 1e-9, 59.99, 3599.95)] == ["0:00.3", "0:59.9", "59:59.9"]
+    texts = {0: "0:00.0", 3.99: "0:03.9", 0.3 - 1e-9: "0:00.3", 59.99: "0:59.9", 60: "1:00.0", 3599.95: "59:59.9", 3723: "1:02:03.0"}
+    assert {seconds: Frame(None, seconds).time for seconds in texts} == texts

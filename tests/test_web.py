@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -407,7 +408,7 @@ def listens_on_this_machine_alone(port: int) -> bool:
 
 
 def test_chat(page_of, browser):
-    """From the first visit, while the model is being loaded, to where an answer looked."""
+    """From the first visit, while the model is being loaded, to where an answer looked, a file of it, and the camera."""
     with User(browser, page_of) as user:
         user.sees("trained on data.jsonl")
         user.greedy()
@@ -433,8 +434,15 @@ def test_chat(page_of, browser):
         user.page.locator(".looked .token").last.hover()
         user.until(lambda: veil.get_attribute("src") != mean)
         assert user.page.locator(".looked .seen").count() == 2 and "%" in user.page.locator(".looked .part").inner_text()
+        with user.page.expect_download() as download:
+            user.button("Download").click()
+        text = Path(download.value.path()).read_text()
+        assert text.startswith("> `red.png`\n") and text.endswith("\n\n> `b.png`\n> What colour?\n\nblue\n")
         user.button("Clear").click()
         user.until(lambda: user.messages().count() == 0)
+        user.page.get_by_text("Camera").click()
+        user.page.get_by_role("button", name="Take Photo").click()
+        user.until(lambda: user.tray() == 1)
         assert not user.strangers, "the page works offline"
 
 
@@ -463,7 +471,7 @@ def test_tokens_arrive_one_after_another_and_stop_stops(page_of, browser):
         assert user.answer().inner_text() == kept
 
 
-def test_sessions_have_conversations_of_their_own(page_of, browser):
+def test_sessions_have_conversations_of_their_own(page_of, browser, trained):
     with User(browser, page_of) as first, User(browser, page_of) as second:
         for user in (first, second):
             user.line.wait_for()
@@ -476,8 +484,13 @@ def test_sessions_have_conversations_of_their_own(page_of, browser):
         assert second.until_answered(2) == "yes, yellow" and first.until_answered(2) == "yes, green"
         first.page.reload()
         first.until(lambda: first.line.count() and first.messages().count() == 0)
+        os.utime(trained / "out" / "sft_vlm_32.pth")  # as if training had saved again
         second.ask("Are you sure?")
         assert second.until_answered(3)
+        second.button("Take the newer weights").click()
+        second.until(lambda: second.page.get_by_text("Take the newer weights").count() == 0)
+        second.ask("Are you sure?")
+        assert second.until_answered(4) == "yes, yellow"
 
 
 def nothing_out_of_sight(user: User) -> None:

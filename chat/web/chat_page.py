@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import streamlit as st
 
+from chat.chat import as_markdown
 from model.inference.generation import Sampling
 
 from .attention import attention_html
@@ -41,6 +42,9 @@ def show(labels: Labels) -> None:
     place = st.empty()
     if conversation.exchanges:
         with st.container(horizontal=True, horizontal_alignment="right"):
+            said = [([image.name for image in asked.images], asked.question, asked.answer) for asked in conversation.exchanges]
+            st.download_button(labels("download"), as_markdown(said), "conversation.md", "text/markdown", on_click="ignore",
+                               icon=":material/download:")  # fmt: skip
             st.button(labels("clear"), icon=":material/delete:", on_click=act, args=(conversation, conversation.clear))
     for number in range(len(conversation.exchanges)):
         answer = show_exchange(conversation, number, labels)
@@ -66,8 +70,11 @@ def pick_model(conversation: Conversation, labels: Labels) -> ModelChoice | None
         format_func=lambda path: f"{choices[path].name} ({choices[path].size})" if path in choices else str(path),
     )  # fmt: skip
     loaded = conversation.model
-    # Weights that training has replaced meanwhile are for new sessions: a conversation keeps its model.
-    return loaded if loaded and loaded.path == path else choices[path]
+    if not loaded or loaded.path != path:
+        return choices[path]
+    if loaded.changed != choices[path].changed:  # training has saved again: a conversation keeps its model until asked
+        st.button(labels("newer"), help=labels("newer_help"), on_click=conversation.leave_model)
+    return loaded
 
 
 def pick_sampling(labels: Labels) -> Sampling:
@@ -240,6 +247,10 @@ def show_tray(conversation: Conversation, model: ModelChoice, labels: Labels) ->
 def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels) -> None:
     """How to attach images, and the examples, those of a kind that the model was trained on first."""
     st.caption(labels("attach", count=MAX_IMAGES, megabytes=MAX_MEGABYTES, megapixels=MAX_PIXELS // 10**6))
+    if st.toggle(labels("camera"), key="camera", help=labels("camera_help")):
+        key = f"shot_{len(conversation.exchanges)}"
+        st.camera_input(labels("camera"), key=key, label_visibility="collapsed",
+                        on_change=lambda: photograph(conversation, st.session_state[key], labels))  # fmt: skip
     found = sorted(examples(page_settings().image_dir), key=lambda image: image.name.startswith("easy_vqa") != model.is_demo)
     if found:
         st.caption(labels("examples"))
@@ -247,6 +258,12 @@ def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels
             for image in found:
                 st.button(f"![{escape(image.name)}]({image.thumbnail})", key=f"example_{image.name}",
                           on_click=act, args=(conversation, bring, conversation, image, labels))  # fmt: skip
+
+
+def photograph(conversation: Conversation, shot, labels: Labels) -> None:
+    """Puts what the camera took into the tray; `shot` is None when a user clears it."""
+    if shot is not None:
+        act(conversation, bring, conversation, take(shot.getvalue(), shot.name), labels)
 
 
 def bring(conversation: Conversation, image: SessionImage, labels: Labels) -> None:

@@ -84,6 +84,10 @@ class Conversation:
         """Whether the model is at the last question."""
         return self._answer is not None
 
+    def leave_model(self) -> None:
+        """The page loads the newest weights of the chosen name next."""
+        self.model = None
+
     def remove(self, image: SessionImage) -> None:
         """Takes an image out of the tray, if it is still there."""
         self.tray = [kept for kept in self.tray if kept is not image]

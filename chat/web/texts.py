@@ -19,6 +19,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     # The sidebar of the chat
     "model": ("Model", "模型"),
     "model_help": ("Weights found in the output folder, and transformers folders there.", "輸出資料夾中的權重，以及其中的 transformers 資料夾。"),
+    "newer": ("Take the newer weights", "改用較新的權重"),
+    "newer_help": ("Training has saved again since these were loaded.", "載入之後，訓練又存了一次。"),
     "answers": ("Answers", "回答"),
     "temperature": ("Temperature", "溫度"),
     "temperature_help": ("0 always takes the likeliest token; higher is more varied.", "0 總是取最可能的 token；越高越多變。"),
@@ -40,7 +42,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     # The chat
     "welcome": ("Show the model an image, and ask.", "給模型看一張圖片，然後提問。"),
     "attach": ("Attach images with the button in the line below, or drop them there: up to {count} a question, {megabytes} MB and {megapixels} megapixels each.", "用下方輸入列的按鈕附加圖片，或把圖片拖放到那裡：每個問題最多 {count} 張，每張最多 {megabytes} MB、{megapixels} 百萬像素。"),
-    "examples": ("Or take an example:", "或選一個範例："),
+    "examples": ("Examples:", "範例："),
+    "camera": ("Camera", "相機"),
+    "camera_help": ("Browsers give the camera only to pages at https:// and on localhost.", "瀏覽器只允許 https:// 與 localhost 的網頁使用相機。"),
     "images": ("Images", "圖片"),
     "too_many": ("{count} images are more than a question can show: {most}. The first {most} wait here.", "{count} 張圖片超過一個問題的上限 {most} 張；前 {most} 張已保留在這裡。"),
     "only_images": ("Now ask something about the images.", "現在請針對圖片提問。"),
@@ -56,6 +60,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "regenerate": ("Regenerate", "重新產生"),
     "edit": ("Edit", "修改"),
     "ask_edited": ("Ask", "提問"),
+    "download": ("Download", "下載"),
     "clear": ("Clear", "清除"),
     "look": ("Where did it look?", "它看了哪裡？"),
     "look_help": ("Attention from each token of the answer to the 14 x 14 patches of the image, mean of all layers and heads.", "回答中每個 token 對圖片 14 x 14 個圖塊的注意力，所有層與頭的平均。"),
@@ -128,6 +133,10 @@ PAGE_WORDS = [
     ("Press Enter to apply", "按 Enter 套用"),
     ("Press Ctrl+Enter to apply", "按 Ctrl+Enter 套用"),
     ("Press ⌘+Enter to apply", "按 ⌘+Enter 套用"),
+    ("Take Photo", "拍照"),
+    ("Clear photo", "清除照片"),
+    ("This app would like to use your camera", "這個網頁想使用你的相機"),
+    ("Learn how to allow access", "如何允許使用"),
     ("Fullscreen", "全螢幕"),
     ("Download as CSV", "下載 CSV"),
 ]

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from chat.chat import Chat
-from chat.scoring import ScoreJob, score
+from chat.scoring import score
 from chat.terminal import Screen, TerminalChat
 from dataset.images import IMAGE_SUFFIXES, image_files, load_image
 from machine import ran_out_of_memory
@@ -37,7 +37,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--load_from", default="model", help="'model' for native weights, or a transformers folder")
     flag("--save_dir", default=str(REPOSITORY / "out"), help="folder of the weights")
     flag("--weight", default="sft_vlm", help="prefix of the weight file")
-    flag("--hidden_size", type=int, help="width, where several weight files have that name (default: the only one, or 512)")
+    flag("--hidden_size", type=int, help="width, where several files have that name (default: the only one, or 512)")
     flag("--num_hidden_layers", type=int, default=8, help="for old commands: the weights tell it")
     flag("--use_moe", type=int, choices=(0, 1), help="likewise; 1: Mixture of Experts")
     flag("--max_new_tokens", type=int, default=512)
@@ -58,11 +58,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
     flag("--metrics", default="exact,rouge_l", help="of --score: exact, rouge_l, chrf, bleu, with commas between")
     flag("--predictions", help="where --score writes every answer")
-    flag("--report", metavar="FILE.json", help="where --score writes its figures")
+    flag("--report", type=Path, metavar="FILE.json", help="where --score writes its figures")
     flag("--batch_size", type=int, default=64, help="questions at once in --score")
     args = parser.parse_args(home_for_tilde(argv))
     try:
-        args.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
+        args.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k,
+                                 args.repetition_penalty, args.seed)  # fmt: skip
     except ValueError as error:
         parser.error(f"--{error}")
     if min(args.batch_size, args.hidden_size or 1, args.num_hidden_layers, args.video_frames) < 1:
@@ -78,7 +79,7 @@ def describe_folder(assistant: Assistant, folder: Path, question: str, sampling:
     """Streams the answer about every image in the folder; a corrupt one is reported and skipped."""
     names = image_files(folder) if folder.is_dir() else []
     if not names:
-        raise UsageError(f"--image_dir {folder}: no images there (.jpg, .png, .webp and {len(IMAGE_SUFFIXES) - 3} more kinds)")
+        raise UsageError(f"--image_dir {folder}: no images there (.jpg, .png and {len(IMAGE_SUFFIXES) - 2} more kinds)")
     screen.write(f"{question}\n")
     for path in names:
         screen.write(f"\n[{path.name}] ")
@@ -118,16 +119,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.load_from == "model":
             weight_file = find_weights(Path(args.save_dir), args.weight, args.hidden_size, args.use_moe)
         else:  # its name goes to the predictions
-            weight_file = Path(args.save_dir) / f"{weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))}.pth"
+            name = weight_name(args.weight, args.hidden_size or 512, bool(args.use_moe))
+            weight_file = Path(args.save_dir) / f"{name}.pth"
         assistant = load_assistant(
             args.load_from, weight_file, args.device or default_device(), args.vision_model_path, args.tokenizer_path
         )
         if args.score:
             predictions = Path(args.predictions or weight_file.with_name(f"{weight_file.stem}_predictions.jsonl"))
-            score(assistant, ScoreJob(
-                args.score, args.image_dir, predictions, Path(args.report) if args.report else None, args.metrics,
-                args.seed or 0, args.batch_size, args.max_new_tokens,
-            ))  # fmt: skip
+            score(assistant, args.score, args.image_dir, predictions, args.report, args.metrics, args.seed or 0,
+                  args.batch_size, args.max_new_tokens)  # fmt: skip
         else:
             talk(assistant, weight_file, args, Screen(sys.stdout))
     except (UsageError, DataError, SampleError) as error:
@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (StorageError, OSError, MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
-            error = f"memory ran out: {first_line(error)}. Smaller --batch_size, --max_new_tokens and --max_seq_len need less of it"
+            error = (f"memory ran out: {first_line(error)}. Smaller --batch_size, --max_new_tokens and --max_seq_len"
+                     " need less of it")  # fmt: skip
         elif isinstance(error, RuntimeError):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One conversation with memory: its turns, the images they show, and what the model has read of them. For terminal and page.
+"""One conversation with memory: its turns, the images they show, and what the model has read of them.
 
 Legend: T tokens, P placeholders of an image, W width of the vision encoder.
 """
@@ -19,7 +19,7 @@ from model.vision import preprocess
 
 @dataclass
 class Chat:
-    """A conversation with a model. An image is its pixels, uint8 [3, 224, 224]; it is encoded once as long as it is shown."""
+    """A conversation with a model. An image is its pixels, uint8 [3, 224, 224], and is encoded once."""
 
     assistant: Assistant
     sampling: Sampling
@@ -72,8 +72,8 @@ class Chat:
         The waiting images stand before the question, or where it says <image> if it does so once for each; otherwise an
         <image> in it is text. When the history grows too long for the model, its oldest exchanges are dropped whole,
         with their images (`dropped`); the answer gets at least an eighth of `max_length`.
-        Closing the iterator (contextlib.closing) ends the work at once; what was said until then, or until an exception,
-        stays in the history. An answer without any text leaves the history as it was, and images waiting.
+        Closing the iterator (contextlib.closing) ends the work at once; what was said until then, or until an
+        exception, stays in the history. An answer without any text leaves the history as it was, and images waiting.
         Raises UsageError when the question alone is too long.
         """
         turns, pixels = [*self.turns, self._turn(question)], [*self.pixels, *self.waiting]
@@ -94,8 +94,8 @@ class Chat:
                 self.dropped = dropped
 
     def _prompt(self, rendered: Rendered, pixels: list[torch.Tensor]) -> tuple[Prompt, dict[int, torch.Tensor]]:
-        """The prompt with its images by number, and the features of each number. Images not seen before are encoded; what is
-        no longer shown is forgotten."""
+        """The prompt with its images by number, and the features of each number. New images are encoded; those no
+        longer shown are forgotten."""
         new = list(dict.fromkeys(image for image in pixels if image not in self._features))
         for image, features in zip(new, self.assistant.encode(new) if new else (), strict=True):
             self._features[image] = self._encoded, features
@@ -105,17 +105,18 @@ class Chat:
         return prompt, dict(self._features.values())
 
     def _turn(self, question: str) -> Turn:
-        """The question with a placeholder for each waiting image, after its label if it has one. Bytes that are no text, as
-        a terminal may pass on, become question marks."""
+        """The question with a placeholder for each waiting image, after its label if it has one. Bytes that are no
+        text, as a terminal may pass on, become question marks."""
         question = question.encode(errors="replace").decode()
         shown = [f"{self._labels.get(image, '')} {IMAGE_PLACEHOLDER}".lstrip() for image in self.waiting]
         first, *others = question.split(IMAGE_PLACEHOLDER)
         if len(others) == len(shown):
             return Turn("user", first + "".join(image + text for image, text in zip(shown, others, strict=True)))
-        return Turn("user", "".join(f"{image}\n" for image in shown) + question.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER))
+        typed = question.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
+        return Turn("user", "".join(f"{image}\n" for image in shown) + typed)
 
     def _limit(self, turns: int) -> int:
-        """The longest prompt. As part of a history it leaves room for a whole answer; a single question may leave less."""
+        """The longest prompt. With a history it leaves room for a whole answer; a single question may leave less."""
         return self.max_length - min(self.sampling.max_new_tokens, self.max_length // (8 if turns == 1 else 2))
 
     def _make_room(

@@ -6,17 +6,15 @@ rouge_l   F1 of the longest common subsequence of words (Lin 2004); case and pun
 chrf      chrF2 of each answer (Popović 2015), averaged; by sacrebleu
 bleu      BLEU of all answers together (Papineni et al. 2002, Post 2018); by sacrebleu
 
-Intervals are percentile bootstraps (Efron 1979). What is resampled is images, with all their questions, and conversations
-where there is no image: questions about one image are right or wrong together.
+Intervals are percentile bootstraps (Efron 1979). What is resampled is images, with all their questions, and
+conversations where there is no image: questions about one image are right or wrong together.
 
 Legend: Q questions, G groups of questions about the same images, S statistics of a question.
 """
 
-import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.images import ImageSource, open_images
+from dataset.images import ImageSource, hash_of, open_images
 from dataset.sources import Mixture, open_samples
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.errors import SampleError, UsageError
@@ -40,45 +38,35 @@ WORD = re.compile(f"[{CJK}]|[^\\W_{CJK}]+")
 METRICS = ("exact", "rouge_l", "chrf", "bleu")
 
 
-@dataclass(frozen=True)
-class ScoreJob:
-    """What `score` needs: files, metrics by name, and how to answer."""
-
-    data: str
-    image_dir: str
-    predictions: Path
-    report: Path | None = None
-    metrics: str = "exact,rouge_l"
-    seed: int = 0  # of the bootstrap; answers are greedy
-    batch_size: int = 64
-    max_new_tokens: int = 512
-
-
-def score(assistant: Assistant, job: ScoreJob) -> dict:
-    """Answers every question greedily, writes predictions and report, prints the figures and returns them.
+def score(
+    assistant: Assistant, data: str, image_dir: str, predictions: Path, report: Path | None = None,
+    metrics: str = "exact,rouge_l", seed: int = 0, batch_size: int = 64, max_new_tokens: int = 512,
+) -> dict:  # fmt: skip
+    """Answers every question greedily, writes predictions and report, prints the figures and returns them; `seed` is
+    that of the bootstrap.
 
     Raises UsageError, DataError and SampleError for what the files lack, before the first answer where possible.
     """
-    for flag, file in (("--predictions", job.predictions), ("--report", job.report)):
+    for flag, file in (("--predictions", predictions), ("--report", report)):
         if file is not None:
             check_output(flag, file)
-    samples, images = open_samples(job.data), open_images(job.image_dir)
+    samples, images = open_samples(data), open_images(image_dir)
     questions = read_questions(samples, images)
-    metrics = make_metrics(job.metrics, [question.answer for question in questions])
+    chosen = make_metrics(metrics, [question.answer for question in questions])
 
     def load(question: Question, place: int) -> torch.Tensor:
         return images.pixels(samples[question.sample].images[place], question.where)
 
-    answers = answer_in_batches(assistant, questions, load, job.batch_size, job.max_new_tokens)
-    predictions = write_predictions(questions, answers, job.predictions)
-    report = make_report(questions, predictions, metrics, job)
-    print("\n".join(table(report, list(metrics))))
-    print(f"[{LEVEL:.0%} intervals: bootstrap over {report['total']['groups']} images or conversations, seed {job.seed}]"
-          f"  predictions: {job.predictions}")  # fmt: skip
-    if job.report:
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(job.report, lambda file: file.write(text.encode(errors="backslashreplace")))
-    return report
+    answers = answer_in_batches(assistant, questions, load, batch_size, max_new_tokens)
+    figures = make_report(questions, write_predictions(questions, answers, predictions), chosen, seed)
+    figures |= {"data": data, "max_new_tokens": max_new_tokens}
+    print("\n".join(table(figures, list(chosen))))
+    print(f"[{LEVEL:.0%} intervals: bootstrap over {figures['total']['groups']} images or conversations, seed {seed}]"
+          f"  predictions: {predictions}")  # fmt: skip
+    if report:
+        text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(report, lambda file: file.write(text.encode(errors="backslashreplace")))
+    return figures
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -86,10 +74,10 @@ def score(assistant: Assistant, job: ScoreJob) -> dict:
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its history, its images by name or by a digest of their bytes, and the reference answer."""
+    """One question with its history, its images by name or by the hash of their bytes, and the reference answer."""
 
     turns: tuple[Turn, ...]
-    images: tuple[str | bytes, ...]
+    images: tuple[str | int, ...]
     answer: str
     kind: str
     sample: int = 0  # whose first images these are
@@ -97,18 +85,17 @@ class Question:
 
 
 def read_questions(samples: Mixture, images: ImageSource) -> list[Question]:
-    """Every answer to a user's turn as a question, its history being the conversation before it. Bytes of images that the
-    data hold are left where they are.
+    """Every answer to a user's turn as a question, its history being the conversation before it. Bytes of images that
+    the data hold are left where they are.
 
     Raises SampleError for a conversation without one, and for an image that is not there.
     """
-    questions, known = [], set()
+    questions = []
     for number in range(len(samples)):
         sample, before = samples[number], len(questions)
-        names = tuple(ref if isinstance(ref, str) else hashlib.blake2b(ref, digest_size=16).digest() for ref in sample.images)
-        for name in {name for name in names if isinstance(name, str)} - known:
+        names = tuple(ref if isinstance(ref, str) else int(hash_of(ref)) for ref in sample.images)
+        for name in filter(lambda name: isinstance(name, str), names):
             images.state(name, sample.where)
-        known.update(names)
         for at, turn in enumerate(sample.turns):
             if turn.role == "assistant" and at and sample.turns[at - 1].role == "user":
                 history = sample.turns[:at]
@@ -130,8 +117,8 @@ def answer_in_batches(
     assistant: Assistant, questions: list[Question], load: Callable[[Question, int], torch.Tensor], batch_size: int,
     max_new_tokens: int,
 ) -> Iterator[str]:  # fmt: skip
-    """Greedy answers, in the order of the questions; `load(question, place)` gives its image's pixels uint8 [3, 224, 224].
-    Questions of a batch about the same image share it."""
+    """Greedy answers, in the order of the questions; `load(question, place)` gives its image's pixels, uint8
+    [3, 224, 224]. Questions of a batch about the same image share it."""
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
@@ -142,29 +129,26 @@ def answer_in_batches(
 
 
 def write_predictions(questions: list[Question], answers: Iterable[str], target: Path) -> list[str]:
-    """The answers, when all of them are in the file. Until then they are in NAME.partial: a stop loses neither these nor
-    older predictions."""
+    """The answers, when all of them are in the file. Until then they are in NAME.partial: a stop loses neither these
+    nor older predictions."""
     partial, predictions = target.with_name(f"{target.name}.partial"), []
     try:
         with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-            pairs = zip(questions, answers, strict=True)
-            for question, prediction in tqdm(pairs, total=len(questions), unit="question", disable=not sys.stderr.isatty()):
+            pairs = zip(questions, tqdm(answers, total=len(questions), unit="question", disable=None), strict=True)
+            for question, prediction in pairs:
                 predictions.append(prediction)
-                file.write(json.dumps(prediction_row(question, prediction), ensure_ascii=False) + "\n")
+                row = {
+                    "images": [name if isinstance(name, str) else f"of {question.where}" for name in question.images],
+                    "question": question.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
+                    "answer": question.answer, "prediction": prediction, "kind": question.kind,
+                    "correct": bool(exact_match(prediction, question.answer)),
+                }  # fmt: skip
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except KeyboardInterrupt:
         print(f"\nstopped after {len(predictions)} of {len(questions)} questions; their answers: {partial}")
         raise
     os.replace(partial, target)
     return predictions
-
-
-def prediction_row(question: Question, prediction: str) -> dict:
-    """One line of the file of predictions."""
-    return {
-        "images": [name if isinstance(name, str) else f"of {question.where}" for name in question.images],
-        "question": question.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""), "answer": question.answer,
-        "prediction": prediction, "kind": question.kind, "correct": bool(exact_match(prediction, question.answer)),
-    }  # fmt: skip
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -181,7 +165,8 @@ class Metric:
 
 def mean_of(metric: Callable[[str, str], float], signature: str = "") -> Metric:
     """The average of what each answer scores alone."""
-    return Metric(lambda prediction, reference: [metric(prediction, reference), 1], lambda total: total[0] / total[1], signature)
+    return Metric(lambda prediction, reference: [metric(prediction, reference), 1],
+                  lambda total: total[0] / total[1], signature)  # fmt: skip
 
 
 def make_metrics(names: str, references: list[str]) -> dict[str, Metric]:
@@ -245,30 +230,29 @@ def of_sacrebleu(name: str, has_chinese: bool) -> Metric:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def make_report(questions: list[Question], predictions: list[str], metrics: dict[str, Metric], job: ScoreJob) -> dict:
-    """All figures, in total and by kind, with what they depend on."""
-    statistics = {name: np.array([metric.statistics(prediction, question.answer)
-                                  for question, prediction in zip(questions, predictions, strict=True)], float)
+def make_report(questions: list[Question], predictions: list[str], metrics: dict[str, Metric], seed: int) -> dict:
+    """All figures, in total and by kind."""
+    pairs = [(prediction, question.answer) for prediction, question in zip(predictions, questions, strict=True)]
+    statistics = {name: np.array([metric.statistics(*pair) for pair in pairs], float)
                   for name, metric in metrics.items()}  # fmt: skip
     groups = [question.images or question.where for question in questions]
     kinds = np.array([question.kind for question in questions])
 
     def summary(chosen: np.ndarray) -> dict:
         rows = {name: row[chosen] for name, row in statistics.items()}
-        return summarize(rows, [groups[number] for number in chosen], metrics, job.seed)
+        return summarize(rows, [groups[number] for number in chosen], metrics, seed)
 
     return {
         "total": summary(np.arange(len(questions))),
         "kinds": {str(kind): summary(np.flatnonzero(kinds == kind)) for kind in np.unique(kinds)},
-        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": job.seed},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "signatures": {name: metric.signature for name, metric in metrics.items() if metric.signature},
-        "data": job.data, "max_new_tokens": job.max_new_tokens,
-    }  # fmt: skip
+    }
 
 
 def summarize(statistics: dict[str, np.ndarray], groups: list, metrics: dict[str, Metric], seed: int) -> dict:
-    """{"questions", "groups", metric: {"value", "low", "high"}} of each metric's statistics [Q, S] and the group of each
-    question."""
+    """{"questions", "groups", metric: {"value", "low", "high"}} of each metric's statistics [Q, S] and the group of
+    each question."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     G, group_of = len(numbers), [numbers[group] for group in groups]
     summary = {"questions": len(groups), "groups": G}

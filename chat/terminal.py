@@ -1,7 +1,7 @@
 """The chat in the terminal: commands, and streamed answers that Ctrl-C breaks off.
 
-Colour only on a terminal and without NO_COLOR (no-color.org). With input from elsewhere than a terminal it reads one
-question or command a line and prints nothing but the answers and what commands say.
+With input from elsewhere than a terminal it reads one question or command a line and prints nothing but the answers and
+what commands say.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TextIO
@@ -35,27 +34,23 @@ COMMANDS = {
     "/exit": ("", "leave; Ctrl-D does, too"),
 }
 PARAMETERS = {field.name: field.type for field in dataclasses.fields(Sampling)}
-STYLES = {"note": "2", "error": "31"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Screen:
-    """Text to a terminal, in colour where it can, or to a file. Control characters, which a terminal obeys, are replaced."""
+    """Text to a terminal or a file. Control characters, which a terminal obeys, are replaced."""
 
-    def __init__(self, file: TextIO, environ: Mapping[str, str] = os.environ):
+    def __init__(self, file: TextIO):
         self.file = file
-        self.colour = file.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
 
     def write(self, text: str) -> None:
         """Shows a piece of an answer at once."""
         self.file.write(CONTROL.sub("\ufffd", text))
         self.file.flush()
 
-    def say(self, text: str, style: str = "note") -> None:
+    def say(self, text: str) -> None:
         """Shows a line of the program."""
-        text = CONTROL.sub("\ufffd", text)
-        self.file.write((f"\x1b[{STYLES[style]}m{text}\x1b[0m" if self.colour else text) + "\n")
-        self.file.flush()
+        self.write(f"{text}\n")
 
 
 class TerminalChat:
@@ -67,7 +62,7 @@ class TerminalChat:
         self.shown: list[str] = []  # paths of what waits for the next question
 
     def run(self, title: str) -> None:
-        """Until /exit or the end of input. Ctrl-C at the prompt begins a new line; without a terminal it ends the chat."""
+        """Until /exit or the end of input. Ctrl-C at the prompt begins a new line; without a terminal it ends all."""
         prompt = "\n> " if sys.stdin.isatty() else ""
         if prompt:
             edit_lines()
@@ -96,13 +91,13 @@ class TerminalChat:
                     raise UsageError(f"{command} needs a PATH")
                 getattr(self, command.removeprefix("/"))(argument.strip())
             elif command.startswith("/"):
-                self.screen.say(f"no such command: {command}; /help lists them, /image PATH shows an image", "error")
+                self.screen.say(f"no such command: {command}; /help lists them, /image PATH shows an image")
             elif line:
                 self.ask(line)
         except (UsageError, SampleError, DataError, OSError, RuntimeError, MemoryError) as error:
             # RuntimeError: memory ran out, or a ~name that nobody has
             memory = "memory ran out: ask with fewer images, or /reset the chat first"
-            self.screen.say(memory if ran_out_of_memory(error) else str(error), "error")
+            self.screen.say(memory if ran_out_of_memory(error) else str(error))
         except KeyboardInterrupt:
             self.screen.say("\n(stopped)")
 
@@ -123,7 +118,7 @@ class TerminalChat:
         if stopped or not said:
             self.screen.say("(stopped)" if stopped else "(no answer)")
         if self.chat.dropped:
-            self.screen.say(f"({self.chat.dropped} of the oldest exchanges no longer fit: the model has forgotten them)")
+            self.screen.say(f"({self.chat.dropped} of the oldest exchanges no longer fit and are forgotten)")
 
     def image(self, argument: str) -> None:
         """Shows one or several images with the next question."""
@@ -146,7 +141,7 @@ class TerminalChat:
         self.screen.say(f"{what} for the next question: {path}")
         if len(self.chat.waiting) > (room := self.chat.room()):
             self.screen.say(f"more than fit beside a question: about {room} do; /undo takes them back, a larger"
-                            " --max_seq_len makes room", "error")  # fmt: skip
+                            " --max_seq_len makes room")  # fmt: skip
 
     def params(self, argument: str) -> None:
         """Changes how answers are sampled, or shows it."""

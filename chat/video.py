@@ -36,7 +36,7 @@ class Frame:
 
 
 def read_frames(path: str | Path, count: int) -> list[Frame]:
-    """The frames on show in the middle of `count` equal parts of the video, in order; a video of fewer gives all it has.
+    """The frames on show in the middle of `count` equal parts of the video, in order; of fewer, all there are.
 
     Raises SampleError for a file without images or beyond decoding, DataError where PyAV is not installed.
     """

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from chat.chat import Chat
-from chat.scoring import ScoreJob, score
+from chat.scoring import score
 from chat.terminal import Screen, TerminalChat
 from chat.video import read_frames
 from dataset import convert, validate
@@ -216,10 +216,10 @@ def check(folder, renderer, assistant, content: bytes, problem: str | None, tmp_
     dataset = VLMDataset(open_samples(path), open_images(folder / "pictures"), renderer, 1536)
     before, item, after = dataset.__getitems__([0, 1, 2])
     assert isinstance(before, Example) and isinstance(after, Example), "neighbours are untouched"
-    job = ScoreJob(str(path), str(folder / "pictures"), tmp_path / "p.jsonl", max_new_tokens=1)
+    job = str(path), str(folder / "pictures"), tmp_path / "p.jsonl"
     if problem is None:
         assert isinstance(item, Example) and item.images is not None
-        score(assistant, job)
+        score(assistant, *job, max_new_tokens=1)
         assert len((tmp_path / "p.jsonl").read_text().splitlines()) >= 3
         return
     assert isinstance(item, BadSample)
@@ -228,7 +228,7 @@ def check(folder, renderer, assistant, content: bytes, problem: str | None, tmp_
     assert f"{path}:2" in str(caught.value)
     if "too long" not in problem and "fit" not in problem and "left" not in problem:  # length is training's limit
         with pytest.raises((SampleError, DataError), match=problem):
-            score(assistant, job)
+            score(assistant, *job, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("name", [*LINES, *RAW_LINES])

@@ -241,22 +241,8 @@ def test_bytes_that_are_no_text_are_asked_all_the_same(talk):
     assert "Traceback" not in talk("What is \udcff?") and talk.chat.chat.turns[0].content == "What is ??"
 
 
-class Tty(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_colour_only_where_it_is_wanted():
-    colourful = {"TERM": "xterm", "NO_COLOR": ""}
-    Screen(file := Tty(), colourful).say("hello")
-    assert file.getvalue() == "\x1b[2mhello\x1b[0m\n"
-    for file, environ in [(io.StringIO(), colourful), (Tty(), colourful | {"NO_COLOR": "1"}), (Tty(), {"TERM": "dumb"}), (Tty(), {})]:
-        Screen(file, environ).say("hello")
-        assert file.getvalue() == "hello\n", environ
-
-
 def test_answers_do_not_steer_the_terminal():
-    screen = Screen(file := Tty(), {"TERM": "xterm"})
+    screen = Screen(file := io.StringIO())
     screen.write("a\x1b[2Jb\x07\x9b0m\r\n\tc 貓")
     assert file.getvalue() == "a\ufffd[2Jb\ufffd\ufffd0m\ufffd\n\tc 貓"
 
@@ -298,7 +284,7 @@ def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
     save_weights(tmp_path / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", encoder_folder, "--device", "cpu", "--temperature", "0",
              "--max_new_tokens", "20000", "--max_seq_len", "30000"]  # fmt: skip
-    person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color", NO_COLOR="")
+    person = Person([sys.executable, str(REPOSITORY / "eval_vlm.py"), *map(str, flags)], folder, TERM="xterm-256color")
     person.reads("[1] chat:")
     person.types("1\n")
     person.reads("sft_vlm_32 on cpu")

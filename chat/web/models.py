@@ -23,21 +23,13 @@ class ModelChoice:
 
     path: Path
     changed: int  # modification time in ns: weights that training has replaced are another model
-    hidden_size: int | None = None
-    layers: int | None = None
-    is_moe: bool = False
-    updates: int | None = None
     data_path: str = ""  # what it was trained on; empty where no sidecar tells
+    updates: int = 0
 
     @property
     def name(self) -> str:
         """A name for people: sft_vlm_512."""
         return self.path.stem if self.path.suffix == ".pth" else self.path.name
-
-    @property
-    def size(self) -> str:
-        """Like 512x8 MoE, as far as it is known before loading."""
-        return f"{self.hidden_size or '?'}{f'x{self.layers}' if self.layers else ''}{' MoE' if self.is_moe else ''}"
 
     @property
     def is_demo(self) -> bool:
@@ -49,8 +41,8 @@ def find_models(settings: Namespace) -> list[ModelChoice]:
     """What can be loaded, best first: --load_from, weights that --weight names, then newest first."""
     folder = settings.save_dir
     paths = [*folder.glob("[!.]*.pth"), *(config.parent for config in folder.glob("[!.]*/config.json"))]
-    found = [choice for path in paths if (choice := read_choice(path))]
     named = re.compile(re.escape(settings.weight) + r"(_\d+)?(_moe)?")
+    found = [choice for path in paths if (choice := read_choice(path))]
     found.sort(key=lambda choice: (not named.fullmatch(choice.name), -choice.changed))
     first = read_choice(settings.load_from) if settings.load_from else None
     return [first, *found] if first else found
@@ -58,23 +50,16 @@ def find_models(settings: Namespace) -> list[ModelChoice]:
 
 def read_choice(path: Path) -> ModelChoice | None:
     """The model at `path`: {weight}_{hidden}{_moe}.pth or a transformers folder. None for anything else."""
-    native = re.fullmatch(r".+_(\d+)(_moe)?\.pth", path.name)
-    record = read_json(path.with_suffix(".json") if native else path / "config.json")
-    if not native and record.get("model_type") != "minimind-v":
+    is_native = re.fullmatch(r".+_\d+(_moe)?\.pth", path.name)
+    record = read_json(path.with_suffix(".json") if is_native else path / "config.json")
+    weights = path if is_native else path / "config.json"
+    if not weights.is_file() or not (is_native or record.get("model_type") == "minimind-v"):
         return None
+    changed = weights.stat().st_mtime_ns
     try:
-        str(path).encode()  # a name that is no text cannot be sent to a browser
-        changed = (path if native else path / "config.json").stat().st_mtime_ns
-    except (OSError, UnicodeEncodeError):  # deleted meanwhile
-        return None
-    try:
-        if not native:
-            size = int(record["hidden_size"]), int(record["num_hidden_layers"]), bool(record.get("use_moe"))
-            return ModelChoice(path, changed, *size)
-        size = int(native[1]), int(record["config"]["num_hidden_layers"]), bool(native[2])
-        return ModelChoice(path, changed, *size, int(record["progress"]["update"]), str(record["training"]["data_path"]))
+        return ModelChoice(path, changed, str(record["training"]["data_path"]), int(record["progress"]["update"]))
     except (LookupError, TypeError, ValueError):  # published weights have no sidecar, and one may hold anything
-        return ModelChoice(path, changed, int(native[1]) if native else None, None, bool(native and native[2]))
+        return ModelChoice(path, changed)
 
 
 def read_json(path: Path) -> dict:
@@ -88,8 +73,8 @@ def read_json(path: Path) -> dict:
 
 @functools.lru_cache(32)
 def training_questions(data_path: str) -> list[str]:
-    """A few short questions that a model was asked in training, each beginning with another word; none where its file is
-    gone or holds other data."""
+    """A few short questions that a model was asked in training, each beginning with another word; none where its file
+    is gone or holds other data."""
     path, found = Path(data_path.partition(",")[0]), {}
     try:
         with open(path, encoding="utf-8") as file:
@@ -105,7 +90,6 @@ def training_questions(data_path: str) -> list[str]:
 @st.cache_resource(max_entries=3, show_spinner=False)
 def load(choice: ModelChoice, _settings: Namespace) -> Assistant:
     """The model, once for all sessions; raises UsageError when it cannot be loaded."""
-    return load_assistant(
-        "model" if choice.path.suffix == ".pth" else str(choice.path), choice.path, _settings.device or default_device(),
-        _settings.vision_model_path, _settings.tokenizer_path,
-    )  # fmt: skip
+    load_from = "model" if choice.path.suffix == ".pth" else str(choice.path)
+    return load_assistant(load_from, choice.path, _settings.device or default_device(), _settings.vision_model_path,
+                          _settings.tokenizer_path)  # fmt: skip

@@ -17,5 +17,6 @@ st.set_page_config(page_title=f"MiniMind-V · {page.title}", page_icon="👁️"
                    layout="wide" if page.url_path == "training" else "centered")  # fmt: skip
 labels.install()
 with st.sidebar:
-    st.selectbox(labels("language"), list(LANGUAGES), format_func=LANGUAGES.get, key="language", persist_state="session")
+    st.selectbox(labels("language"), list(LANGUAGES), format_func=LANGUAGES.get, key="language",
+                 persist_state="session")  # fmt: skip
 page.run()

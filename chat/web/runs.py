@@ -1,6 +1,7 @@
 """Training runs as their files tell of them: metrics files and sidecars."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,50 +34,32 @@ class Run:
     def is_live(self) -> bool:
         """Whether another line may come: within three times the pause before the last one, or a minute."""
         pause = self.frame["seconds"].dropna().diff().iloc[-1:].sum()
-        try:
-            age = time.time() - self.path.stat().st_mtime
-        except OSError:  # deleted meanwhile
-            return False
-        return age < max(60.0, 3 * pause) and self.last("seconds_left") != 0
+        return time.time() - self.path.stat().st_mtime < max(60.0, 3 * pause) and self.last("seconds_left") != 0
 
     def arguments(self) -> dict[str, str]:
         """What the run was started with, from its sidecar; empty before its first save."""
-        sidecar = read_json(self.path.with_name(self.path.name.removesuffix(SUFFIX) + ".json"))
-        training = sidecar.get("training")
-        return {as_text(key): as_text(value) for key, value in training.items()} if isinstance(training, dict) else {}
+        training = read_json(self.path.with_name(self.path.name.removesuffix(SUFFIX) + ".json")).get("training")
+        return {key: str(value) for key, value in training.items()} if isinstance(training, dict) else {}
 
 
 def find_runs(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Metrics files in a folder and the folders in it by the runs' names, with their modification times (ns), the newest
-    first."""
-    found = {}
-    for path in [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]:
-        try:
-            name = path.relative_to(folder).as_posix().removesuffix(SUFFIX)
-            name.encode()  # one that is no text cannot be sent to a browser
-            found[name] = path, path.stat().st_mtime_ns
-        except (OSError, UnicodeEncodeError):  # deleted meanwhile
-            continue
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+    """Metrics files in a folder and the folders in it by the runs' names, with their modification times (ns), the
+    newest first."""
+    found = [(path, path.stat().st_mtime_ns) for pattern in ("*", "*/*") for path in folder.glob(pattern + SUFFIX)]
+    found.sort(key=lambda item: -item[1])
+    return {item[0].relative_to(folder).as_posix().removesuffix(SUFFIX): item for item in found}
 
 
 def read_run(path: Path) -> Run:
     """The run behind a metrics file, up to its last whole line."""
     rows, samples, bad = [], [], 0
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is still being written
-    except OSError:  # deleted meanwhile
-        lines = []
-    for line in lines:
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is still being written
         try:
             row = json.loads(line)
-            update = int(row["update"])
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-            bad += bool(line.strip())
-            continue
-        rows.append(row)
-        answers = row.get("samples")
-        samples += [{**answer, "update": update} for answer in (answers if isinstance(answers, list) else []) if isinstance(answer, dict)]
+            samples += [{**answer, "update": int(row["update"])} for answer in row.get("samples", ())]
+            rows.append(row)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            bad += 1
     frame = pd.DataFrame(rows, columns=METRICS).apply(pd.to_numeric, errors="coerce").astype("float64")
     return Run(path, frame, samples, bad)
 
@@ -84,13 +67,7 @@ def read_run(path: Path) -> Run:
 def curve(run: Run, name: str, axis: str, smoothing: float) -> pd.DataFrame:
     """Columns x, y, raw of a figure over "update", "epoch" or "seconds", where both are known: y is an exponential mean
     with the weight `smoothing` in [0, 1) for the past, unbiased at the start; a long curve is thinned evenly."""
-    points = run.frame[[axis, name]].set_axis(["x", "raw"], axis=1).replace([float("inf"), -float("inf")], None).dropna().astype(float)
+    points = run.frame[[axis, name]].set_axis(["x", "raw"], axis=1).replace([math.inf, -math.inf], math.nan).dropna()
     points["y"] = points["raw"].ewm(alpha=1 - smoothing).mean()
     step = -(-len(points) // MOST_POINTS) or 1
     return points[::-1][::step][::-1]  # the last one stays
-
-
-def as_text(value: object) -> str:
-    """Anything as text that a browser can be sent: halves of characters, which json can hold, are replaced."""
-    return str(value).encode(errors="replace").decode()
-

@@ -17,7 +17,7 @@ def parse_flags(argv: list[str], description: str = "") -> Namespace:
     add("--port", type=int, help="(default: 8501, or the next free one)")
     add("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of weights and metrics files")
     add("--weight", default="sft_vlm", help="prefix of the weights to begin with (default: sft_vlm)")
-    add("--load_from", type=Path, help="a transformers folder to begin with; those in --save_dir are found automatically")
+    add("--load_from", type=Path, help="a transformers folder to begin with; those in --save_dir are found, too")
     add("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
     add("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
     add("--device", help="default: cuda:0, mps or cpu, the best there is")

@@ -1,7 +1,7 @@
 """The training page: runs over each other, while they run and afterwards."""
 
 import html
-import math
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -12,15 +12,15 @@ from model.errors import DataError, SampleError
 
 from .charts import chart, give_colours, points, spans_decades
 from .images import SessionImage, take
-from .runs import Run, as_text, find_runs, read_run
+from .runs import Run, find_runs, read_run
 from .settings import page_settings
 from .texts import Labels, escape
 
 REFRESH = "2s"
 SHOWN_AT_FIRST = 4
 CHARTS = (("loss", "eval_loss"), ("aux_loss",), ("learning_rate",), ("tokens_per_second",), ("peak_memory_mb",))
+FIGURES = {"update": ",.0f", "epoch": ".2f", "loss": ".4f", "eval_loss": ".4f", "tokens_per_second": ",.0f"}
 AXES = {"update": "axis_update", "seconds": "axis_time", "epoch": "axis_epoch"}
-THUMBNAIL = 110  # CSS pixels
 ANSWERS_SHOWN = 6  # of one question, as training went on
 
 
@@ -39,16 +39,17 @@ def show(labels: Labels) -> None:
         return
     if "runs" in state:
         state.runs = [name for name in state.runs if name in found]
-    chosen = st.multiselect(labels("runs"), sorted(found), None if "runs" in state else list(found)[:SHOWN_AT_FIRST], key="runs",
-                            placeholder=labels("choose"), persist_state="session")  # fmt: skip
+    newest = None if "runs" in state else list(found)[:SHOWN_AT_FIRST]
+    chosen = st.multiselect(labels("runs"), sorted(found), newest, key="runs", placeholder=labels("choose"),
+                            persist_state="session")  # fmt: skip
     runs = {name: read_run_once(*found[name]) for name in chosen}
     if "log_scale" not in state:
         state.log_scale = any(spans_decades(run.frame["loss"].dropna()) for run in runs.values())
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         axis = st.segmented_control(labels("axis"), list(AXES), default="update", required=True, key="axis",
                                     format_func=lambda name: labels(AXES[name]), persist_state="session")  # fmt: skip
-        smoothing = st.slider(labels("smoothing"), 0.0, 0.98, 0.0, 0.02, key="smoothing", help=labels("smoothing_help"), width=260,
-                              persist_state="session")  # fmt: skip
+        smoothing = st.slider(labels("smoothing"), 0.0, 0.98, 0.0, 0.02, key="smoothing", width=260,
+                              help=labels("smoothing_help"), persist_state="session")  # fmt: skip
         log = st.toggle(labels("log_scale"), key="log_scale", persist_state="session")
     if not runs:
         return
@@ -63,26 +64,17 @@ def show(labels: Labels) -> None:
 
 def state_table(runs: dict[str, Run], labels: Labels) -> pd.DataFrame:
     """How far each run is."""
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def clock(seconds: float | None) -> str:
+        return "" if seconds is None else str(timedelta(seconds=int(seconds)))
 
     rows = []
     for name, run in runs.items():
-        rows.append({
-            labels("run"): name, labels("state"): labels("state_live" if run.is_live else "state_still"),
-            labels("update"): number(run.last("update"), ",.0f"), labels("epoch"): number(run.last("epoch"), ".2f"),
-            labels("loss"): number(run.last("loss"), ".4f"), labels("eval_loss"): number(run.last("eval_loss"), ".4f"),
-            labels("tokens_per_second"): number(run.last("tokens_per_second"), ",.0f"),
-            labels("time"): clock(run.last("seconds")), labels("left"): clock(run.last("seconds_left") if run.is_live else None),
-        })  # fmt: skip
+        last = {key: run.last(key) for key in FIGURES}
+        figures = {labels(key): "" if value is None else format(value, FIGURES[key]) for key, value in last.items()}
+        state, left = ("state_live", run.last("seconds_left")) if run.is_live else ("state_still", None)
+        rows.append({labels("run"): name, labels("state"): labels(state), **figures,
+                     labels("time"): clock(run.last("seconds")), labels("left"): clock(left)})  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def clock(seconds: float | None) -> str:
-    """Seconds as h:mm:ss."""
-    if seconds is None or not math.isfinite(seconds):
-        return ""
-    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{int(seconds % 60):02d}"
 
 
 def show_charts(runs: dict[str, Run], axis: str, smoothing: float, log: bool, labels: Labels) -> None:
@@ -102,7 +94,8 @@ def show_charts(runs: dict[str, Run], axis: str, smoothing: float, log: bool, la
             continue
         kinds = {name: labels(name) for name in names}
         title = " · ".join(kinds[name] for name in names if (rows["kind"] == name).any())
-        figure = chart(rows, colours, labels("minutes" if axis == "seconds" else AXES[axis]), kinds, log and "loss" in names)
+        unit = labels("minutes" if axis == "seconds" else AXES[axis])
+        figure = chart(rows, colours, unit, kinds, log and "loss" in names)
         with columns[shown % 2]:
             st.markdown(f"**{title}**")
             st.altair_chart(figure, key=f"chart_{names[0]}", alt=title)
@@ -126,28 +119,28 @@ def show_samples(runs: dict[str, Run], labels: Labels) -> None:
     if any(run.samples for run in runs.values()):
         st.subheader(labels("samples"))
     for name, run in runs.items():
-        images_path = run.arguments().get("images_path", "")
-        questions: dict[tuple, list[dict]] = {}
+        questions: dict[tuple[str, str], list[dict]] = {}
         for sample in run.samples:
-            questions.setdefault((as_text(sample.get("where")), as_text(sample.get("question"))), []).append(sample)
-        for (_, question), answers in questions.items():
-            with st.container(border=True):
-                show_answers(name, question, answers, images_path, labels)
+            questions.setdefault((str(sample.get("where")), str(sample.get("question"))), []).append(sample)
+        for answers in questions.values():
+            with st.container(border=True, horizontal=True):
+                show_answers(name, answers, run.arguments().get("images_path", ""), labels)
 
 
-def show_answers(run: str, question: str, answers: list[dict], images_path: str, labels: Labels) -> None:
+def show_answers(run: str, answers: list[dict], images_path: str, labels: Labels) -> None:
     """One question with its images, and the answers to it."""
-    images = [training_image(images_path, name) for name in str(answers[-1].get("image") or "").split(", ") if name]
-    with st.container(horizontal=True):
-        for image in images:
-            if image is not None:
-                st.image(image.preview, width=image.width_within(THUMBNAIL), alt=image.name)
-        lines = [f"**{escape(question)}**", f"{labels('sample_reference')}: {escape(as_text(answers[-1].get('reference', '')))}"]
-        lines += [f"{labels('update')} {answer['update']:,}: {escape(' '.join(as_text(answer.get('answer', '')).split()))}"
-                  for answer in answers[: -ANSWERS_SHOWN - 1 : -1]]  # fmt: skip
-        with st.container(width="stretch"):
-            st.caption(escape(run))
-            st.markdown("  \n".join(lines))
+    last = {key: str(value) for key, value in answers[-1].items()}
+    for name in filter(None, last.get("image", "").split(", ")):
+        if image := training_image(images_path, name):
+            st.image(image.preview, alt=image.name)
+    lines = [f"**{escape(last.get('question', ''))}**"]
+    lines.append(f"{labels('sample_reference')}: {escape(last.get('reference', ''))}")
+    for answer in answers[: -ANSWERS_SHOWN - 1 : -1]:
+        said = " ".join(str(answer.get("answer", "")).split())
+        lines.append(f"{labels('update')} {answer['update']:,}: {escape(said)}")
+    with st.container(width="stretch"):
+        st.caption(escape(run))
+        st.markdown("  \n".join(lines))
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -154,19 +155,16 @@ def write_predictions(questions: list[Question], answers: Iterable[str], target:
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """`statistics(prediction, reference)` is a row of S numbers; `value` turns the sum of such rows into the figure."""
 
     statistics: Callable[[str, str], list[float]]
     value: Callable[[np.ndarray], float]
-    signature: str = ""  # the settings, as the library that computes it writes them
 
 
-def mean_of(metric: Callable[[str, str], float], signature: str = "") -> Metric:
+def mean_of(metric: Callable[[str, str], float]) -> Metric:
     """The average of what each answer scores alone."""
-    return Metric(lambda prediction, reference: [metric(prediction, reference), 1],
-                  lambda total: total[0] / total[1], signature)  # fmt: skip
+    return Metric(lambda *pair: [metric(*pair), 1], lambda total: total[0] / total[1])
 
 
 def make_metrics(names: str, references: list[str]) -> dict[str, Metric]:
@@ -208,23 +206,19 @@ def of_sacrebleu(name: str, has_chinese: bool) -> Metric:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
         raise UsageError(f"--metrics {name} needs sacrebleu: pip install sacrebleu, or leave it out") from error
-    corpus = CHRF() if name == "chrf" else BLEU(tokenize="zh" if has_chinese else "13a")
-    corpus.corpus_score(["a"], [["a"]])  # its signature exists once a score was computed
-    signature = str(corpus.get_signature())
     if name == "chrf":
-        return mean_of(lambda prediction, reference: corpus.sentence_score(prediction, [reference]).score / 100,
-                       f"sentence mean of {signature}")  # fmt: skip
-    sentence = BLEU(tokenize="zh" if has_chinese else "13a", effective_order=True)
+        return mean_of(lambda prediction, reference: CHRF().sentence_score(prediction, [reference]).score / 100)
+    bleu = BLEU(tokenize="zh" if has_chinese else "13a", effective_order=True)
 
     def statistics(prediction: str, reference: str) -> list[float]:
-        found = sentence.sentence_score(prediction, [reference])
+        found = bleu.sentence_score(prediction, [reference])
         return [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
     def value(total: np.ndarray) -> float:
         sys_len, ref_len, *counts = [int(number) for number in total]
         return BLEU.compute_bleu(counts[:4], counts[4:], sys_len, ref_len, smooth_method="exp").score / 100
 
-    return Metric(statistics, value, signature)
+    return Metric(statistics, value)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -246,7 +240,6 @@ def make_report(questions: list[Question], predictions: list[str], metrics: dict
         "total": summary(np.arange(len(questions))),
         "kinds": {str(kind): summary(np.flatnonzero(kinds == kind)) for kind in np.unique(kinds)},
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
-        "signatures": {name: metric.signature for name, metric in metrics.items() if metric.signature},
     }
 
 

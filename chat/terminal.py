@@ -16,7 +16,7 @@ from typing import TextIO
 
 from dataset.images import load_image
 from machine import ran_out_of_memory
-from model.errors import DataError, SampleError, UsageError
+from model.errors import DataError, SampleError, UsageError, shown
 from model.inference.generation import Sampling
 
 from .chat import Chat, as_markdown
@@ -139,9 +139,6 @@ class TerminalChat:
         """Tells what waits for the next question."""
         self.shown.append(path)
         self.screen.say(f"{what} for the next question: {path}")
-        if len(self.chat.waiting) > (room := self.chat.room()):
-            self.screen.say(f"more than fit beside a question: about {room} do; /undo takes them back, a larger"
-                            " --max_seq_len makes room")  # fmt: skip
 
     def params(self, argument: str) -> None:
         """Changes how answers are sampled, or shows it."""
@@ -168,7 +165,7 @@ class TerminalChat:
             self.chat.waiting, self.shown = [], []
         else:
             question = self.take_back()
-            self.screen.say(f"taken back: {question}; images that wait: {len(self.chat.waiting)}")
+            self.screen.say(f"taken back: {shown(question)}; images that wait: {len(self.chat.waiting)}")
 
     def reset(self, _argument: str) -> None:
         """Forgets everything but the sampling."""
@@ -179,6 +176,8 @@ class TerminalChat:
     def save(self, argument: str) -> None:
         """Writes the conversation as Markdown; a file that is there stays as it is."""
         path = Path(argument.strip("'\"")).expanduser()
+        if os.path.lexists(path):
+            raise UsageError(f"{path} exists; give another name")
         with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(as_markdown(self.exchanges))
         self.screen.say(f"saved: {path}")

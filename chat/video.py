@@ -38,7 +38,8 @@ class Frame:
 def read_frames(path: str | Path, count: int) -> list[Frame]:
     """The frames on show in the middle of `count` equal parts of the video, in order; of fewer, all there are.
 
-    Raises SampleError for a file without images or beyond decoding, DataError where PyAV is not installed.
+    Raises SampleError for a file without images or beyond decoding, UsageError for one that was not fetched, DataError
+    where PyAV is not installed.
     """
     name = shown(str(path))
     try:
@@ -50,10 +51,8 @@ def read_frames(path: str | Path, count: int) -> list[Frame]:
         # What a playlist disguised as a video names stays closed: no protocol is allowed but the file given.
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
             return choose_frames(container, count, name)
-    except (SampleError, MemoryError):
+    except (SampleError, UsageError, MemoryError):
         raise
-    except UsageError as error:
-        raise SampleError(str(error)) from error
     except ImportError as error:
         raise DataError("reading a video needs PyAV: pip install -r requirements-video.txt") from error
     except Exception as error:  # decoders raise all kinds

@@ -266,7 +266,7 @@ def test_data_that_were_not_fetched(tmp_path, capsys, name, content):
     problem = f"{tmp_path / name} is {'a git-lfs pointer' if content.startswith(b'v') else 'a web page'}"
     data = write_jsonl(tmp_path / "good.jsonl", [json.loads(GOOD_LINE)]) if name == "a.zip" else (tmp_path / name).parent if "/" in name else tmp_path / name
     if name == "a.mp4":
-        with pytest.raises(SampleError, match=f"^{problem}.*hf download"):
+        with pytest.raises(UsageError, match=f"^{problem}.*hf download"):
             read_frames(tmp_path / name, 3)
         return
     flags = ["--images_path", str(tmp_path / "a.zip")] if name == "a.zip" else []

@@ -262,7 +262,7 @@ def test_scoring_from_the_command_line(files, assistant, capsys):
     assert lines[0]["prediction"] == right and [line["correct"] for line in lines] == [True, False, False, False]
     report = json.loads((folder / "r.json").read_text(encoding="utf-8"))
     assert report["total"]["exact"]["value"] == 0.25 and report["kinds"]["number"]["exact"]["value"] == 0.0
-    assert report["total"]["questions"] == 4 and "nc:6" in report["signatures"]["chrf"]
+    assert report["total"]["questions"] == 4 and report["total"]["chrf"]["value"] < 1
 
 
 def test_a_video_is_described(files, capsys):

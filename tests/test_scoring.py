@@ -62,7 +62,6 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(chinese):
     assert total["bleu"]["value"] == pytest.approx(bleu.corpus_score(predictions, [references]).score / 100, abs=1e-9)
     marks = [CHRF().sentence_score(prediction, [reference]).score for prediction, reference in zip(predictions, references, strict=True)]
     assert total["chrf"]["value"] == pytest.approx(np.mean(marks) / 100)
-    assert metrics["bleu"].signature == str(bleu.get_signature())
     assert all(0 < total[name]["low"] < total[name]["value"] < total[name]["high"] < 1 for name in metrics)
 
 

@@ -33,7 +33,8 @@ from model.inference.attention_map import AnswerAttention
 from model.inference.generation import Sampling
 from model.weights import fingerprints, save_weights
 from tests.browser import CHROMIUM, User, chromium, free_port, serve
-from tests.conftest import COLOURS, REPOSITORY, make_model, make_vision_encoder, run_script, training_flags, write_jsonl
+from tests.conftest import COLOURS, REPOSITORY, make_model, make_vision_encoder, write_jsonl
+from tests.test_training import train
 
 
 def image_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PNG", **options) -> bytes:
@@ -46,20 +47,17 @@ def image_bytes(colour: str, size: tuple[int, int] = (64, 64), form: str = "PNG"
 
 
 def test_sessions_take_turns_in_the_order_in_which_they_ask():
-    order, gate, threads = [], threading.Event(), []
-    for name, count in [("hold", 1), ("a", 3), ("b", 3)]:  # "hold" keeps the model until the others wait
-        def session(name=name, count=count) -> None:
-            for _ in range(count):
-                in_turn(lambda: gate.wait(60) if name == "hold" else order.append(name))
-
-        waiting = model_thread._work_queue.qsize()
-        threads.append(threading.Thread(target=session))
+    order, held, gate, threads = [], threading.Event(), threading.Event(), []
+    holder = model_thread.submit(lambda: (held.set(), gate.wait(60)))  # keeps the model until the others wait
+    held.wait(60)
+    for number, name in enumerate("ab"):
+        threads.append(threading.Thread(target=lambda name=name: [in_turn(order.append, name) for _ in range(3)]))
         threads[-1].start()
-        while name != "hold" and model_thread._work_queue.qsize() == waiting:
+        while model_thread._work_queue.qsize() == number:
             time.sleep(0.01)
     gate.set()
-    for thread in threads:
-        thread.join(60)
+    for waiting in (holder.result, *(thread.join for thread in threads)):
+        waiting(60)
     assert sorted(order) == list("aaabbb") and order[:2] == ["a", "b"]
 
 
@@ -212,7 +210,7 @@ def test_labels_are_whole_in_both_languages():
 
 
 def test_a_failure_of_the_program_is_told_and_logged(capsys):
-    assert "ValueError: odd. The log" in explain(ValueError("odd")) and "ValueError: odd" in capsys.readouterr().err
+    assert "ValueError: odd. The server's log" in explain(ValueError("odd")) and "ValueError: odd" in capsys.readouterr().err
     assert "fewer images" in explain(MemoryError()) and in_chinese(explain(MemoryError())).startswith("記憶體不足")
     assert in_chinese("something new").startswith("發生錯誤") and "something new" in in_chinese("something new")
 
@@ -240,7 +238,7 @@ def conversation(turns: list[tuple[str, str]], image: str | None = None) -> dict
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tokenizer) -> Path:
     """A folder with images/, encoder/ and out/: weights, sidecar and metrics of a model that knows six colours; and in out/
-    a large one with random weights, whose answers take half a minute."""
+    a large one with random weights, whose answers take long."""
     folder = tmp_path_factory.mktemp("web")
     (folder / "images").mkdir()
     rows = []
@@ -252,11 +250,8 @@ def trained(tmp_path_factory, tokenizer) -> Path:
     encoder = make_vision_encoder()
     encoder.save_pretrained(folder / "encoder")
     data = write_jsonl(folder / "data.jsonl", rows * 20), folder / "images"
-    done = run_script("train_sft_vlm.py", *training_flags(
-        data, folder / "encoder", folder, learning_rate=4e-3, batch_size=8, num_workers=0, max_seq_len=480, log_interval=10,
-    ))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    babbler = make_model(0, encoder, hidden_size=768, num_hidden_layers=8, num_attention_heads=8)
+    train(data, folder / "encoder", folder, learning_rate=4e-3, batch_size=8, max_seq_len=480, log_interval=10)
+    babbler = make_model(0, encoder, hidden_size=768, num_hidden_layers=4, num_attention_heads=8)
     with torch.no_grad():  # it never ends by itself: special tokens are never among the likely ones
         babbler.model.embed_tokens.weight.mul_(4)[tokenizer.all_special_ids] = 0
     record = {"fingerprints": fingerprints(babbler, tokenizer), "training": {"vision_model_path": str(folder / "encoder")}}

@@ -9,5 +9,6 @@
 | page.py | what Streamlit runs at every click: language, and one of two pages |
 | chat_page.py, attention.py | the chat: conversation, choices, images; where an answer looked |
 | runs.py, charts.py, training_page.py | the training page |
-| texts.py, page.css, page.js | labels and errors in English and Traditional Chinese; what only a browser can do |
+| texts.py, texts.toml | labels and errors in English and Traditional Chinese |
+| page.css, page.js | looks; what only a browser can do |
 """

@@ -26,9 +26,7 @@ SLIDERS = (
 
 def show(labels: Labels) -> None:
     """The whole page, for one session."""
-    if "conversation" not in st.session_state:
-        st.session_state.conversation = Conversation(page_settings().max_seq_len)
-    conversation = st.session_state.conversation
+    conversation = st.session_state.setdefault("conversation", Conversation(page_settings().max_seq_len))
     with st.sidebar:
         model = pick_model(conversation, labels)
         conversation.sampling = pick_sampling(labels)
@@ -89,7 +87,7 @@ def pick_sampling(labels: Labels) -> Sampling:
 def bring_model(conversation: Conversation, model: ModelChoice, place, labels: Labels) -> None:
     """Loads the model when it is another one than before, once the answer on its way is done. What is clicked and asked
     meanwhile is heard afterwards."""
-    if conversation.model == model or conversation.answering:
+    if conversation.model == model or (conversation.busy and conversation.exchanges[-1].model):
         return
     with place, st.spinner(labels("loading", model=model.name), show_time=True):
         try:

@@ -1,7 +1,5 @@
 """One session's conversation with a model: questions, answers as they grow, the images of the next question."""
 
-import contextlib
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,8 +33,7 @@ def explain(error: Exception) -> str:
     """What went wrong and what to do, for the session. A fault of the program goes to the log as well."""
     if isinstance(error, (UsageError, SampleError)):
         return str(error)
-    with contextlib.suppress(OSError, ValueError):  # a log on a full disk, or closed, ends nothing
-        traceback.print_exception(error, file=sys.stderr)
+    traceback.print_exception(error)
     if ran_out_of_memory(error):
         return "not enough memory; ask again with fewer images or fewer new tokens, or clear the conversation"
     return f"{type(error).__name__}: {error}. The server's log has the details; ask again, or clear the conversation"
@@ -48,7 +45,7 @@ class Exchange:
 
     question: str
     images: list[SessionImage]
-    model: ModelChoice | None = None  # which answered
+    model: ModelChoice | None = None  # which answers, once it does
     answer: str = ""
     done: bool = False
     stopped: bool = False
@@ -78,11 +75,6 @@ class Conversation:
     def busy(self) -> bool:
         """Whether the last question has no whole answer yet."""
         return bool(self.exchanges) and not self.exchanges[-1].done
-
-    @property
-    def answering(self) -> bool:
-        """Whether the model is at the last question."""
-        return self._answer is not None
 
     def ask(self, question: str, images: list[SessionImage]) -> None:
         """A new question about the images; `step` gets it answered."""
@@ -147,7 +139,8 @@ class Conversation:
 
     def as_markdown(self) -> str:
         """The conversation as a file."""
-        return as_markdown(([image.name for image in asked.images], asked.question, asked.answer) for asked in self.exchanges)
+        said = [([image.name for image in each.images], each.question, each.answer) for each in self.exchanges]
+        return as_markdown(said)
 
     def clear(self) -> None:
         """Forgets everything but the model."""

@@ -24,6 +24,7 @@ class Run:
     frame: pd.DataFrame  # a line of the file a row; columns METRICS, NaN where a line lacks one
     samples: list[dict]  # answers to the same questions: {"update", "question", "answer", "reference", "image"}
     bad: int  # lines that are no json object with an update
+    written: float  # time of the last line
 
     def last(self, name: str) -> float | None:
         """The newest value of a figure, None when no line has it."""
@@ -34,7 +35,7 @@ class Run:
     def is_live(self) -> bool:
         """Whether another line may come: within three times the pause before the last one, or a minute."""
         pause = self.frame["seconds"].dropna().diff().iloc[-1:].sum()
-        return time.time() - self.path.stat().st_mtime < max(60.0, 3 * pause) and self.last("seconds_left") != 0
+        return time.time() - self.written < max(60.0, 3 * pause) and self.last("seconds_left") != 0
 
     def arguments(self) -> dict[str, str]:
         """What the run was started with, from its sidecar; empty before its first save."""
@@ -61,7 +62,7 @@ def read_run(path: Path) -> Run:
         except (ValueError, LookupError, TypeError, AttributeError):
             bad += 1
     frame = pd.DataFrame(rows, columns=METRICS).apply(pd.to_numeric, errors="coerce").astype("float64")
-    return Run(path, frame, samples, bad)
+    return Run(path, frame, samples, bad, path.stat().st_mtime)
 
 
 def curve(run: Run, name: str, axis: str, smoothing: float) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from model.inference.generation import Sampling
 from model.load import find_weights
 from model.vision import preprocess
 from model.weights import fingerprints, load_weights, save_weights
-from tests.conftest import DECODER, make_model, make_vision_encoder, run_script, write_jsonl
+from tests.conftest import DECODER, make_model, make_vision_encoder, write_jsonl
 from tests.test_video import make_video
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -273,14 +273,13 @@ def test_a_video_is_described(files, capsys):
     assert f"2 frames, at 0:00.0, 0:00.2, for the next question: {video}\n" in shown and shown.splitlines()[-1]
 
 
-def test_questions_from_a_pipe(files):
+def test_questions_from_a_pipe(files, capsys, monkeypatch):
     """A chat without a terminal: answers, and nothing to be typed over."""
     folder, flags = files
-    script = f"/image {folder}/images/red.png\nWhat?\n/undo\n/undo\n/dance\n"
-    done = run_script("eval_vlm.py", *flags, "--mode", "chat", "--temperature", "0", text_in=script)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("image 1") and lines[-1].startswith("no such command: /dance") and "\x1b" not in done.stdout
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {folder}/images/red.png\nWhat?\n/undo\n/undo\n/dance\n"))
+    assert main([*flags, "--mode", "chat", "--temperature", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("image 1") and lines[-1].startswith("no such command: /dance")
     assert [line.partition(":")[0] for line in lines[-3:-1]] == ["taken back", "taken back"]
 
 

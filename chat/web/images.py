@@ -1,6 +1,7 @@
 """Images that people bring: checked, decoded, and kept without their metadata."""
 
 import base64
+import contextlib
 import functools
 import io
 import threading
@@ -65,10 +66,7 @@ def data_url(image: Image.Image) -> str:
 def examples(folder: Path) -> tuple[SessionImage, ...]:
     """The first images of the owner's folder, by name; what is no image is left out."""
     found = []
-    for path in image_files(folder):
-        if len(found) < MAX_EXAMPLES and path.is_file():
-            try:
-                found.append(take(path.read_bytes(), path.name))
-            except (SampleError, OSError):
-                continue
+    for path in image_files(folder)[:MAX_EXAMPLES]:
+        with contextlib.suppress(SampleError, OSError):
+            found.append(take(path.read_bytes(), path.name))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Turns jsonl and images into parquet shards, and back; other projects' formats into either.
+"""Turns jsonl and images into parquet, and back; other projects' formats into either.
 
     python -m dataset.convert dataset/sft_data.jsonl --images_path dataset/sft_images --out shards        # to parquet
     python -m dataset.convert "shards/*.parquet" --out back                                               # to jsonl
@@ -16,11 +16,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -35,28 +36,30 @@ from model.vision import to_rgb
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .images import ImageSource, load_image, open_images
 from .jsonl import parse_images, parse_sample
-from .parquet import IMAGE_COLUMNS, cells_of, find_columns, read_batches, read_schema, row_of
+from .parquet import IMAGE_COLUMNS, find_columns, read_rows, read_schema, row_of
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import counted
 
-SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()),
-                       "more": arrow.string()})  # fmt: skip
+SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()), "more": arrow.string()})
+COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}  # images are compressed already
 GROUP_ROWS = 500
 Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its images
+# How many rows a file has; the place of each with what reads it; in parquet of ours the columns of text and images.
+Rows = tuple[int, Iterator[tuple[str, Callable[[], Any]]], tuple[str, str | None] | None]
 
 
-def open_rows(path: Path) -> tuple[int, Iterator[tuple[str, Callable[[], Any]]], tuple[str, str | None] | None]:
-    """How many rows a file has; the place of each with what reads it; in parquet of ours the columns of text and images."""
+def open_rows(path: Path) -> Rows:
+    """The rows of a file; raises DataError."""
     if path.suffix.lower() != ".parquet":
         source = open_file(path)
         return len(source), ((source.where(number), partial(source.row, number)) for number in range(len(source))), None
     schema, count = read_schema(path)
     own = None if detect(dict.fromkeys(schema.names)) else find_columns(path, schema.names)
-    kept = [name for name in schema.names if name in (*TEXT_COLUMNS, *IMAGE_COLUMNS) or "binary" not in str(schema.field(name).type)]
+    known = (*TEXT_COLUMNS, *IMAGE_COLUMNS)
+    kept = [name for name in schema.names if name in known or "binary" not in str(schema.field(name).type)]
     if lost := [name for name in schema.names if name not in kept]:
         print(f"notice: {path}: left out are the columns {', '.join(lost)}, which hold bytes", file=sys.stderr)
-    rows = ((batch, number, f"{path}:{first + number + 1}") for batch, first in read_batches(path, kept) for number in range(len(batch)))
-    return count, ((row[2], partial(cells_of, *row, texts=own[:1] if own else TEXT_COLUMNS)) for row in rows), own
+    return count, read_rows(path, kept, own[:1] if own else TEXT_COLUMNS), own
 
 
 def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, images: ImageSource, where: str) -> Row:
@@ -65,16 +68,17 @@ def read_row(raw: Any, form: str | None, own: tuple[str, str | None] | None, ima
     if form := form or detect(raw):
         row, refs = to_ours(raw, form, where)
     elif own:
-        row, refs = row_of(raw, *own, where)
+        row, refs = row_of(raw, *own)
     sample = parse_sample(row, where, refs)
     for ref in sample.images:
         images.load(ref, where)
     blobs = [ref if isinstance(ref, bytes) else images.read(ref, where) for ref in sample.images]
-    names = None
+    names = ()
     with contextlib.suppress(SampleError):  # a column of others, who mean something else
         names = parse_images(row.get("image"))
-    if names is None or len(names) != len(blobs):  # names of some alone, or of a placeholder
-        row = {key: value for key, value in row.items() if key != "image"} | ({"image": [name_for(blob) for blob in blobs]} if blobs else {})
+    if len(names) != len(blobs) or (not blobs and row.get("image")):  # names of some alone, or of a placeholder
+        row = {key: value for key, value in row.items() if key != "image"}
+        row |= {"image": [name_for(blob) for blob in blobs]} if blobs else {}
     return row, blobs
 
 
@@ -97,54 +101,37 @@ def resized(blob: bytes, size: int) -> bytes:
     return file.getvalue()
 
 
-class ParquetShards:
-    """Writes rows to out/00000.parquet and on, a row group at a time; a file appears when it is whole."""
+class ParquetRows:
+    """Writes rows to a parquet file, a row group at a time."""
 
-    # Image files do not shrink any further.
-    COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}
-
-    def __init__(self, out: Path, shard_rows: int):
-        self.out, self.shard_rows, self.count = out, shard_rows, 0
-        self._writer: parquet.ParquetWriter | None = None
+    def __init__(self, file: BinaryIO):
+        self._writer = parquet.ParquetWriter(file, SCHEMA, compression=COMPRESSION)
         self._rows: list[dict[str, Any]] = []  # of the next row group
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
-        more = {key: value for key, value in row.items() if key != "conversations"}
+        more = json.dumps({key: value for key, value in row.items() if key != "conversations"}, default=str)
         # Escaped: json can spell halves of characters, which UTF-8 cannot.
-        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "more": json.dumps(more, default=str)})
-        self.count += 1
-        if self.count % self.shard_rows == 0:
-            self.close()
-        elif len(self._rows) == GROUP_ROWS:
+        self._rows.append({"conversations": json.dumps(row["conversations"]), "image_bytes": blobs, "more": more})
+        if len(self._rows) == GROUP_ROWS:
             self._write_group()
 
     def _write_group(self) -> None:
-        if self._writer is None:
-            self._path = self.out / f"{(self.count - 1) // self.shard_rows:05}.tmp"
-            self._file = self._path.open("wb")  # Arrow would take the path for UTF-8
-            self._writer = parquet.ParquetWriter(self._file, SCHEMA, compression=self.COMPRESSION)
         self._writer.write_table(arrow.Table.from_pylist(self._rows, SCHEMA))
         self._rows = []
 
     def close(self) -> None:
-        """Ends the file at hand with what is left."""
-        if self._rows:
-            self._write_group()
-        if self._writer is not None:
-            self._writer.close()
-            self._file.close()
-            self._path.replace(self._path.with_suffix(".parquet"))
-            self._writer = None
+        """Writes what is left."""
+        self._write_group()
+        self._writer.close()
 
 
-class JsonlFolder:
-    """Writes rows to out/data.jsonl, which appears when it is whole, and images to out/images."""
+class JsonlRows:
+    """Writes rows to a jsonl file, and their images to a folder."""
 
-    def __init__(self, out: Path):
-        self.out, self.images = out, out / "images"
-        self.images.mkdir(exist_ok=True)
-        self._file = open(out / "data.tmp", "w", encoding="utf-8")  # noqa: SIM115  (closed in close)
+    def __init__(self, file: BinaryIO, images: Path):
+        images.mkdir()
+        self._file, self._images = file, images.resolve()
 
     def add(self, row: dict, blobs: list[bytes]) -> None:
         """One more sample."""
@@ -152,40 +139,24 @@ class JsonlFolder:
         written = [self._write(name, blob) for name, blob in zip(names, blobs, strict=True)]
         row = row if written == names else row | {"image": written}
         text = json.dumps(row, ensure_ascii=False, default=str)
-        self._file.write((text if is_text(text) else json.dumps(row, default=str)) + "\n")
+        self._file.write((text if is_text(text) else json.dumps(row, default=str)).encode() + b"\n")
 
     def _write(self, name: str, blob: bytes) -> str:
         """Writes an image; its name, which is made of its content where the name leads out of the folder, can be no file's, or
         is that of a different image."""
         try:
-            path = (self.images / name).resolve()
-            there = path.exists()
-        except (OSError, ValueError):  # too long, a NUL
+            path = (self._images / name).resolve()
+            usable = path.is_relative_to(self._images) and (not path.exists() or path.read_bytes() == blob)
+        except (OSError, ValueError):  # too long, a NUL, a folder
+            usable = False
+        if not usable:
             return self._write(name_for(blob), blob)
-        if not path.is_relative_to(self.images.resolve()) or path.is_dir() or (there and path.read_bytes() != blob):
-            return self._write(name_for(blob), blob)
-        if there:
-            return name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(blob)
         return name
 
     def close(self) -> None:
-        """Nothing more comes."""
-        self._file.close()
-        (self.out / "data.tmp").replace(self.out / "data.jsonl")
-
-
-def files_of(entries: str) -> list[Path]:
-    """What there is to convert, all of one format; raises DataError."""
-    paths: dict[str, Path] = {}
-    for entry, weight in split_entries(entries):
-        if weight != 1:
-            raise DataError(f"{entry}:{weight:g}: a weight means nothing here; everything is converted once")
-        paths |= {os.path.realpath(path): path for path in find_files(entry)}
-    if len({path.suffix.lower() == ".parquet" for path in paths.values()}) > 1:
-        raise DataError("jsonl and parquet at once: convert one after the other")
-    return list(paths.values())
+        """Nothing is left to write."""
 
 
 def make_folder(out: Path) -> None:
@@ -198,6 +169,49 @@ def make_folder(out: Path) -> None:
         raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one, new or empty") from error
 
 
+def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
+    """The number of rows converted, and what was wrong with those left out. Raises DataError, SampleError, UsageError."""
+    paths, images, out = [], open_images(args.images_path), Path(args.out)
+    for entry, weight in split_entries(args.data):
+        if weight != 1:
+            raise DataError(f"{entry}:{weight:g}: a weight means nothing here; everything is converted once")
+        paths += find_files(entry)
+    to = args.to or ("jsonl" if paths[0].suffix.lower() == ".parquet" and not args.form else "parquet")
+    sources = open_files(paths, open_rows)
+    make_folder(out)
+    try:
+        with open(out / "data.tmp", "wb") as file:
+            writer = ParquetRows(file) if to == "parquet" else JsonlRows(file, out / "images")
+            with contextlib.closing(writer):
+                done = write_rows(sources, images, writer, args)
+        (out / "data.tmp").replace(out / f"data.{to}")
+    except BaseException:  # Ctrl-C as well: what is half done is of no use
+        (out / "data.tmp").unlink()
+        shutil.rmtree(out / "images", ignore_errors=True)
+        raise
+    return done
+
+
+def write_rows(sources: list[Rows], images: ImageSource, writer: ParquetRows | JsonlRows,
+               args: argparse.Namespace) -> tuple[int, list[str]]:  # fmt: skip
+    """The same, of files that are open."""
+    count, skipped = 0, []
+    with tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
+        for where, read, own in ((where, read, own) for _, rows, own in sources for where, read in rows):
+            bar.update()
+            try:
+                row, blobs = read_row(read(), args.form, own, images, where)
+                blobs = [resized(blob, args.resize) for blob in blobs] if args.resize else blobs
+            except SampleError as error:
+                if not args.skip_bad:
+                    raise SampleError(error.problem, where) from error
+                skipped.append(f"{where}: {error.problem}")
+                continue
+            writer.add(row, blobs)
+            count += 1
+    return count, skipped
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 2 when the data cannot be converted or no sample was good, or 130 after Ctrl-C."""
     print_anything()
@@ -207,40 +221,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", choices=("parquet", "jsonl"), help="parquet, but jsonl for parquet of ours")
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
     parser.add_argument("--out", required=True, help="a new or empty folder")
-    parser.add_argument("--shard_rows", type=int, default=20_000, help="samples of a parquet file")
     parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger images are made smaller, as JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
     args = parser.parse_args(home_for_tilde(argv))
-    if min(args.shard_rows, 1 if args.resize is None else args.resize) < 1:
-        parser.error("--shard_rows and --resize are greater than 0")
-    out, skipped, count = Path(args.out), [], 0
+    if args.resize is not None and args.resize < 1:
+        parser.error("--resize is greater than 0")
     try:
-        paths, images = files_of(args.data), open_images(args.images_path)
-        to = args.to or ("jsonl" if paths[0].suffix.lower() == ".parquet" and not args.form else "parquet")
-        sources = open_files(paths, open_rows)
-        make_folder(out)
-        with tqdm(total=sum(rows for rows, *_ in sources), unit="sample", disable=not sys.stderr.isatty()) as bar:
-            writer = ParquetShards(out, args.shard_rows) if to == "parquet" else JsonlFolder(out)
-            for where, read, own in ((where, read, own) for _, rows, own in sources for where, read in rows):
-                bar.update()
-                try:
-                    row, blobs = read_row(read(), args.form, own, images, where)
-                    blobs = [resized(blob, args.resize) for blob in blobs] if args.resize else blobs
-                except SampleError as error:
-                    if not args.skip_bad:
-                        raise
-                    skipped.append(str(error))
-                    continue
-                writer.add(row, blobs)
-                count += 1
-            writer.close()
+        count, skipped = convert(args)
     except (DataError, SampleError, UsageError, OSError, arrow.ArrowInvalid) as error:
-        print(f"error: {error}" + (f"\n(what is in {out} is not all)" if count else ""), file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; what is in {out} is not all", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
-    print(f"{counted(count, 'sample')} in {out}" + (f"; {len(skipped):,} bad left out, the first: {skipped[0]}" if skipped else ""))
+    left_out = f"; {len(skipped):,} bad left out, the first: {skipped[0]}" if skipped else ""
+    print(f"{counted(count, 'sample')} in {args.out}{left_out}")
     return 0 if count else 2
 
 

@@ -126,12 +126,12 @@ class FeatureCache:
     def _prepare(self, samples: Mixture) -> str | None:
         """Maps the files, made from scratch unless they fit; returns why an older cache was thrown away, if one was."""
         old, meta = read_meta(self.folder), {"key": asdict(self.key), "data": samples.fingerprint()}
-        names = None if old == meta else hash_images(samples)
-        problem = f"it was made with another encoder or format: {old.get('key')}" if old else None
+        problem, names = f"it was made with another encoder or format: {old.get('key')}" if old else None, None
         if old.get("key") == meta["key"]:
             try:
                 self._map_files()
-                if names is None or np.array_equal(names, self._names):
+                names = self._names if old == meta else hash_images(samples)
+                if np.array_equal(names, self._names):
                     self._write_meta(meta)
                     self._check_disk(self.count)
                     return None
@@ -158,11 +158,8 @@ class FeatureCache:
         present = path.stat().st_blocks * 512 if path.exists() else 0
         needed, free = count * self.image_bytes - present, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise DataError(
-                f"the features of {count:,} images take {count * self.image_bytes / 1e9:.1f} GB, {needed / 1e9:.1f} GB"
-                f" more than now; {self.folder} has {free / 1e9:.1f} GB free. Name a larger disk with --checkpoint_dir,"
-                f" or train without --cache_features"
-            )
+            raise DataError(f"the features of {count:,} images take {needed / 1e9:.1f} GB more than now; {self.folder} has"
+                            f" {free / 1e9:.1f} GB free. Name a larger disk with --checkpoint_dir, or train without --cache_features")
 
     def _map_files(self) -> None:
         self._names = np.load(self.folder / "names.npy", mmap_mode="r").view(np.ndarray)

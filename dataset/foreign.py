@@ -22,7 +22,7 @@ from model.errors import SampleError, shown
 RowImage = tuple[bytes | None, str | None]  # the bytes of an image's file, its name: one of them at least
 
 FORMATS = ("llava", "sharegpt", "openai", "alpaca", "cauldron")
-TEXT_COLUMNS = {"conversations", "messages", "texts"}  # which may be json text in parquet
+TEXT_COLUMNS = ("conversations", "messages", "texts")  # which may be json text in parquet
 USED = {*TEXT_COLUMNS, "instruction", "input", "output", "history", "system", "image", "images"}
 OUR_ROLE = {role: role for role in ROLES} | {
     "human": "user", "question": "user", "tool": "user", "function": "user", "observation": "user", "function_response": "user",
@@ -50,32 +50,35 @@ def detect(row: Any) -> str | None:
 
 def remedy(row: Any, where: str) -> str:
     """What an error about a row of another format adds; empty for other rows."""
-    form, path = detect(row), re.sub(r":\d+$", "", where)
-    return f"; it looks like {form}: python -m dataset.convert --from {form} {shlex.quote(path)} --out shards (--images_path as here)" if form else ""
+    form, path = detect(row), shlex.quote(re.sub(r":\d+$", "", where))
+    command = f"python -m dataset.convert --from {form} {path} --out shards (--images_path as here)"
+    return f"; it looks like {form}: {command}" if form else ""
 
 
 def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
     """A row of a format as one of ours, and its images by name or bytes; further fields are kept. Raises SampleError."""
-    turns, placed = [], []
+    turns, placed, seen = [], [], []
     try:
+        images = as_list(row.get("images") or row.get("image"))
         for role, content in turns_of(row, form):
             role = OUR_ROLE.get(str(role).strip().lower(), role)
             if isinstance(content, list):
-                content = "\n".join(part_of(part, placed, where) for part in content)
+                content = "\n".join(part_of(part, images, placed, seen) for part in content)
             if role != "user" and isinstance(content, str):
                 content = content.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
             turns.append({"role": role, "content": content})
-        images = as_list(row.get("images") or row.get("image"))
+        if placed and set(seen) != set(range(len(images))):
+            raise SampleError(f"the parts of messages show the images {sorted(set(seen))}, counted from 0, of a row that has {len(images)}")
+        found = [image_of(value) for value in placed or images]
     except SampleError as error:
         raise SampleError(error.problem, where) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SampleError(f"no row of the format {form} ({type(error).__name__}: {error})", where) from error
-    found = placed_images(placed, images, where) if placed else images
     question = next((turn for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)), None)
     if question and not any(IMAGE_PLACEHOLDER in str(turn["content"]) for turn in turns):
         question["content"] = f"{IMAGE_PLACEHOLDER}\n" * len(found) + question["content"]
     rest = {key: value for key, value in row.items() if key not in USED}
-    return with_images(rest | {"conversations": turns}, [image_of(value, where) for value in found])
+    return with_images(rest | {"conversations": turns}, found)
 
 
 def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
@@ -86,7 +89,8 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
         yield from ((turn["from"], turn["value"]) for turn in row["conversations"])
     elif form == "openai":
         for turn in row["messages" if "messages" in row else "conversations"]:
-            lost = [name for name in ("tool_calls", "function_call", "refusal") if turn.get(name)] + ["weight: 0"] * (turn.get("weight") == 0)
+            lost = [name for name in ("tool_calls", "function_call", "refusal") if turn.get(name)]
+            lost += ["weight: 0"] * (turn.get("weight") == 0)
             if lost:
                 raise SampleError(f"a message has {lost[0]}, which samples here have no place for; --skip_bad leaves such rows out")
             yield turn["role"], turn["content"]
@@ -99,35 +103,25 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
             yield from (("user", pair["user"]), ("assistant", pair["assistant"]))
 
 
-def part_of(part: Any, placed: list, where: str) -> str:
-    """The text of a message's part; of an image a placeholder, and in `placed` what it is, or None, and its number among
-    the row's images, None for the next of them."""
+def part_of(part: Any, images: list, placed: list, seen: list[int]) -> str:
+    """The text of a message's part. Of an image a placeholder: `placed` gets the image, and `seen` the number among the row's
+    images of one that the part does not hold itself: the number it gives, or the next."""
     kind = "text" if isinstance(part, str) else part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return (part if isinstance(part, str) else part["text"]).replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
     if kind not in ("image", "image_url", "input_image"):
-        raise SampleError(f"a message has a part of type {shown(kind)}; known are text, image and image_url", where)
+        raise SampleError(f"a message has a part of type {shown(kind)}; known are text, image and image_url")
     held = (part.get(key) for key in ("image_url", "image", "url", "path", "bytes"))
     value = next((value for value in held if value is not None), None)
-    placed.append((value["url"] if isinstance(value, dict) and "url" in value else value, part.get("index")))
+    if value is None:
+        number = part.get("index")
+        seen.append(number if isinstance(number, int) else seen[-1] + 1 if seen else 0)
+        value = images[seen[-1]] if 0 <= seen[-1] < len(images) else None
+    placed.append(value["url"] if isinstance(value, dict) and "url" in value else value)
     return IMAGE_PLACEHOLDER
 
 
-def placed_images(placed: list, images: list, where: str) -> list:
-    """The images that a message's parts show; raises SampleError unless they show every image of the row."""
-    found, seen, at = [], set(), 0
-    for value, number in placed:
-        if value is None:
-            at = number if isinstance(number, int) else at
-            seen.add(at)
-            value, at = images[at] if 0 <= at < len(images) else None, at + 1
-        found.append(value)
-    if seen != set(range(len(images))):
-        raise SampleError(f"the parts of messages show the images {sorted(seen)}, counted from 0, of a row that has {len(images)}", where)
-    return found
-
-
-def image_of(value: Any, where: str) -> RowImage:
+def image_of(value: Any) -> RowImage:
     """An image from its bytes, a file name, a data URL, or a struct with `bytes` and `path` as the datasets library writes it.
     Raises SampleError."""
     blob, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
@@ -135,23 +129,24 @@ def image_of(value: Any, where: str) -> RowImage:
         blob, name = None, blob
     if blob is None and isinstance(name, str):
         if re.match(r"https?://", name, re.IGNORECASE):
-            raise SampleError(f"image {shown(name)} lies on the web: download it into --images_path, and give its file name", where)
+            raise SampleError(f"image {shown(name)} lies on the web: download it into --images_path, and give its file name")
         if re.match(r"data:", name, re.IGNORECASE):
             try:
                 blob, name = base64.b64decode(re.split(r";base64,", name, maxsplit=1)[1]), None
             except (IndexError, ValueError) as error:
-                raise SampleError(f"image {shown(name)} is no data URL in base64", where) from error
+                raise SampleError(f"image {shown(name)} is no data URL in base64") from error
         else:
             name = name.removeprefix("file://")
     if not isinstance(blob, bytes | None) or not isinstance(name, str | None) or (blob is None and not name):
-        raise SampleError(f"an image is something other than bytes or a file name: {shown(value)}", where)
+        raise SampleError(f"an image is something other than bytes or a file name: {shown(value)}")
     return blob, name
 
 
 def with_images(row: dict, found: list[RowImage]) -> tuple[dict, tuple[str | bytes, ...]]:
     """A row, with its images' names where it has none, and the images."""
     names = [name for _, name in found]
-    return ({"image": names} if names and all(names) else {}) | row, tuple(name if blob is None else blob for blob, name in found)
+    named = {"image": names} if names and all(names) else {}
+    return named | row, tuple(name if blob is None else blob for blob, name in found)
 
 
 def as_list(value: Any) -> list:

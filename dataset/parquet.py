@@ -4,10 +4,12 @@ Parquet is read in row groups, which writers make of a hundred rows or of a whol
 is made once: of each row a line of json and the bytes of its images, and at the end an index, as jsonl files have one.
 """
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,20 +61,19 @@ class ParquetSamples(JsonlSamples):
     def _write_copy(self, file: BinaryIO) -> None:
         print(f"notice: {self.path} is copied to .{self.path.name}.rows once", file=sys.stderr)
         index, offset = bytearray(), 0
-        for batch, first in read_batches(self.path, self._columns, f"copy of {self.path.name}"):
-            for number in range(len(batch)):
-                where, images = f"{self.path}:{first + number + 1}", ()
-                try:
-                    row, images = row_of(cells_of(batch, number, where, [self._text]), self._text, self._images, where)
-                    held = [image if isinstance(image, str) else len(image) for image in images]
-                    content = {"row": row, "images": held}
-                except SampleError as error:
-                    content = {"problem": error.problem}
-                line = json.dumps(content, default=str).encode() + b"\n"
-                index += describe(line, offset, first + number + 1)
-                blobs = b"".join(image for image in images if isinstance(image, bytes))
-                file.write(line + blobs)
-                offset += len(line) + len(blobs)
+        rows = read_rows(self.path, self._columns, (self._text,), f"copy of {self.path.name}")
+        for number, (_, read) in enumerate(rows, start=1):
+            images = ()
+            try:
+                row, images = row_of(read(), self._text, self._images)
+                content = {"row": row, "images": [image if isinstance(image, str) else len(image) for image in images]}
+            except SampleError as error:
+                content = {"problem": error.problem}
+            line = json.dumps(content, default=str).encode() + b"\n"
+            index += describe(line, offset, number)
+            line += b"".join(image for image in images if isinstance(image, bytes))
+            file.write(line)
+            offset += len(line)
         file.write(index)
 
 
@@ -102,49 +103,45 @@ def find_columns(path: Path, names: list[str]) -> tuple[str, str | None]:
     return text, images
 
 
-def read_batches(path: Path, columns: list[str], doing: str = "") -> Iterator[tuple[arrow.RecordBatch, int]]:
-    """All rows, some at a time, with the number of the first; with a progress bar on a terminal if it is called something. Memory
-    does not depend on the row groups. Raises DataError."""
-    first = 0
+def read_rows(path: Path, columns: list[str], texts: tuple[str, ...], doing: str = "") -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The place of each row, and what reads it, with a progress bar on a terminal if it is called something. Memory does not
+    depend on the row groups. Raises DataError."""
+    first = 1
     try:
-        with (open_parquet(path) as file,
-              tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3, disable=None if doing else True) as bar):  # fmt: skip
+        with (open_parquet(path) as file, tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3,
+                                               disable=None if doing else True) as bar):  # fmt: skip
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                yield batch, first
+                for number in range(len(batch)):
+                    where = f"{path}:{first + number}"
+                    yield where, partial(cells_of, batch, number, texts, where)
                 first += len(batch)
                 bar.update(len(batch))
     except (ValueError, OSError, arrow.ArrowException) as error:  # ArrowInvalid is a ValueError
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def cells_of(rows: arrow.RecordBatch, number: int, where: str, texts: list[str]) -> dict[str, Any]:
+def cells_of(rows: arrow.RecordBatch, number: int, texts: tuple[str, ...], where: str) -> dict[str, Any]:
     """One row by column, decoded where these columns hold json text; raises SampleError."""
     try:
         cells = {name: column[number].as_py() for name, column in zip(rows.schema.names, rows.columns, strict=True)}
-        for name in cells.keys() & set(texts):
-            text = cells[name].decode() if isinstance(cells[name], bytes) else cells[name]
-            cells[name] = parse_json(text, where) if isinstance(text, str) else text
     except UnicodeDecodeError as error:
         raise SampleError(f"not UTF-8 text ({error.reason} at byte {error.start})", where) from error
+    for name in cells.keys() & set(texts):
+        cells[name] = parse_json(cells[name], where) if isinstance(cells[name], str | bytes) else cells[name]
     return cells
 
 
-def row_of(cells: dict[str, Any], text: str, images: str | None, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
+def row_of(cells: dict[str, Any], text: str, images: str | None) -> tuple[dict, tuple[str | bytes, ...]]:
     """A row of parquet, as a line of jsonl would have it, and the images that it shows: bytes, or names. Raises SampleError."""
-    conversations, held = cells.pop(text), as_list(cells.pop(images, None))
-    row = cells | fields_of(cells.pop("more", None)) | {"conversations": conversations}
+    conversations, held, more = cells.pop(text), as_list(cells.pop(images, None)), cells.pop("more", None)
+    fields = {} if more is None else {"more": more}  # of others
+    with contextlib.suppress(TypeError, ValueError):
+        found = json.loads(more)
+        fields = found if isinstance(found, dict) else fields
+    row = cells | fields | {"conversations": conversations}
     if images == IMAGE_COLUMNS[0] and not shows_images(conversations):
         return row, ()  # the published data set has a placeholder in such rows
-    return with_images(row, [image_of(cell, where) for cell in held])
-
-
-def fields_of(more: Any) -> dict:
-    """The fields in convert's column `more`; a column of others that is called so is a field itself."""
-    try:
-        fields = json.loads(more or "{}")
-    except (TypeError, ValueError, RecursionError):
-        fields = None
-    return fields if isinstance(fields, dict) else {"more": more}
+    return with_images(row, [image_of(cell) for cell in held])
 
 
 def shows_images(conversations: Any) -> bool:

@@ -90,7 +90,7 @@ def test_a_truncated_image_is_used_named_and_counted(renderer, tmp_path, capsys)
     assert f"{path}:3: image 'c.jpg' cannot be read: it is truncated, and too much" in bad.reason
     assert validate.main([str(path), "--images_path", str(tmp_path), "--processes", "1"]) == 1
     said = capsys.readouterr().out
-    assert "3 samples, 2 images; 1 bad (33.33%)" in said and f"1 image truncated, used\n      {note.reason}" in said
+    assert "3 samples, 2 images; 1 bad (33.33%)" in said and f"1 x truncated images, used\n      {note.reason}" in said
     assert validate.main([str(write_jsonl(path, [ROW | {"image": "b.jpg"}])), "--images_path", str(tmp_path)]) == 0
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import machine
-from dataset import validate
 from model.device import check_compile
 from model.errors import UsageError
 from tests.conftest import REPOSITORY, run_script, training_flags
@@ -342,9 +341,3 @@ def test_limits_of_open_files_as_macos_has_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     machine.allow_many_files()
     assert machine.peak_memory() == 0
-
-
-def test_samples_are_looked_at_without_fork(monkeypatch):
-    monkeypatch.setattr(validate, "get_all_start_methods", lambda: ["spawn"])
-    checker = types.SimpleNamespace(samples=range(3), check=lambda span: list(span))
-    assert list(validate.check_all(checker, 4)) == [[0, 1, 2]]

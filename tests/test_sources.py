@@ -833,8 +833,8 @@ def test_to_parquet_and_back_loses_nothing(data, zipped, tmp_path, capsys, packe
     rows[0].setdefault("image", None)
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     places = ["--images_path", str(zipped if packed else data[1])]
-    assert convert.main([str(path), *places, "--out", str(tmp_path / "shards"), "--shard_rows", "9"]) == 0
-    assert sorted(files_in(tmp_path / "shards")) == ["00000.parquet", "00001.parquet", "00002.parquet"]
+    assert convert.main([str(path), *places, "--out", str(tmp_path / "shards")]) == 0
+    assert list(files_in(tmp_path / "shards")) == ["data.parquet"]
     assert convert.main([str(tmp_path / "shards"), "--out", str(tmp_path / "back")]) == 0
     assert read_rows(tmp_path / "back" / "data.jsonl") == rows and files_in(tmp_path / "back" / "images") == files_in(data[1])
     samples, plain = open_samples(tmp_path / "shards"), open_samples(path)
@@ -861,6 +861,7 @@ def test_converting_bad_samples_names_them(data, tmp_path, capsys):
     flags = [str(path), "--images_path", str(data[1]), "--out"]
     assert convert.main([*flags, str(tmp_path / "a")]) == 2
     assert f"{path}:2: image 'missing.png' is not in" in capsys.readouterr().err
+    assert list((tmp_path / "a").iterdir()) == [], "what is half done is removed"
     assert convert.main([*flags, str(tmp_path / "b"), "--skip_bad"]) == 0
     assert "2 samples" in (said := capsys.readouterr().out) and "1 bad left out" in said
     assert len(open_samples(tmp_path / "b")) == 2
@@ -901,11 +902,10 @@ def test_a_folder_takes_one_conversion(data, tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith(f"error: --out {place}: no folder can be written there (") and said.count("\n") == 1
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "00000.tmp").touch()
+    (tmp_path / "out" / "data.tmp").touch()
     assert convert.main(arguments) == 2 and "half done" in capsys.readouterr().err
-    for flag in (["--resize", "-5"], ["--shard_rows", "0"]):
-        with pytest.raises(SystemExit, match="2"):
-            convert.main([*arguments, *flag])
+    with pytest.raises(SystemExit, match="2"):
+        convert.main([*arguments, "--resize", "-5"])
 
 
 @pytest.mark.parametrize(("flags", "message"), [(["--batch_size", "0"], "greater than 0"), (["--tokens_per_second", "-1"], "greater than 0")])

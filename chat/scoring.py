@@ -96,7 +96,7 @@ def read_questions(samples: Mixture, images: ImageSource) -> list[Question]:
         sample, before = samples[number], len(questions)
         names = tuple(ref if isinstance(ref, str) else int(hash_of(ref)) for ref in sample.images)
         for name in filter(lambda name: isinstance(name, str), names):
-            images.state(name, sample.where)
+            images.find(name, sample.where)
         for at, turn in enumerate(sample.turns):
             if turn.role == "assistant" and at and sample.turns[at - 1].role == "user":
                 history = sample.turns[:at]

@@ -2,12 +2,13 @@
 
     python -m dataset.convert dataset/sft_data.jsonl --images_path dataset/sft_images --out shards        # to parquet
     python -m dataset.convert "shards/*.parquet" --out back                                               # to jsonl
-    python -m dataset.convert --from llava llava.json --images_path coco --out shards                     # dataset/foreign.py
+    python -m dataset.convert --from llava llava.json --images_path coco --out shards   # dataset/foreign.py
 
-Nothing is lost either way: conversations, further fields and the bytes of the images come back as they were, under their
-names; --resize alone changes images. Further columns of others' parquet become fields, but for those of bytes. A sample that
-training could not use ends the work with its place, or is left out and counted with --skip_bad. Parquet has the published
-columns, `conversations` (json text) and `image_bytes` (list of bytes), and one of ours, `more` (all other fields, json text).
+Nothing is lost either way: conversations, further fields and the bytes of the images come back as they were, under
+their names; --resize alone changes images. Further columns of others' parquet become fields, but for those of bytes. A
+sample that training could not use ends the work with its place, or is left out and counted with --skip_bad. Parquet has
+the published columns, `conversations` (json text) and `image_bytes` (list of bytes), and one of ours, `more` (json text
+of all other fields).
 """
 
 import argparse
@@ -39,8 +40,9 @@ from .parquet import IMAGE_COLUMNS, find_columns, read_rows, read_schema, row_of
 from .sources import find_files, open_file, open_files, split_entries
 from .validate import counted
 
-SCHEMA = arrow.schema({"conversations": arrow.string(), "image_bytes": arrow.list_(arrow.binary()), "more": arrow.string()})
-COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}  # images are compressed already
+TEXT, BYTES = arrow.string(), arrow.binary()
+SCHEMA = arrow.schema({"conversations": TEXT, "image_bytes": arrow.list_(BYTES), "more": TEXT})
+COMPRESSION = {"conversations": "zstd", "more": "zstd", "image_bytes.list.element": "none"}  # of images
 GROUP_ROWS = 500
 Row = tuple[dict, list[bytes]]  # a sample as a line of jsonl has it, and its images
 # How many rows a file has; the place of each with what reads it; in parquet of ours the columns of text and images.
@@ -88,8 +90,8 @@ def name_for(blob: bytes) -> str:
 
 
 def resized(blob: bytes, size: int) -> bytes:
-    """An image whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no larger
-    stays as it is."""
+    """An image whose shorter side is `size` pixels, as the model would see it (upright, RGB), as JPEG; one that is no
+    larger stays as it is."""
     image = load_image(blob, "of the row")
     if min(image.size) <= size:
         return blob
@@ -141,8 +143,8 @@ class JsonlRows:
         self._file.write((text if is_text(text) else json.dumps(row, default=str)).encode() + b"\n")
 
     def _write(self, name: str, blob: bytes) -> str:
-        """Writes an image; its name, which is made of its content where the name leads out of the folder, can be no file's, or
-        is that of a different image."""
+        """Writes an image; its name, which is made of its content where the name leads out of the folder, can be no
+        file's, or is that of a different image."""
         try:
             path = (self._images / name).resolve()
             usable = path.is_relative_to(self._images) and (not path.exists() or path.read_bytes() == blob)
@@ -163,13 +165,13 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise DataError(f"--out {out} is not empty; name another folder, or remove what a conversion left half done (*.tmp)")
+            raise DataError(f"--out {out} is not empty; name another folder, or remove what is half done (*.tmp)")
     except OSError as error:
-        raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one, new or empty") from error
+        raise DataError(f"--out {out}: no folder can be written there ({reason(error)}); name another one") from error
 
 
 def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
-    """The number of rows converted, and what was wrong with those left out. Raises DataError, SampleError, UsageError."""
+    """Rows converted, and what was wrong with those left out. Raises DataError, SampleError, UsageError."""
     paths, images, out = [], open_images(args.images_path), Path(args.out)
     for entry, weight in split_entries(args.data):
         if weight != 1:
@@ -216,11 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="what --data_path of training takes, or a file of another format")
-    parser.add_argument("--from", dest="form", choices=FORMATS, help="the format, where rows do not show it (dataset/foreign.py)")
+    parser.add_argument("--from", dest="form", choices=FORMATS, help="the format, where rows do not show it")
     parser.add_argument("--to", choices=("parquet", "jsonl"), help="parquet, but jsonl for parquet of ours")
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
     parser.add_argument("--out", required=True, help="a new or empty folder")
-    parser.add_argument("--resize", type=int, help="pixels of the shorter side; larger images are made smaller, as JPEG")
+    parser.add_argument("--resize", type=int, help="pixels of the shorter side of larger images, then JPEG")
     parser.add_argument("--skip_bad", action="store_true", help="leave bad samples out")
     args = parser.parse_args(home_for_tilde(argv))
     if args.resize is not None and args.resize < 1:

@@ -11,7 +11,7 @@ from filelock import lock_descriptor
 from model.errors import DataError
 from model.storage import Write, remove_temporaries, write_temporary
 
-VERSION = 5  # raised when derived files are written otherwise than before
+VERSION = 6  # raised when derived files are written otherwise than before
 MAPPED = 2**20  # bytes from which an index is mapped: a map holds a file open, and a data set may have thousands
 
 
@@ -41,12 +41,12 @@ def derived_file(path: Path, kind: str, write: Write) -> Path:
                 os.utime(temporary, (stamp, stamp))
                 os.replace(temporary, place)
                 return place
-    raise DataError(f"neither the folder of {path} nor ~/.cache has room for its {kind}, a file that is made of it once;"
-                    " name a larger disk by XDG_CACHE_HOME")  # fmt: skip
+    raise DataError(f"neither the folder of {path} nor ~/.cache has room for its {kind}, a file that is made of it"
+                    " once; name a larger disk by XDG_CACHE_HOME")  # fmt: skip
 
 
 def read_index(path: Path, record: np.dtype, write: Write) -> np.ndarray:
-    """The records that `write` collects from the file at `path`; of large files mapped into memory, which processes share."""
+    """The records that `write` collects from the file at `path`; many of them mapped into memory, for all processes."""
     place = derived_file(path, "index", write)
     if place.stat().st_size < MAPPED:
         return np.fromfile(place, record)

@@ -37,7 +37,7 @@ PREPROCESSING = 3  # raised when the same file gives other pixels than before
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What features depend on besides the images. `encoder` is the encoder's fingerprint, `dtype` what it computes in."""
+    """What features depend on besides the images: the encoder's fingerprint, the number format it computes in, ..."""
 
     encoder: str
     dtype: str
@@ -58,7 +58,8 @@ class FeatureCache:
         try:
             self.rebuilt_because = self._prepare(samples)
             # Held open: should another run remake the files, this one continues with its own.
-            self._files = [open(self.folder / name, "r+b", buffering=0) for name in ("features.bin", "filled.bin")]  # noqa: SIM115
+            paths = [self.folder / name for name in ("features.bin", "filled.bin")]
+            self._files = [open(path, "r+b", buffering=0) for path in paths]  # noqa: SIM115
         finally:
             lock.release()
         self.broken: OSError | None = None  # the error that ended writing
@@ -121,7 +122,7 @@ class FeatureCache:
                         raise OSError(f"{file.name}: the disk is full")
         except OSError as error:
             self.broken = error
-            print(f"warning: the feature cache keeps no more ({error}); training continues", file=sys.stderr, flush=True)
+            print(f"warning: the feature cache keeps no more ({error}); training continues", file=sys.stderr)
 
     def _prepare(self, samples: Mixture) -> str | None:
         """Maps the files, made from scratch unless they fit; returns why an older cache was thrown away, if one was."""
@@ -142,7 +143,7 @@ class FeatureCache:
         for name in ("meta.json", "features.bin", "filled.bin"):  # until all is in place again there is no cache
             (self.folder / name).unlink(missing_ok=True)
         self._check_disk(len(names))
-        write_atomically(self.folder / "names.npy", lambda file: np.save(file, names))  # others may have the old one mapped
+        write_atomically(self.folder / "names.npy", lambda file: np.save(file, names))  # the old one may be mapped
         for name, size in (("features.bin", self.image_bytes), ("filled.bin", RECORD.itemsize)):
             with open(self.folder / name, "wb") as file:
                 file.truncate(max(1, len(names)) * size)
@@ -158,8 +159,9 @@ class FeatureCache:
         present = path.stat().st_blocks * 512 if path.exists() else 0
         needed, free = count * self.image_bytes - present, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise DataError(f"the features of {count:,} images take {needed / 1e9:.1f} GB more than now; {self.folder} has"
-                            f" {free / 1e9:.1f} GB free. Name a larger disk with --checkpoint_dir, or train without --cache_features")
+            raise DataError(f"the features of {count:,} images take {needed / 1e9:.1f} GB more than now; {self.folder}"
+                            f" has {free / 1e9:.1f} GB free. Name a larger disk with --checkpoint_dir, or train without"
+                            " --cache_features")  # fmt: skip
 
     def _map_files(self) -> None:
         self._names = np.load(self.folder / "names.npy", mmap_mode="r").view(np.ndarray)

@@ -1,13 +1,14 @@
-"""Conversation formats of other projects, a row at a time; `python -m dataset.convert --from` turns whole files into ours.
+"""Conversation formats of other projects, a row at a time; `python -m dataset.convert --from` turns whole files.
 
-    llava, sharegpt   {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": ...}], "image": "a.jpg"}
+    llava, sharegpt   {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": ...}],
+                       "image": "a.jpg"}
     openai            {"messages": [{"role": "user", "content": "What?", or [{"type": "text", "text": "What?"},
                           {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]}, ...], "images": [...]}
-    alpaca            {"instruction": "What?", "input": ..., "output": ..., "history": [["Hi", "Hello"]], "image": "a.jpg"}
+    alpaca            {"instruction": "What?", "input": ..., "output": ..., "history": [["Hi", "Hello"]], "image": ...}
     cauldron          {"images": [...], "texts": [{"user": "What?", "assistant": ...}, ...]}, FineVision's as well
 
-Images that no <image> placeholder places stand before the first question. What a tool returns is read like a user's turn: without
-loss. A placeholder in an answer, or beside images that are parts of a message, is text (TYPED_PLACEHOLDER).
+Images that no <image> placeholder places stand before the first question. What a tool returns is read like a user's
+turn: without loss. A placeholder in an answer, or beside images that are parts of a message, is text (TYPED_PLACEHOLDER).
 """
 
 import base64
@@ -25,9 +26,10 @@ FORMATS = ("llava", "sharegpt", "openai", "alpaca", "cauldron")
 TEXT_COLUMNS = ("conversations", "messages", "texts")  # which may be json text in parquet
 USED = {*TEXT_COLUMNS, "instruction", "input", "output", "history", "system", "image", "images"}
 OUR_ROLE = {role: role for role in ROLES} | {
-    "human": "user", "question": "user", "tool": "user", "function": "user", "observation": "user", "function_response": "user",
-    "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "answer": "assistant", "ai": "assistant",
-    "function_call": "assistant", "developer": "system",
+    theirs: role for role, names in {
+        "user": ("human", "question", "tool", "function", "observation", "function_response"),
+        "assistant": ("gpt", "bot", "chatgpt", "model", "answer", "ai", "function_call"), "system": ("developer",),
+    }.items() for theirs in names
 }  # fmt: skip
 
 
@@ -45,7 +47,8 @@ def detect(row: Any) -> str | None:
     roles = (turn["role"] for turn in turns if isinstance(turn.get("role"), str))
     parts = any(isinstance(turn.get("content"), list) for turn in turns)
     named = any(role not in ROLES and role.strip().lower() in OUR_ROLE for role in roles)
-    return "openai" if turns and (named or parts or ("images" in row and not row.keys() & {"image", "image_bytes"})) else None
+    plural = "images" in row and not row.keys() & {"image", "image_bytes"}
+    return "openai" if turns and (named or parts or plural) else None
 
 
 def remedy(row: Any, where: str) -> str:
@@ -56,7 +59,7 @@ def remedy(row: Any, where: str) -> str:
 
 
 def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, ...]]:
-    """A row of a format as one of ours, and its images by name or bytes; further fields are kept. Raises SampleError."""
+    """A row of a format as one of ours, and its images by name or bytes. Raises SampleError."""
     turns, placed, seen = [], [], []
     try:
         images = as_list(row.get("images") or row.get("image"))
@@ -68,7 +71,8 @@ def to_ours(row: Any, form: str, where: str) -> tuple[dict, tuple[str | bytes, .
                 content = content.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
             turns.append({"role": role, "content": content})
         if placed and set(seen) != set(range(len(images))):
-            raise SampleError(f"the parts of messages show the images {sorted(set(seen))}, counted from 0, of a row that has {len(images)}")
+            raise SampleError(f"the parts of messages show the images {sorted(set(seen))}, counted from 0,"
+                              f" of a row that has {len(images)}")  # fmt: skip
         found = [image_of(value) for value in placed or images]
     except SampleError as error:
         raise SampleError(error.problem, where) from error
@@ -92,7 +96,7 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
             lost = [name for name in ("tool_calls", "function_call", "refusal") if turn.get(name)]
             lost += ["weight: 0"] * (turn.get("weight") == 0)
             if lost:
-                raise SampleError(f"a message has {lost[0]}, which samples here have no place for; --skip_bad leaves such rows out")
+                raise SampleError(f"a message has {lost[0]}, for which there is no place; --skip_bad leaves such rows out")
             yield turn["role"], turn["content"]
     elif form == "alpaca":
         question = "\n".join(filter(None, (row["instruction"], row.get("input"))))
@@ -104,8 +108,8 @@ def turns_of(row: dict, form: str) -> Iterator[tuple[Any, Any]]:
 
 
 def part_of(part: Any, images: list, placed: list, seen: list[int]) -> str:
-    """The text of a message's part. Of an image a placeholder: `placed` gets the image, and `seen` the number among the row's
-    images of one that the part does not hold itself: the number it gives, or the next."""
+    """The text of a message's part. Of an image a placeholder: `placed` gets the image, and `seen` the number among the
+    row's images of one that the part does not hold itself: the number it gives, or the next."""
     kind = "text" if isinstance(part, str) else part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return (part if isinstance(part, str) else part["text"]).replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
@@ -122,14 +126,14 @@ def part_of(part: Any, images: list, placed: list, seen: list[int]) -> str:
 
 
 def image_of(value: Any) -> RowImage:
-    """An image from its bytes, a file name, a data URL, or a struct with `bytes` and `path` as the datasets library writes it.
-    Raises SampleError."""
+    """An image from its bytes, a file name, a data URL, or a struct with `bytes` and `path` as the datasets library
+    writes it. Raises SampleError."""
     blob, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(blob, str):
         blob, name = None, blob
     if blob is None and isinstance(name, str):
         if re.match(r"https?://", name, re.IGNORECASE):
-            raise SampleError(f"image {shown(name)} lies on the web: download it into --images_path, and give its file name")
+            raise SampleError(f"image {shown(name)} lies on the web: download it to --images_path and name its file")
         if re.match(r"data:", name, re.IGNORECASE):
             try:
                 blob, name = base64.b64decode(re.split(r";base64,", name, maxsplit=1)[1]), None

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a zip or tar that is read in place, or the sample itself; and how their files are decoded.
+"""Where images come from: a folder, a zip or tar that is read in place, or the sample itself; and how they are decoded.
 
 A sample names its images, or holds them (bytes of an image file, as parquet has them); either is a `Ref`.
 """
@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from model.errors import DataError, SampleError, reason, shown
 from model.storage import is_regular
 from model.vision import preprocess
 
+if TYPE_CHECKING:
+    from .archive import Archive  # which only zips and tars load
+
 Ref = str | bytes
 
 MAX_PIXELS = 90_000_000  # a larger image is refused: a few bytes of file can unfold to gigabytes
 MAX_BYTES = 256 * 2**20  # likewise a larger file in a zip
 Image.init()  # registers all formats
-CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them by name alone; EPS is a program for Ghostscript
+CLOSED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # for Pillow mere names; EPS is a program
 FORMATS = ["JPEG", "PNG", "WEBP", *(kind for kind in Image.OPEN if kind not in CLOSED)]  # tried in this order
 IMAGE_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".mpo"} | {
     suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS
@@ -37,72 +40,75 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MA
 
 
 class ImageSource:
-    """Images by name; a subclass says where they lie. What a sample holds itself is decoded here."""
+    """Images by name in folders, zips and tars; a name has to be in one of them alone. What a sample holds itself is
+    decoded here, too."""
 
-    path: str | Path  # of them all
-    missing = False  # whether there is no such folder
+    def __init__(self, places: "list[Folder | Archive]"):
+        self.places, self.path = places, ", ".join(str(place.path) for place in places)
+        self.missing = all(place.missing for place in places)  # then there is no such folder
 
     def load(self, ref: Ref, where: str = "") -> Image.Image:
         """The decoded image; raises SampleError."""
         return load_image(ref if isinstance(ref, bytes) else self.read(ref, where), name_of(ref), where)
 
     def pixels(self, ref: Ref, where: str = "", notes: list[str] | None = None) -> torch.Tensor:
-        """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError. A truncated image adds to `notes`."""
+        """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError. `notes` get truncated ones."""
         image = self.load(ref, where)
         if notes is not None and image.info.get("truncated"):
             notes.append(f"{where}: image {shown(name_of(ref))} is truncated, used: nearly all of it is there")
         with unreadable(name_of(ref), where):
             return preprocess(image)
 
-    def signature(self, ref: Ref, where: str = "") -> int:
-        """A number other than 0 that changes with the file behind a name; raises SampleError when there is none."""
-        return zlib.crc32(ref if isinstance(ref, bytes) else self.state(ref, where)) + 1
-
-    def find(self, name: str, where: str) -> Any:
-        """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
-        places = self.lookup(name, where) or self.lookup(name, where, loosely=True)
-        if len(places) != 1:
-            problem = f"could be any of {len(places)} files" if places else "is not"
-            raise SampleError(f"image {shown(name)} {problem} in {self.path}", where)
-        return places[0]
-
-    def lookup(self, name: str, where: str, loosely: bool = False) -> list:
-        """The places of that name, in other spellings, too, if `loosely`. Raises SampleError for what can be no name."""
-        raise NotImplementedError
-
     def read(self, name: str, where: str = "") -> bytes:
         """The bytes of the image's file; raises SampleError."""
-        raise NotImplementedError
+        place, entry = self.find(name, where)
+        with unreadable(name, where):
+            return place.read(entry)
 
-    def state(self, name: str, where: str) -> bytes:
-        """Bytes that change with the file; raises SampleError when there is none."""
-        raise NotImplementedError
+    def signature(self, ref: Ref, where: str = "") -> int:
+        """A number other than 0 that changes with the file behind a name; raises SampleError when there is none."""
+        if isinstance(ref, bytes):
+            return zlib.crc32(ref) + 1
+        place, entry = self.find(ref, where)
+        return zlib.crc32(place.state(entry, ref)) + 1
+
+    def find(self, name: str, where: str) -> "tuple[Folder | Archive, Any]":
+        """The one place of that name or, where there is none, of that name in another spelling; raises SampleError."""
+        found, problem = [], f"is not in {self.path}"
+        for loosely in (False, True):
+            for place in self.places if not found else []:
+                try:
+                    found += [(place, entry) for entry in place.lookup(name, loosely)]
+                except ImageRefused as error:  # an absolute name leads out of all folders but one
+                    problem = str(error)
+        if len(found) != 1:
+            problem = f"could be any of {len(found)} files in {self.path}" if found else problem
+            raise SampleError(f"image {shown(name)} {problem}", where)
+        return found[0]
 
 
-class FolderImages(ImageSource):
+class Folder:
     """Images in a folder and its subfolders. No name leads out of it; links in it may."""
 
-    def __init__(self, folder: str | Path):
-        self.path, self.missing = os.path.abspath(folder), not os.path.isdir(folder)
-        self._inside = os.path.join(self.path, ""), os.path.join(os.path.realpath(folder), "")
+    def __init__(self, path: str):
+        self.path, self.missing = os.path.abspath(path), not os.path.isdir(path)
+        self._inside = os.path.join(self.path, ""), os.path.join(os.path.realpath(path), "")
         self._listings: dict[str, dict[str, list[str]]] = {}  # of folders where a name was not found: names by likeness
 
-    def lookup(self, name: str, where: str, loosely: bool = False) -> list[str]:
+    def lookup(self, name: str, loosely: bool) -> list[str]:
+        """The paths of that name, in other spellings, too, if `loosely`; raises ImageRefused for what can be none."""
         if self.missing:
-            raise SampleError(f"image {shown(name)}: there is no folder {self.path}", where)
+            raise ImageRefused(f"cannot be found: there is no folder {self.path}")
         # os.path is several times faster here than Path; isfile is False for what can be no name, as with a NUL.
         path = os.path.normpath(os.path.join(self.path, name.replace("\\", "/") if loosely else name))
         if not os.path.join(path, "").startswith(self._inside) or (loosely and PureWindowsPath(name).drive):
-            raise SampleError(f"image {shown(name)} leads out of {self.path}", where)
-        return [found for found in (self._alike(path) if loosely else [path]) if os.path.isfile(found)]
-
-    def _alike(self, path: str) -> list[str]:
-        """Paths below the folder that differ from this one in spelling alone."""
-        found = [self.path]
-        for part in os.path.relpath(path, self.path).split(os.sep):
-            part = likeness(part)
-            found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(part, [])]
-        return found
+            raise ImageRefused(f"leads out of {self.path}")
+        found = [path]
+        if loosely:
+            found = [self.path]
+            for part in map(likeness, os.path.relpath(path, self.path).split(os.sep)):
+                found = [os.path.join(folder, name) for folder in found for name in self._names(folder).get(part, [])]
+        return [path for path in found if os.path.isfile(path)]
 
     def _names(self, folder: str) -> dict[str, list[str]]:
         if folder not in self._listings:
@@ -112,13 +118,14 @@ class FolderImages(ImageSource):
                     names.setdefault(likeness(name), []).append(name)
         return self._listings[folder]
 
-    def read(self, name: str, where: str = "") -> bytes:
-        path = self.find(name, where)
-        with unreadable(name, where), open(path, "rb", buffering=0) as file:
+    def read(self, path: str) -> bytes:
+        """The bytes of a file."""
+        with open(path, "rb", buffering=0) as file:
             return file.read()
 
-    def state(self, name: str, where: str) -> bytes:
-        status = os.stat(self.find(name, where))
+    def state(self, path: str, name: str) -> bytes:
+        """Bytes that change with the file."""
+        status = os.stat(path)
         return f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogatepass")
 
 
@@ -128,30 +135,27 @@ def open_images(paths: str | Path) -> ImageSource:
     A single missing folder is no error yet: text-only data and parquet need none.
     """
     names = [name for name in split_names(str(paths), os.path.exists) if name] or [""]
-    if len(names) == 1:
-        return _open_one(names[0])
-    for name in names:
+    for name in names if len(names) > 1 else []:
         if not os.path.exists(name):
             raise DataError(f"{name} does not exist; a folder or a .zip of images is wanted")
-    from .archive import ManyImages  # not needed for one folder
-
-    return ManyImages([_open_one(name) for name in names])
+    return ImageSource([open_place(name) for name in names])
 
 
-def _open_one(name: str) -> ImageSource:
+def open_place(name: str) -> "Folder | Archive":
+    """One of them; raises DataError."""
     if not os.path.exists(name) or os.path.isdir(name):
-        return FolderImages(name)
+        return Folder(name)
     if os.path.splitext(name)[1].lower() in (".zip", ".tar"):
-        from .archive import ArchiveImages  # not needed for folders
+        from .archive import Archive  # not needed for folders
 
-        return ArchiveImages(name)
+        return Archive(name)
     packed = f": mkdir images && tar -xf '{name}' -C images" if name.endswith((".tar.gz", ".tgz")) else ""
     raise DataError(f"{name} is no folder of images, no .zip and no .tar{packed}")
 
 
 def split_names(names: str, leads: Callable[[str], bool]) -> list[str]:
-    """Names with commas between. What stands between two commas is a name of its own, unless it leads nowhere and does so
-    together with what follows it."""
+    """Names with commas between. What stands between two commas is a name of its own, unless it leads nowhere and does
+    so together with what follows it."""
     parts, found = names.split(","), []
     while parts:
         joined = (",".join(parts[:end]).strip() for end in range(1, len(parts) + 1))
@@ -169,7 +173,7 @@ class ImageRefused(Exception):
 
 def image_files(folder: Path) -> list[Path]:
     """The files of a folder that are named like images, in order; hidden ones are companions of others."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def load_image(file: Path | bytes, name: str, where: str = "", most_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -235,5 +239,5 @@ def hash_of(ref: Ref) -> np.uint64:
 
 
 def likeness(name: str) -> str:
-    """What spellings of a file name have in common: those of macOS (Unicode form), Windows (slashes) and either's capitals."""
+    """What spellings of a file name have in common: of macOS (Unicode form), Windows (slashes), either's capitals."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.replace("\\", "/")).casefold())

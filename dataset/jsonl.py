@@ -1,7 +1,7 @@
 """Samples, and where they are in a jsonl file: each is found by the byte offset of its line.
 
-The offsets are collected once, by reading the file, and stored next to it as `.NAME.index`; later starts map that file into
-memory, and all processes share its pages. Of packed files and json documents a copy is read (dataset/lines.py).
+The offsets are collected once, by reading the file, and stored next to it as `.NAME.index`; later starts map that file
+into memory, and all processes share its pages. Of packed files and json documents a copy is read (dataset/lines.py).
 """
 
 import hashlib
@@ -42,27 +42,23 @@ class Sample:
 def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | None = None) -> Sample:
     """A decoded json line as a Sample; `images` replace its field `image` where a format holds them itself.
 
-    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> placeholders that do
-    not match the images; of a format that convert knows it names the command.
+    Raises SampleError for missing keys, wrong types, unknown roles, no answer to learn from, and <image> placeholders
+    that do not match the images; of a format that convert knows it names the command.
     """
     try:
-        return _parse(row, where, images)
+        if not isinstance(row, dict):
+            raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}")
+        turns = parse_turns(row.get("conversations"), where)
+        images = parse_images(row.get("image"), where) if images is None else images
+        placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+        if placeholders != len(images):
+            raise SampleError(f"{placeholders} <image> placeholders in the user's turns, but {len(images)} images")
+        if not any(turn.role == "assistant" for turn in turns):
+            raise SampleError("no assistant turn: nothing to learn from")
     except SampleError as error:
         from .foreign import remedy  # for an error alone
 
         raise SampleError(error.problem + remedy(row, where), where) from error
-
-
-def _parse(row: Any, where: str, images: tuple[str | bytes, ...] | None) -> Sample:
-    if not isinstance(row, dict):
-        raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}", where)
-    turns = parse_turns(row.get("conversations"), where)
-    images = parse_images(row.get("image"), where) if images is None else images
-    placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if placeholders != len(images):
-        raise SampleError(f"{placeholders} {IMAGE_PLACEHOLDER} placeholders in the user's turns, but {len(images)} images", where)
-    if not any(turn.role == "assistant" for turn in turns):
-        raise SampleError("no assistant turn: nothing to learn from", where)
     return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))
 
 

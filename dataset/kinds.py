@@ -1,4 +1,4 @@
-"""Files that Pillow does not read as they are: truncated images, formats of other packages, and what is no image at all."""
+"""Files that Pillow does not read as they are: truncated images, formats of other packages, and what is no image."""
 
 import io
 import re
@@ -15,7 +15,8 @@ PLUGINS = {"HEIC": ("HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif"),
            "JPEG XL": ("JXL", "pillow_jxl", "pillow-jxl-plugin")}  # fmt: skip
 KINDS = {  # how a file begins that no decoder took, and what it is
     rb"....ftyp(hei|hev|mif1|msf1)": "HEIC", rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
-    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi|....jP  ": "an image, but damaged, truncated or of a variant that Pillow does not read",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi|....jP  ":
+        "an image, but damaged, truncated or of a variant that Pillow does not read",
     rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ": "a video, not an image",
     rb"%PDF|%!PS|\xc5\xd0\xd3\xc6": "a PDF or PostScript document; save its pages as PNG",
     rb"\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing; save it as PNG",
@@ -27,7 +28,8 @@ KINDS = {  # how a file begins that no decoder took, and what it is
 
 def open_by_plugin(data: bytes) -> Image.Image:
     """The image, by the package that reads its format; raises ImageRefused where none does, or it is not installed."""
-    kind = next((kind for start, kind in KINDS.items() if re.match(start, data[:1000], re.DOTALL)), "of no known kind of image")
+    kinds = (kind for start, kind in KINDS.items() if re.match(start, data[:1000], re.DOTALL))
+    kind = next(kinds, "of no known kind of image")
     format, module, package = PLUGINS.get(kind, ("", "", ""))
     if not package:
         raise ImageRefused(f"it is {kind if data else 'empty'}")
@@ -38,8 +40,8 @@ def open_by_plugin(data: bytes) -> Image.Image:
 
 
 def load_truncated(image: Image.Image, data: bytes) -> Image.Image:
-    """What is there of a JPEG, PNG or BMP file whose end is missing; raises ImageRefused unless that is nearly all, and for
-    other kinds, which hide it: a hundredth of the bytes of a WebP may hold most of its pixels."""
+    """What is there of a JPEG, PNG or BMP file whose end is missing; raises ImageRefused unless that is nearly all, and
+    for other kinds, which hide it: a hundredth of the bytes of a WebP may hold most of its pixels."""
     if image.format in ("JPEG", "MPO"):  # comes in blocks; with an end mark those that are missing become grey
         image = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=["JPEG"])
         blank = np.isin(np.asarray(image).reshape(image.height, image.width, -1), (127, 128)).all(2)
@@ -48,8 +50,8 @@ def load_truncated(image: Image.Image, data: bytes) -> Image.Image:
         blank = (np.asarray(image).reshape(image.height, -1) == 0).all(1)
     else:
         raise ImageRefused("it is truncated")
-    # A progressive JPEG comes in scans, of which the last has all frequencies, to the last bit (ITU-T T.81, B.2.3): after a
-    # count of components, and two bytes for each, stand the first and the last frequency, and bits.
+    # A progressive JPEG comes in scans, of which the last has all frequencies, to the last bit (ITU-T T.81, B.2.3): after
+    # a count of components, and two bytes for each, stand the first and the last frequency, and bits.
     scan = data[data.rfind(b"\xff\xda") + 4 :] + bytes(11)
     last_frequency, bits = scan[2 * scan[0] + 2 :][:2] if "progressive" in image.info else (63, 0)
     if blank.mean() > MOST_MISSING or last_frequency != 63 or bits % 16:

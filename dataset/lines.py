@@ -1,4 +1,4 @@
-"""Copies of data files that cannot be read in place: of packed ones (.gz, .bz2, .zst) and of json documents, one object a line."""
+"""Copies of data files that cannot be read in place, one object a line: of packed ones (.gz, .bz2, .zst), of json."""
 
 import json
 import shutil
@@ -35,8 +35,8 @@ def one_object_a_line(path: Path) -> Path:
 
 
 def lines_of(document: bytes) -> bytes:
-    """The samples of a json document, one a line: of an array, or of an object with one as `data`. Where the first line is
-    a sample, all of them are."""
+    """The samples of a json document, one a line: of an array, or of an object with one as `data`. Where the first line
+    is a sample, all of them are."""
     text = document.decode("utf-8-sig")
     try:
         content = json.loads(text)

@@ -1,7 +1,7 @@
 """Samples from a parquet file, by way of a copy of its rows.
 
-Parquet is read in row groups, which writers make of a hundred rows or of a whole file. The copy `.NAME.rows` next to the original
-is made once: of each row a line of json and the bytes of its images, and at the end an index, as jsonl files have one.
+Parquet is read in row groups, which writers make of a hundred rows or of a whole file. The copy `.NAME.rows` next to the
+original is made once: of each row a line of json and the bytes of its images, and at the end an index, as of jsonl files.
 """
 
 import contextlib
@@ -27,17 +27,16 @@ from .jsonl import LINE, JsonlSamples, Sample, describe, parse_json, parse_sampl
 
 # The first of each that is there counts.
 CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")
-FURTHER = ("kind", "more")  # columns that training needs besides; `more` is convert's: json text of a line's further fields
+FURTHER = ("kind", "more")  # what training needs besides; `more` is convert's: json text of a line's further fields
 BATCH_ROWS = 256  # to read at a time: Arrow holds no list of more than 2 GB
 
 
 class ParquetSamples(JsonlSamples):
-    """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with `role` and
-    `content`) and `image_bytes` (an image file's bytes, or a list of such); or as the datasets library writes it: `messages`,
-    and `images` or `image` of structs with `bytes` or `path`. A path, or text in place of bytes, is a file's name.
+    """A parquet file as the published data set comes: columns `conversations` (json text, or list of structs with
+    `role` and `content`) and `image_bytes` (an image file's bytes, or a list of such); or as the datasets library writes it:
+    `messages`, and `images` or `image` of structs with `bytes` or `path`. A path, or text, is a file's name.
 
-    Published rows always hold an image; where no <image> placeholder shows it, the sample is text-only and the image left out.
-    Raises DataError.
+    Published rows always hold an image; where no <image> placeholder shows it, it is text-only. Raises DataError.
     """
 
     def _open(self) -> tuple[Path, np.ndarray]:
@@ -83,7 +82,7 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
 
 
 def read_schema(path: Path) -> tuple[arrow.Schema, int]:
-    """The columns of a file and the number of its rows; raises DataError for one that is no parquet or holds no rows."""
+    """The columns of a file and the number of its rows; raises DataError for one that is no parquet or has no rows."""
     try:
         with open_parquet(path) as file:
             count, schema = file.metadata.num_rows, file.schema_arrow
@@ -96,16 +95,18 @@ def read_schema(path: Path) -> tuple[arrow.Schema, int]:
 
 def find_columns(path: Path, names: list[str]) -> tuple[str, str | None]:
     """The columns of conversations and of images, if there are any; raises DataError for others than are wanted."""
-    text, images = (next((name for name in known if name in names), None) for known in (CONVERSATION_COLUMNS, IMAGE_COLUMNS))
+    text = next((name for name in CONVERSATION_COLUMNS if name in names), None)
+    images = next((name for name in IMAGE_COLUMNS if name in names), None)
     if text is None or names.count(text) > 1 or names.count(images) > 1:
-        raise DataError(f"{path} has columns {', '.join(names)}; wanted are one 'conversations' and at most one 'image_bytes'"
-                        + remedy(dict.fromkeys(names), str(path)))  # fmt: skip
+        raise DataError(f"{path} has columns {', '.join(names)}; wanted are one 'conversations' and at most one"
+                        f" 'image_bytes'{remedy(dict.fromkeys(names), str(path))}")  # fmt: skip
     return text, images
 
 
-def read_rows(path: Path, columns: list[str], texts: tuple[str, ...], doing: str = "") -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The place of each row, and what reads it, with a progress bar on a terminal if it is called something. Memory does not
-    depend on the row groups. Raises DataError."""
+def read_rows(path: Path, columns: list[str], texts: tuple[str, ...],
+              doing: str = "") -> Iterator[tuple[str, Callable[[], dict]]]:  # fmt: skip
+    """The place of each row, and what reads it, with a progress bar on a terminal if it is called something. Memory
+    does not depend on the row groups. Raises DataError."""
     first = 1
     try:
         with (open_parquet(path) as file, tqdm(total=file.metadata.num_rows, unit="row", desc=doing, delay=3,
@@ -132,7 +133,7 @@ def cells_of(rows: arrow.RecordBatch, number: int, texts: tuple[str, ...], where
 
 
 def row_of(cells: dict[str, Any], text: str, images: str | None) -> tuple[dict, tuple[str | bytes, ...]]:
-    """A row of parquet, as a line of jsonl would have it, and the images that it shows: bytes, or names. Raises SampleError."""
+    """A row of parquet, as a line of jsonl has it, and the images that it shows, bytes or names. Raises SampleError."""
     conversations, held, more = cells.pop(text), as_list(cells.pop(images, None)), cells.pop("more", None)
     fields = {} if more is None else {"more": more}  # of others
     with contextlib.suppress(TypeError, ValueError):

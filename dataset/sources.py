@@ -28,7 +28,7 @@ Order = Callable[[np.ndarray], np.ndarray]  # places in an epoch, int64 [k], to 
 class Mixture:
     """Several files as one: their samples numbered through, and an order that takes from each by its weight.
 
-    With a weight other than 1 a file continues where it stopped the epoch before: no sample is repeated until all have come.
+    With a weight other than 1 a file continues where it stopped the epoch before: none comes twice before all have.
     """
 
     def __init__(self, sources: list[JsonlSamples], weights: list[float]):
@@ -66,7 +66,7 @@ class Mixture:
         return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
 
     def hold_out(self, part: float, seed: int) -> np.ndarray:
-        """Takes this fraction of every file's samples, in (0, 1), out of all epochs, and returns their numbers, ascending.
+        """Takes this fraction of every file's samples, in (0, 1), out of all epochs; their numbers, ascending.
 
         One choice for a seed; at least one sample of each file stays.
         """
@@ -92,7 +92,7 @@ class Mixture:
         sizes, counts = self._sizes()
         begins, ends = np.cumsum([0, *sizes]), np.cumsum([0, *counts])
         shuffled = Permutation(int(ends[-1]), (seed, epoch))
-        skipped = self.held_out - np.arange(len(self.held_out))  # for each held-out sample: how many others come before it
+        skipped = self.held_out - np.arange(len(self.held_out))  # others before each held-out sample
 
         def order(places: np.ndarray) -> np.ndarray:
             mixed = shuffled(places)
@@ -146,8 +146,8 @@ def scramble(bits: np.ndarray) -> np.ndarray:
 
 
 def open_samples(paths: str | Path) -> Mixture:
-    """The samples in files, in folders of them and where patterns lead, with commas between, each with a weight when wanted:
-    "a.jsonl, shards/*.parquet:0.3, more/". Raises DataError when there is no such file or it is of another kind."""
+    """The samples in files, in folders of them and where patterns lead, with commas between, each with a weight when
+    wanted: "a.jsonl, shards/*.parquet:0.3, more/". Raises DataError when there is no such file or none of these kinds."""
     sources, weights, seen = [], [], set()
     for entry, weight in split_entries(str(paths)):
         files = {os.path.realpath(path): path for path in find_files(entry)}  # links in a circle lead there many times
@@ -218,7 +218,7 @@ def open_file(path: Path) -> JsonlSamples:
     """The samples of one file; raises DataError."""
     kind = kind_of(path)
     if kind not in (*FILES, ".json") or (kind == ".parquet" and is_packed(path)):
-        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, or such packed as {', '.join(PACKED)})")
+        raise DataError(f"{path} is no .jsonl and no .parquet file (nor .ndjson, .json, packed or not: {', '.join(PACKED)})")
     try:
         if kind != ".parquet":
             return JsonlSamples(path)

@@ -4,8 +4,8 @@
     python -m dataset.validate "shards/*.parquet" --plot lengths.png
 
 Every sample is checked, tokenized and its images decoded, in several processes. Prints what is wrong by kind, with the
-first places of each; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the updates
-and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when the data cannot be read at all.
+first places of each; the samples' lengths; how many --max_seq_len would cut; samples that stand there twice; and the
+updates and the time of an epoch. Ends with 0 when every sample is good, 1 when some are bad, 2 when it cannot be read.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from .sources import Mixture, open_samples
 CHUNK = 256  # samples that a process checks at a time
 SHOWN = 5  # places named for each kind of trouble
 STAGES = {640: "train_pretrain_vlm.py", 1536: "train_sft_vlm.py"}  # by their --max_seq_len
-FOUND = np.dtype([("images", "u4"), ("length", "u4"), ("used", "u4"), ("supervised", "u4"), ("hash", "u8")])  # of a sample
+FOUND = np.dtype([("images", "u4"), ("length", "u4"), ("used", "u4"), ("supervised", "u4"), ("hash", "u8")])
 # FOUND of each sample, a length of 0 for a bad one; what is wrong with those; and where a truncated image is used.
 Report = tuple[np.ndarray, list[SampleError], list[str]]
 
@@ -115,8 +115,8 @@ def tell_problems(errors: list[SampleError], notes: list[str]) -> None:
     places = defaultdict(list)
     for error in errors:
         places[kind_of(error)].append(str(error))
-    kinds = sorted(places.items(), key=lambda item: -len(item[1])) + ([("truncated images, used", notes)] if notes else [])
-    for kind, found in kinds:
+    kinds = sorted(places.items(), key=lambda item: -len(item[1]))
+    for kind, found in [*kinds, ("truncated images, used", notes)] if notes else kinds:
         print(f"  {len(found):,} x {kind}", *(f"      {place}" for place in found[:SHOWN]), sep="\n")
 
 
@@ -180,9 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_seq_len", type=int, default=1536,
                         help="as SFT has it; samples are bad that do not fit, so give 640 for captions")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")
-    parser.add_argument("--tokens_per_second", type=float, help="as training prints them, to estimate the time of an epoch")
+    parser.add_argument("--tokens_per_second", type=float, help="as training prints them, for the time of an epoch")
     parser.add_argument("--processes", type=int, default=cores())
-    parser.add_argument("--plot", type=Path, help="file for an image of the lengths; needs matplotlib (pip install matplotlib)")
+    parser.add_argument("--plot", type=Path, help="file for an image of the lengths; needs matplotlib")
     args = parser.parse_args(home_for_tilde(argv))
     if min(args.max_seq_len, args.batch_size, args.processes) < 1 or not (args.tokens_per_second or 1) > 0:
         parser.error("--max_seq_len, --batch_size, --processes and --tokens_per_second are greater than 0")

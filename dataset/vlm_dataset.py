@@ -167,5 +167,5 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         image_positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         indices=tuple(example.index for example in examples),
         tokens=int(mask.sum()), supervised=len(loss_positions), bad=bad,
-        truncated=tuple(BadSample(example.index, image.note) for example in examples for image in example.images if image.note),
+        truncated=tuple(BadSample(own.index, image.note) for own in examples for image in own.images if image.note),
     )  # fmt: skip

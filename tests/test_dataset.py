@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from dataset.images import FolderImages, load_image, open_images
+from dataset.images import load_image, open_images
 from dataset.jsonl import JsonlSamples
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
@@ -66,11 +66,11 @@ def test_exif_rotation_and_animation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels = preprocess(FolderImages(tmp_path).load("turned.jpg"))
+    pixels = preprocess(open_images(tmp_path).load("turned.jpg"))
     assert pixels[0, 10, 100] < 30 and pixels[0, 210, 100] > 220
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert preprocess(FolderImages(tmp_path).load("moving.gif"))[:, 0, 0].tolist() == [255, 0, 0]
+    assert preprocess(open_images(tmp_path).load("moving.gif"))[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("block", [b"XXXXgarbage", b"MM\0*\0\0"])
@@ -78,7 +78,7 @@ def test_a_damaged_exif_block_does_no_harm(tmp_path, block):
     picture = gradient(40, 30)
     picture.save(tmp_path / "a.png")
     picture.save(tmp_path / "b.png", exif=block)
-    whole, damaged = (FolderImages(tmp_path).pixels(name) for name in ("a.png", "b.png"))
+    whole, damaged = (open_images(tmp_path).pixels(name) for name in ("a.png", "b.png"))
     assert torch.equal(whole, damaged)
 
 

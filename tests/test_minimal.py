@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPVisionModel
 
-from dataset.images import FolderImages
+from dataset.images import open_images
 from dataset.jsonl import JsonlSamples
 from dataset.vlm_dataset import VLMDataset, collate
 from docs import minimal_vlm as minimal
@@ -107,7 +107,7 @@ def test_rendering_is_the_same(renderer: Renderer, plain_tokenizer, turns):
 
 def test_samples_are_the_same_and_images_do_not_fit_by_halves(square_data, renderer, plain_tokenizer):
     plain = minimal.Conversations(*square_data, plain_tokenizer, max_length=250)
-    real = VLMDataset(JsonlSamples(square_data[0]), FolderImages(square_data[1]), renderer, 250)
+    real = VLMDataset(JsonlSamples(square_data[0]), open_images(square_data[1]), renderer, 250)
     compared = 0
     for number in range(len(plain)):
         if len(real.samples[number].images) == 2:
@@ -127,7 +127,7 @@ def test_pixels_are_the_same_but_for_rounding(tmp_path, size):
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     coarse.save(tmp_path / "a.png")
-    own, real = minimal.load_image(tmp_path / "a.png"), FolderImages(tmp_path).pixels("a.png")
+    own, real = minimal.load_image(tmp_path / "a.png"), open_images(tmp_path).pixels("a.png")
     assert (own.int() - real.int()).abs().float().mean() < 0.5 and (own.int() - real.int()).abs().max() <= 4
 
 
@@ -138,7 +138,7 @@ def test_pixels_are_the_same_but_for_rounding(tmp_path, size):
                          ids=["text", "image", "images", "padded", "padded with experts"])  # fmt: skip
 def test_logits_loss_and_gradients_are_the_same(square_data, renderer, plain_tokenizer, images, count, moe):
     numbers = list(range(count)) if images is None else by_images(square_data, images, count)
-    dataset = VLMDataset(JsonlSamples(square_data[0]), FolderImages(square_data[1]), renderer, 640)
+    dataset = VLMDataset(JsonlSamples(square_data[0]), open_images(square_data[1]), renderer, 640)
     batch = collate(dataset.__getitems__(numbers), 0, 196)
     model = make_model(tower=make_vision_encoder(), num_hidden_layers=3, use_moe=moe).train()
     features = model.encode_images(normalize(batch.pixels))[batch.image_index] if len(batch.pixels) else None
@@ -173,7 +173,7 @@ def test_greedy_answers_are_the_same(square_data, renderer, plain_tokenizer):
     """The packed decoder's, a batch at a time, against the minimal file's, one by one."""
     model = make_model(tower=make_vision_encoder(), hidden_size=64, initializer_range=0.3).eval()
     plain, samples = plain_model(model), minimal.Conversations(*square_data, plain_tokenizer)
-    dataset = VLMDataset(JsonlSamples(square_data[0]), FolderImages(square_data[1]), renderer, 640)
+    dataset = VLMDataset(JsonlSamples(square_data[0]), open_images(square_data[1]), renderer, 640)
     prompts, features, expected = [], [], []
     for number in range(8):
         turns = samples.rows[number]["conversations"][:1]

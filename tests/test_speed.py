@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.synthetic import write_data
 from benchmarks.train import mix_experts
 from dataset.features import CacheKey, FeatureCache
-from dataset.images import FolderImages
+from dataset.images import ImageSource, open_images
 from dataset.jsonl import JsonlSamples
 from dataset.vlm_dataset import VLMDataset, collate
 from model.errors import DataError
@@ -50,7 +50,7 @@ def assert_close(a: dict, b: dict, tolerance: float = 1e-5) -> None:
 @pytest.fixture
 def batch(data, renderer):
     """Eight samples, with none, one or two images each, some rows padded."""
-    dataset = VLMDataset(JsonlSamples(data[0]), FolderImages(data[1]), renderer, 640)
+    dataset = VLMDataset(JsonlSamples(data[0]), open_images(data[1]), renderer, 640)
     return collate(dataset.__getitems__(list(range(8))), 0, 196)
 
 
@@ -141,7 +141,7 @@ def test_compiled_training_is_the_same_and_does_not_compile_again_and_again(data
 def test_padding_is_at_most_a_twentieth(tmp_path, tokenizer, renderer, stage, batch_size):
     path, images = write_data(tmp_path, stage, 1500, tokenizer, images=2)
     samples = JsonlSamples(path)
-    dataset = VLMDataset(samples, FolderImages(images), renderer, 1536)
+    dataset = VLMDataset(samples, open_images(images), renderer, 1536)
     sampler = ResumableSampler(1500, batch_size, 1, seed=0, lengths=lambda indices: samples.lengths(indices, 196))
     real = cells = 0
     for (micro_batch,) in list(sampler.updates(0))[:60]:
@@ -189,7 +189,7 @@ def test_an_image_shown_twice_in_a_batch_is_encoded_once(tmp_path, renderer):
     Image.new("RGB", (30, 20), "blue").save(tmp_path / "pictures" / "b.png")
     rows = [{"conversations": [{"role": "user", "content": "<image>" * len(shown) + "?"}, {"role": "assistant", "content": "x"}],
              "image": shown} for shown in (["a.png"], ["b.png", "a.png"], ["a.png"])]  # fmt: skip
-    dataset = VLMDataset(JsonlSamples(write_jsonl(tmp_path / "d.jsonl", rows)), FolderImages(tmp_path / "pictures"), renderer, 640)
+    dataset = VLMDataset(JsonlSamples(write_jsonl(tmp_path / "d.jsonl", rows)), open_images(tmp_path / "pictures"), renderer, 640)
     batch = collate(dataset.__getitems__([0, 1, 2]), 0, 196)
     assert len(batch.pixels) == 2 and batch.image_index.tolist() == [0, 1, 0, 0]
     apart = collate([dataset[number] for number in range(3)], 0, 196)
@@ -217,7 +217,7 @@ def test_later_epochs_neither_encode_nor_decode(data, encoder_folder, tmp_path, 
 
     trainer.run.cache.flush()
     monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
-    monkeypatch.setattr(FolderImages, "load", forbidden)
+    monkeypatch.setattr(ImageSource, "load", forbidden)
     trainer.train_epochs(3, StopRequest())
     assert trainer.state.update == 33
     assert trainer.run.cache.filled() == trainer.run.cache.count > 15

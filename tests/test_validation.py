@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.images import FolderImages
+from dataset.images import ImageSource
 from dataset.sources import Mixture
 from dataset.vlm_dataset import collate
 from model.errors import UsageError
@@ -193,7 +193,7 @@ def test_cached_images_of_the_validation_are_encoded_once(data, held_out_data, e
         raise AssertionError("an image was read or encoded again")
 
     monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
-    monkeypatch.setattr(FolderImages, "load", forbidden)
+    monkeypatch.setattr(ImageSource, "load", forbidden)
     assert trainer.validation.loss(StopRequest()) == first
 
 

@@ -78,7 +78,7 @@ class TerminalChat:
                     return None
                 self.screen.say("\n(Ctrl-D or /exit leaves)")
                 continue
-            if line in ("/exit", "/quit"):
+            if line.partition(" ")[0] in ("/exit", "/quit"):
                 return None
             self.obey(line)
 

@@ -276,7 +276,7 @@ def test_a_video_is_described(files, capsys):
 def test_questions_from_a_pipe(files, capsys, monkeypatch):
     """A chat without a terminal: answers, and nothing to be typed over."""
     folder, flags = files
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {folder}/images/red.png\nWhat?\n/undo\n/undo\n/dance\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {folder}/images/red.png\nWhat?\n/undo\n/undo\n/dance\n/exit now\n/help\n"))
     assert main([*flags, "--mode", "chat", "--temperature", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("image 1") and lines[-1].startswith("no such command: /dance")

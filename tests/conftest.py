@@ -1,4 +1,4 @@
-"""What tests share: tiny towers, tiny data, and a way to run the scripts as a user does."""
+"""What tests share: tiny encoders, tiny data, and a way to run the scripts as a user does."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def renderer(tokenizer) -> Renderer:
 
 
 def make_vision_encoder(seed: int = 0, width: int = 24) -> CLIPVisionModel:
-    """A random tower of the real geometry: 196 patches of 224 pixels."""
+    """A random encoder of the real geometry: 196 patches of 224 pixels."""
     torch.manual_seed(seed)
     return CLIPVisionModel(CLIPVisionConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2, patch_size=16,
@@ -61,18 +61,18 @@ def make_vision_encoder(seed: int = 0, width: int = 24) -> CLIPVisionModel:
     )).eval()  # fmt: skip
 
 
-def make_model(seed: int = 0, tower: CLIPVisionModel | None = None, kind: type = MiniMindVLM, **config) -> MiniMindVLM:
+def make_model(seed: int = 0, encoder: CLIPVisionModel | None = None, kind: type = MiniMindVLM, **config) -> MiniMindVLM:
     """A small VLM of that class with random weights; `config` overrides its sizes."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "vision_hidden_size": 24} | config  # fmt: skip
-    return kind(VLMConfig(**sizes), tower)
+    return kind(VLMConfig(**sizes), encoder)
 
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory) -> Path:
-    """A tower saved as a user would have it."""
-    folder = tmp_path_factory.mktemp("tower")
+    """An encoder saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("encoder")
     make_vision_encoder().save_pretrained(folder)
     return folder
 
@@ -85,7 +85,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def make_data(folder: Path, count: int, seed: int = 0) -> tuple[Path, Path]:
-    """`count` samples with 0, 1 or 2 pictures each and answers of different lengths: a jsonl file and its folder."""
+    """`count` samples with 0, 1 or 2 images each and answers of different lengths: a jsonl file and its folder."""
     rng, pictures = random.Random(seed), folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -171,7 +171,7 @@ def test_a_layer_or_head_that_is_not_there_is_named():
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer) -> Assistant:
-    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
+    return Assistant(make_model(encoder=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
 
 
 def test_an_answer_of_a_chat_is_looked_into(assistant):

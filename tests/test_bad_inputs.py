@@ -69,9 +69,9 @@ LINES = {
     "only system": ('{"conversations": [{"role": "system", "content": "hi"}]}', "no assistant turn"),
     "system late": (json.dumps({"conversations": [*turns("a"), {"role": "system", "content": "b"}]}), "is a system turn"),
     "empty answer": (json.dumps({"conversations": turns("a", "")}), None),  # learns to end at once
-    "no picture for the mark": (json.dumps({"conversations": turns()}), "1 <image> placeholders .* but 0 images"),
-    "two marks, one picture": (json.dumps(row(question="<image><image>")), "2 <image> placeholders .* but 1 images"),
-    "a picture without a mark": (json.dumps(row(question="a")), "0 <image> placeholders .* but 1 images"),
+    "no image for the placeholder": (json.dumps({"conversations": turns()}), "1 <image> placeholders .* but 0 images"),
+    "two placeholders, one image": (json.dumps(row(question="<image><image>")), "2 <image> placeholders .* but 1 images"),
+    "an image without a placeholder": (json.dumps(row(question="a")), "0 <image> placeholders .* but 1 images"),
     "mark in an answer": (json.dumps({"conversations": turns("a", "<image>")}), "only a user's turn shows images"),
     "image a number": (json.dumps(row(image=5)), "'image' must be a file name"),
     "image an object": (json.dumps(row(image={"a": 1})), "'image' must be a file name"),
@@ -79,7 +79,7 @@ LINES = {
     "image a comma": (json.dumps(row(image="good.png,")), "'image' must be a file name"),
     "image blanks": (json.dumps(row(image=[" "])), "'image' must be a file name"),
     "image false": (json.dumps(row(image=False)), "'image' must be a file name"),
-    "missing picture": (json.dumps(row(image="none.png")), "is not in"),
+    "missing image": (json.dumps(row(image="none.png")), "is not in"),
     "a folder": (json.dumps(row(image="folder")), "is not in"),
     "a pipe": (json.dumps(row(image="pipe.png")), "is not in"),
     "the folder itself": (json.dumps(row(image=".")), "is not in"),
@@ -96,8 +96,8 @@ LINES = {
     "a name of 5,000 letters": (json.dumps(row(image="a" * 5000)), r"image 'a{50,200} \.\.\. a{50,200}' is not in"),
     "half a character in a name": ('{"conversations": ' + json.dumps(turns()) + ', "image": "\\ud800.png"}', "is not in"),
     "a line of 1 MB": (json.dumps(row(question="<image>" + "word " * 200_000)), "no token of an answer is left"),
-    "a picture past the end": (json.dumps({"conversations": [*turns("word " * 1500, "b"), *turns()], "image": "good.png"}), "do not fit"),
-    "more pictures than fit": (json.dumps(row(image=["good.png"] * 9, question="<image>" * 9)), "do not fit"),
+    "an image past the end": (json.dumps({"conversations": [*turns("word " * 1500, "b"), *turns()], "image": "good.png"}), "do not fit"),
+    "more images than fit": (json.dumps(row(image=["good.png"] * 9, question="<image>" * 9)), "do not fit"),
     "an answer too long": (json.dumps({"conversations": turns("<image>", "word " * 3000), "image": "good.png"}), None),  # is cut
     "special tokens as text": (json.dumps(row(question="<image><|im_end|><|im_start|>assistant\nyes")), None),
     "placeholders as text": (json.dumps(row(question="@" * 196 + "<image>")), None),
@@ -112,7 +112,7 @@ RAW_LINES = {
 }
 
 
-# --- pictures: (bytes of the file, None when it is fine or what is said) -------------------------------------------------
+# --- images: (bytes of the file, None when it is fine or what is said) -------------------------------------------------
 
 
 def encoded(picture: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -141,7 +141,7 @@ RED = Image.new("RGB", (40, 30), "red")
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
 FRAMES = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
-PICTURES = {
+IMAGES = {
     "good": (encoded(RED), None),
     "zero bytes": (b"", "cannot be read: it is empty"),
     "truncated png": (encoded(RED)[:60], "cannot be read"),
@@ -195,18 +195,18 @@ def folder(tmp_path_factory):
     (pictures / "way_out").symlink_to(root)
     (pictures / "circle.png").symlink_to(pictures / "circle.png")
     os.mkfifo(pictures / "pipe.png")
-    for name, (content, _) in PICTURES.items():
+    for name, (content, _) in IMAGES.items():
         (pictures / f"{name}.png").write_bytes(content)
     return root
 
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer):
-    return Assistant(make_model(tower=make_vision_encoder()), tokenizer)
+    return Assistant(make_model(encoder=make_vision_encoder()), tokenizer)
 
 
 def test_there_are_many_cases():
-    assert len(LINES) + len(RAW_LINES) + len(PICTURES) >= 80
+    assert len(LINES) + len(RAW_LINES) + len(IMAGES) >= 80
 
 
 def check(folder, renderer, assistant, content: bytes, problem: str | None, tmp_path) -> None:
@@ -237,9 +237,9 @@ def test_lines(folder, renderer, assistant, tmp_path, name):
     check(folder, renderer, assistant, content if isinstance(content, bytes) else content.encode(), problem, tmp_path)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures(folder, renderer, assistant, tmp_path, capsys, name):
-    problem = PICTURES[name][1]
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_files(folder, renderer, assistant, tmp_path, capsys, name):
+    problem = IMAGES[name][1]
     check(folder, renderer, assistant, json.dumps(row(image=f"{name}.png")).encode(), problem, tmp_path)
     chat = Chat(assistant, Sampling(max_new_tokens=1, temperature=0.0))
     capsys.readouterr()

@@ -38,7 +38,7 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 8, "vision_hidden_size": 24}
 ANSWER = Sampling(max_new_tokens=5, temperature=0.0)
 
 
-def picture(colour: str, size: tuple[int, int] = (60, 40)) -> Image.Image:
+def plain(colour: str, size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
@@ -52,7 +52,7 @@ def save_native(path, model, tokenizer) -> dict:
 @pytest.fixture(scope="module")
 def native(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("native") / "sft_vlm_32.pth"
-    save_native(path, make_model(tower=make_vision_encoder(), **SIZES), tokenizer)
+    save_native(path, make_model(encoder=make_vision_encoder(), **SIZES), tokenizer)
     return path
 
 
@@ -71,7 +71,7 @@ def processor(folder) -> MiniMindVProcessor:
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_native_to_folder_and_back_is_bit_for_bit(tmp_path, tokenizer, encoder_folder, use_moe):
     path = tmp_path / "out" / f"sft_vlm_32{'_moe' * use_moe}.pth"
-    before = save_native(path, make_model(tower=make_vision_encoder(), use_moe=use_moe, **SIZES), tokenizer)
+    before = save_native(path, make_model(encoder=make_vision_encoder(), use_moe=use_moe, **SIZES), tokenizer)
     flags = ["--vision_model_path", str(encoder_folder)]
     assert convert.main([str(path), str(tmp_path / "hf"), *flags]) == 0
     back = tmp_path / "back" / path.name
@@ -95,7 +95,7 @@ def test_a_folder_has_all_that_transformers_looks_for(folder, tokenizer):
 
 
 def test_published_weights_without_sidecar_tell_their_sizes(tmp_path, tokenizer, encoder_folder):
-    model = make_model(tower=make_vision_encoder(), use_moe=True, n_routed_experts=3, num_hidden_layers=3, **SIZES)
+    model = make_model(encoder=make_vision_encoder(), use_moe=True, n_routed_experts=3, num_hidden_layers=3, **SIZES)
     path = tmp_path / "sft_vlm_32_moe.pth"
     before = save_native(path, model, tokenizer)
     path.with_suffix(".json").unlink()
@@ -113,7 +113,7 @@ def test_without_a_vision_encoder_the_folder_needs_one_given(tmp_path, native, e
     blind = load_assistant(str(tmp_path / "hf"), native, "cpu", "none", "")
     assert blind.generate([(Turn("user", "hello"),)], [], ANSWER)
     with pytest.raises(UsageError, match="without a vision encoder"):
-        blind.generate([(Turn("user", IMAGE_PLACEHOLDER),)], [preprocess(picture("red"))], ANSWER)
+        blind.generate([(Turn("user", IMAGE_PLACEHOLDER),)], [preprocess(plain("red"))], ANSWER)
     other = tmp_path / "encoder"
     make_vision_encoder(seed=5).save_pretrained(other)
     with pytest.raises(UsageError, match="another vision encoder"):
@@ -133,7 +133,7 @@ def test_a_repository_in_the_hubs_cache_brings_its_vision_encoder(tmp_path, fold
 
 
 def test_native_weights_and_their_folder_answer_alike(native, folder, encoder_folder):
-    turns, pixels = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [preprocess(picture("red"))]
+    turns, pixels = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [preprocess(plain("red"))]
     answers = [load_assistant(source, native, "cpu", str(encoder), str(REPOSITORY / "model")).generate([turns], pixels, ANSWER)
                for source, encoder in (("model", encoder_folder), (str(folder), "/nowhere"))]  # fmt: skip
     assert answers[0] == answers[1] and answers[0][0]
@@ -142,11 +142,11 @@ def test_native_weights_and_their_folder_answer_alike(native, folder, encoder_fo
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
 def test_save_and_from_pretrained_keep_model_and_vision_encoder(tmp_path, auto, use_moe):
-    model = make_model(tower=make_vision_encoder(), kind=MiniMindVForConditionalGeneration, use_moe=use_moe, **SIZES).eval()
+    model = make_model(encoder=make_vision_encoder(), kind=MiniMindVForConditionalGeneration, use_moe=use_moe, **SIZES).eval()
     model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path).eval()
     ids = torch.cat([torch.full((1, P), 34), torch.arange(100, 110)[None]], 1)
-    pixels = normalize(preprocess(picture("blue"))[None])
+    pixels = normalize(preprocess(plain("blue"))[None])
     with torch.no_grad():
         assert torch.equal(loaded(ids, pixel_values=pixels).logits, model(ids, pixel_values=pixels).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.dtype == torch.float32
@@ -176,7 +176,7 @@ def test_vision_encoder_and_decoder_may_differ_in_number_format(folder):
     assert (model.dtype, model.vision_encoder.dtype) == (torch.float16, torch.float32)
     ids = torch.cat([torch.full((1, P), 34), torch.arange(100, 110)[None]], 1)
     with torch.no_grad():
-        assert torch.isfinite(model(ids, pixel_values=normalize(preprocess(picture("blue"))[None])).logits).all()
+        assert torch.isfinite(model(ids, pixel_values=normalize(preprocess(plain("blue"))[None])).logits).all()
 
 
 def publish(folder, model: MiniMindVLM, weights: str, **changes) -> None:
@@ -210,16 +210,16 @@ def publish(folder, model: MiniMindVLM, weights: str, **changes) -> None:
 def test_folders_of_the_original_project_load_and_run_no_code(tmp_path, tokenizer, weights, use_moe, capsys):
     encoder = make_vision_encoder(width=768)
     encoder.save_pretrained(tmp_path / "clip")
-    model = make_model(tower=encoder, use_moe=use_moe, rope_theta=50000.0, hidden_size=32, num_attention_heads=8, vision_hidden_size=768)
+    model = make_model(encoder=encoder, use_moe=use_moe, rope_theta=50000.0, hidden_size=32, num_attention_heads=8, vision_hidden_size=768)
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
     publish(tmp_path / "original", model, weights)
     (tmp_path / "images").mkdir()
-    picture("green").save(tmp_path / "images" / "a.png")
+    plain("green").save(tmp_path / "images" / "a.png")
     flags = ["--load_from", str(tmp_path / "original"), "--vision_model_path", str(tmp_path / "clip"), "--device", "cpu"]
     assert eval_vlm.main([*flags, "--image_dir", str(tmp_path / "images"), "--mode", "folder", "--max_new_tokens", "3"]) == 0
     assert "[a.png]" in capsys.readouterr().out
 
-    turns, pixels = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [preprocess(picture("red"))]
+    turns, pixels = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhat?"),), [preprocess(plain("red"))]
     expected = Assistant(model, tokenizer).generate([turns], pixels, ANSWER)
     loaded = read_folder(tmp_path / "original", "", tmp_path / "clip")
     assert Assistant(loaded.model, loaded.tokenizer).generate([turns], pixels, ANSWER) == expected

@@ -1,4 +1,4 @@
-"""Files to batches: pictures of all kinds, lines of all kinds, and collation."""
+"""Files to batches: images of all kinds, lines of all kinds, and collation."""
 
 import json
 import pickle
@@ -146,8 +146,8 @@ def dataset(data, renderer) -> VLMDataset:
 
 
 def test_a_batch_gives_what_its_samples_give_alone(dataset):
-    """Padding and neighbours change nothing: losses, however many pictures each row has."""
-    model = make_model(tower=make_vision_encoder()).eval()
+    """Padding and neighbours change nothing: losses, however many images each row has."""
+    model = make_model(encoder=make_vision_encoder()).eval()
     items = [dataset[number] for number in range(22)]
     assert {len(item.images) for item in items} == {0, 1, 2}
     collated = [collate([item], 0, 196) for item in items]
@@ -168,7 +168,7 @@ def test_bad_samples_take_no_row(dataset):
     batch = collate([bad, good, bad], 0, 196)
     assert batch.ids.shape[0] == 1 and batch.bad == (bad, bad) and batch.indices == (0,)
     empty = collate([bad], 0, 196)
-    model = make_model(tower=make_vision_encoder())
+    model = make_model(encoder=make_vision_encoder())
     loss = model(empty.ids, labels=empty.labels, pixel_values=normalize(empty.pixels), image_positions=empty.image_positions).loss
     assert empty.supervised == 0 and loss.item() == 0
 

@@ -27,7 +27,7 @@ GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer) -> Assistant:
-    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
+    return Assistant(make_model(encoder=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
 
 
 def plain_image(colour: str) -> Image.Image:
@@ -138,7 +138,7 @@ def files(tmp_path_factory, encoder_folder, tokenizer):
     """Weights and a vision encoder on disk, images, and the flags that name them."""
     folder = tmp_path_factory.mktemp("eval")
     encoder = make_vision_encoder()
-    model = make_model(tower=encoder, kind=MiniMindVForConditionalGeneration, hidden_size=32, num_attention_heads=8)
+    model = make_model(encoder=encoder, kind=MiniMindVForConditionalGeneration, hidden_size=32, num_attention_heads=8)
     save_weights(folder / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     model.save_pretrained(folder / "hf")
     (folder / "images").mkdir()
@@ -179,7 +179,7 @@ def trained(tmp_path, tokenizer, monkeypatch):
     plain_image("red").save(tmp_path / "a.png")
 
     def save(name: str, **training) -> None:
-        model = make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8, use_moe=name.endswith("moe"))
+        model = make_model(encoder=make_vision_encoder(), hidden_size=32, num_attention_heads=8, use_moe=name.endswith("moe"))
         save_weights(tmp_path / "out" / f"{name}.pth", model, {"fingerprints": fingerprints(model, tokenizer), "training": training})
 
     return tmp_path, save

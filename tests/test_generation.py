@@ -210,7 +210,7 @@ def test_a_penalty_counts_prompt_and_answer(small):
 
 @pytest.fixture
 def assistant(tokenizer):
-    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=64, initializer_range=0.3), tokenizer)
+    return Assistant(make_model(encoder=make_vision_encoder(), hidden_size=64, initializer_range=0.3), tokenizer)
 
 
 def watch(assistant) -> tuple[Recorder, list[int]]:

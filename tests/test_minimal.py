@@ -140,7 +140,7 @@ def test_logits_loss_and_gradients_are_the_same(square_data, renderer, plain_tok
     numbers = list(range(count)) if images is None else by_images(square_data, images, count)
     dataset = VLMDataset(JsonlSamples(square_data[0]), open_images(square_data[1]), renderer, 640)
     batch = collate(dataset.__getitems__(numbers), 0, 196)
-    model = make_model(tower=make_vision_encoder(), num_hidden_layers=3, use_moe=moe).train()
+    model = make_model(encoder=make_vision_encoder(), num_hidden_layers=3, use_moe=moe).train()
     features = model.encode_images(normalize(batch.pixels))[batch.image_index] if len(batch.pixels) else None
     inputs = {"image_features": features, "image_positions": batch.image_positions}
     out = model(batch.ids, labels=batch.labels, loss_positions=batch.loss_positions, token_mask=batch.attention_mask, **inputs)
@@ -171,7 +171,7 @@ def test_logits_loss_and_gradients_are_the_same(square_data, renderer, plain_tok
 
 def test_greedy_answers_are_the_same(square_data, renderer, plain_tokenizer):
     """The packed decoder's, a batch at a time, against the minimal file's, one by one."""
-    model = make_model(tower=make_vision_encoder(), hidden_size=64, initializer_range=0.3).eval()
+    model = make_model(encoder=make_vision_encoder(), hidden_size=64, initializer_range=0.3).eval()
     plain, samples = plain_model(model), minimal.Conversations(*square_data, plain_tokenizer)
     dataset = VLMDataset(JsonlSamples(square_data[0]), open_images(square_data[1]), renderer, 640)
     prompts, features, expected = [], [], []

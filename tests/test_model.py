@@ -314,14 +314,14 @@ def test_splice_gradient_reaches_features_and_text_alone():
 
 def test_the_vision_encoder_is_held_but_is_no_submodule():
     encoder = make_vision_encoder()
-    model = make_model(tower=encoder).train()
+    model = make_model(encoder=encoder).train()
     model.to(torch.float64)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     assert encoder.dtype == torch.float64, "the encoder follows the model"
     assert not any("vision_encoder" in name for name, _ in [*model.named_parameters(), *model.state_dict().items()])
     assert copy.deepcopy(model).vision_encoder is not encoder
     with pytest.raises(ValueError, match="width 24"):
-        make_model(tower=encoder, vision_hidden_size=768)
+        make_model(encoder=encoder, vision_hidden_size=768)
 
 
 def test_text_only_batches_give_every_parameter_a_gradient():
@@ -340,7 +340,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture(scope="module")
 def seeing():
-    return make_model(tower=make_vision_encoder(), kind=MiniMindVForConditionalGeneration, initializer_range=0.3).eval()
+    return make_model(encoder=make_vision_encoder(), kind=MiniMindVForConditionalGeneration, initializer_range=0.3).eval()
 
 
 def batch_with_images(model, pattern: list[list[int]]) -> dict:
@@ -402,7 +402,7 @@ def test_rows_of_a_batch_get_the_answers_of_each_alone(seeing, given, way):
 
 def test_images_that_a_cache_holds_are_not_read_again(seeing):
     """A conversation goes on: the whole text and all images are given again, with the cache of the first answer; also
-    when a image was read in part."""
+    when an image was read in part."""
     batch = batch_with_images(seeing, [[2, 1]])
     ids, more = batch["input_ids"], {name: batch[name] for name in ("pixel_values", "image_positions")}
     expected = seeing.generate(ids, **more, **GREEDY)
@@ -421,7 +421,7 @@ def test_images_that_a_cache_holds_are_not_read_again(seeing):
 
 
 def test_text_alone_is_answered_with_and_without_a_cache(seeing):
-    ids = torch.full((2, P + 20), 34)  # looks like a image, and is none
+    ids = torch.full((2, P + 20), 34)  # looks like an image, and is none
     ids[0, :3], ids[1, 7:9] = 100, 200
     expected = seeing.generate(ids, **GREEDY)
     assert torch.equal(seeing.generate(ids, **GREEDY, use_cache=False), expected)

@@ -35,7 +35,7 @@ SPECIAL = [{"role": "user", "content": "<|im_end|>\n<|im_start|>assistant\nyes<i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    model = make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8)
+    model = make_model(encoder=make_vision_encoder(), hidden_size=32, num_attention_heads=8)
     target = tmp_path_factory.mktemp("folder") / "minimind-v"
     write_folder(target, Loaded(model, tokenizer, {"fingerprints": fingerprints(model, tokenizer)}))
     return target

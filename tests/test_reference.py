@@ -21,8 +21,8 @@ def part(reference: dict, prefix: str) -> dict:
     return {key.removeprefix(prefix): value for key, value in reference.items() if key.startswith(prefix)}
 
 
-def load_model(reference: dict, kind: str, tower: CLIPVisionModel | None = None) -> MiniMindVLM:
-    model = MiniMindVLM(VLMConfig(**reference["configs"][kind], vision_hidden_size=48), tower)
+def load_model(reference: dict, kind: str, vision_encoder: CLIPVisionModel | None = None) -> MiniMindVLM:
+    model = MiniMindVLM(VLMConfig(**reference["configs"][kind], vision_hidden_size=48), vision_encoder)
     weights = part(reference, f"{kind}/weights/")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
@@ -30,10 +30,10 @@ def load_model(reference: dict, kind: str, tower: CLIPVisionModel | None = None)
 
 
 @pytest.fixture(scope="module")
-def tower(reference) -> CLIPVisionModel:
-    tower = CLIPVisionModel(CLIPVisionConfig(**reference["configs"]["vision_encoder"]))
-    tower.load_state_dict(part(reference, "dense/vision_encoder/"))
-    return tower.eval()
+def vision_encoder(reference) -> CLIPVisionModel:
+    vision_encoder = CLIPVisionModel(CLIPVisionConfig(**reference["configs"]["vision_encoder"]))
+    vision_encoder.load_state_dict(part(reference, "dense/vision_encoder/"))
+    return vision_encoder.eval()
 
 
 def inputs(reference: dict, kind: str, case: str) -> tuple[dict, dict]:
@@ -68,11 +68,11 @@ def test_dense_logits_loss_and_gradients(reference, case):
         assert (gradients[name] - recorded).abs().max() < 1e-5 * recorded.abs().max()
 
 
-def test_images_give_the_recorded_features_and_logits(reference, tower):
+def test_images_give_the_recorded_features_and_logits(reference, vision_encoder):
     tensors, given = inputs(reference, "dense", "one_image")
     pixels = tensors["pixel_values"].flatten(0, 1).float() / 8
-    assert (encode_images(tower, pixels) - given["image_features"]).abs().max() < 1e-5
-    model = load_model(reference, "dense", tower).eval()
+    assert (encode_images(vision_encoder, pixels) - given["image_features"]).abs().max() < 1e-5
+    model = load_model(reference, "dense", vision_encoder).eval()
     logits = model(tensors["input_ids"].long(), pixel_values=pixels, logits_to_keep=8).logits
     assert (logits - tensors["logits"]).abs().max() < 1e-5
 

@@ -173,7 +173,7 @@ def test_parquet_is_scored_like_the_images_it_was_made_of(data, tokenizer, tmp_p
     lines = [json.loads(line) | {"kind": f"kind {number % 3}"} for number, line in enumerate(data[0].read_text().splitlines())] * 2
     plain = write_jsonl(tmp_path / "plain.jsonl", lines)
     assert convert.main([str(plain), "--images_path", str(data[1]), "--out", str(tmp_path / "shards")]) == 0
-    assistant, reports, predictions = Assistant(make_model(tower=make_vision_encoder()), tokenizer), [], []
+    assistant, reports, predictions = Assistant(make_model(encoder=make_vision_encoder()), tokenizer), [], []
     for path in (plain, tmp_path / "shards"):
         target = tmp_path / "p.jsonl"
         report = scoring.score(assistant, str(path), str(data[1]), target, max_new_tokens=3, batch_size=4)

@@ -381,7 +381,7 @@ def test_folders_without_data(tmp_path):
 
 @pytest.fixture(scope="module")
 def zipped(data, tmp_path_factory) -> Path:
-    """The pictures of `data` in a zip, in one folder, packed and not."""
+    """The images of `data` in a zip, in one folder, packed and not."""
     path = tmp_path_factory.mktemp("zip") / "pictures.zip"
     with zipfile.ZipFile(path, "w") as file:
         file.mkdir("pictures")
@@ -394,7 +394,7 @@ def _load_all(images, names) -> list:
     return [images.load(name).tobytes() for name in names]
 
 
-def test_pictures_in_a_zip_are_those_of_the_folder(data, zipped):
+def test_images_in_a_zip_are_those_of_the_folder(data, zipped):
     names = sorted(path.name for path in data[1].iterdir())
     expected, images = _load_all(open_images(data[1]), names), open_images(zipped)
     assert _load_all(images, names) == expected == _load_all(pickle.loads(pickle.dumps(images)), names)
@@ -430,7 +430,7 @@ def test_zips_that_are_broken_say_so(data, zipped, tmp_path, monkeypatch):
         open_images(zipped).load(entries[0].filename)
 
 
-def test_several_places_of_pictures(data, zipped, tmp_path):
+def test_several_places_of_images(data, zipped, tmp_path):
     (tmp_path / "more").mkdir()
     shutil.copy(data[1] / "1_0.png" if (data[1] / "1_0.png").exists() else next(data[1].iterdir()), tmp_path / "more" / "other.png")
     images = open_images(f"{tmp_path / 'more'}, {zipped}")
@@ -540,7 +540,7 @@ def test_links_lead_where_they_lead(data, tmp_path):
 
 
 @pytest.mark.parametrize("companion", [".DS_Store", "._.DS_Store", "README.md", "LICENSE", ".ipynb_checkpoints/a-checkpoint.png", "labels/a.txt", "__MACOSX/pets/._a.png"])
-def test_companions_of_pictures_in_a_zip(tmp_path, companion):
+def test_companions_of_images_in_a_zip(tmp_path, companion):
     for number, order in enumerate((1, -1)):
         with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as file:
             for name in (companion, "pets/cats/a.png", "pets/dogs/b.png")[::order]:
@@ -575,8 +575,8 @@ def test_images_stored_and_packed(data, tmp_path, kind, method):
             open_images(path).read(names[0])
 
 
-def test_a_picture_of_a_tar_has_another_signature_in_another_tar(tmp_path):
-    """Of the same name, size and place: the feature cache knows a picture by it."""
+def test_an_image_of_a_tar_has_another_signature_in_another_tar(tmp_path):
+    """Of the same name, size and place: the feature cache knows an image by it."""
     seen = set()
     for number, colour in enumerate(("red", "blue")):
         Image.new("RGB", (9, 7), colour).save(tmp_path / "a.bmp")
@@ -601,7 +601,7 @@ def test_hard_links_in_a_tar_and_names_from_here_in_a_zip(tmp_path):
         assert images.read("b.png") == images.read("p/b.png") == images.read("./p/b.png") == pixel()
 
 
-def test_packed_pictures_that_cannot_be_read_name_what_to_do(tmp_path):
+def test_packed_images_that_cannot_be_read_name_what_to_do(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
         pass
     with pytest.raises(DataError, match=r"mkdir images && tar -xf '.*a\.tar\.gz' -C images"):
@@ -845,7 +845,7 @@ def test_to_parquet_and_back_loses_nothing(data, zipped, tmp_path, capsys, packe
 
 
 def test_names_beside_the_bytes_are_kept(data, tmp_path):
-    """As the datasets library writes pictures."""
+    """As the datasets library writes images."""
     blob = next(data[1].iterdir()).read_bytes()
     cells = [[{"bytes": blob, "path": "my/a.png"}], [{"bytes": blob, "path": None}]]
     texts = [json.dumps(row("x", "a")["conversations"])] * 2
@@ -873,7 +873,7 @@ def test_converting_bad_samples_names_them(data, tmp_path, capsys):
     assert convert.main([str(path), "--images_path", str(data[1]), "--out", str(tmp_path / "none"), "--skip_bad"]) == 2, "nothing was good"
 
 
-def test_pictures_are_made_smaller_only_when_asked(tmp_path):
+def test_images_are_made_smaller_only_when_asked(tmp_path):
     large = Image.linear_gradient("L").resize((300, 200)).convert("RGB")
     (tmp_path / "p").mkdir()
     large.save(tmp_path / "p" / "a.png")
@@ -884,7 +884,7 @@ def test_pictures_are_made_smaller_only_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
-def test_a_smaller_picture_shows_what_the_larger_one_did(tmp_path, mode):
+def test_a_smaller_image_shows_what_the_larger_one_did(tmp_path, mode):
     large = Image.new("RGBA", (300, 200), (255, 0, 0, 0))  # seen on white
     if mode == "I;16":
         large = Image.fromarray(np.full((200, 300), 40_000, np.uint16))
@@ -960,7 +960,7 @@ def test_validation_knows_the_limits_of_both_stages(tmp_path, capsys):
         assert [count for _, count in found.values()] == [2, 2, 1][-limits:]
 
 
-def test_data_and_pictures_that_are_not_there_are_told_alike(tmp_path, monkeypatch, capsys):
+def test_data_and_images_that_are_not_there_are_told_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_jsonl(tmp_path / "a.jsonl", [row("x", "nope.png")])
     for wrong in ("nope.jsonl", "nope.parquet", f"{path}:0", f"{path},./a.jsonl"):

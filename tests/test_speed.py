@@ -76,7 +76,7 @@ def test_attention_in_blocks_is_scaled_dot_product_attention(T):
 
 
 def test_labels_may_be_searched_or_given(batch):
-    model = make_model(tower=make_vision_encoder()).eval()
+    model = make_model(encoder=make_vision_encoder()).eval()
     with torch.no_grad():
         given, searched = forward(model, batch), forward(model, replace(batch, loss_positions=None))
     assert torch.equal(find_loss_positions(batch.labels), batch.loss_positions)
@@ -86,7 +86,7 @@ def test_labels_may_be_searched_or_given(batch):
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_gradient_checkpointing_changes_nothing(batch, moe):
-    model = make_model(tower=make_vision_encoder(), use_moe=moe).train()
+    model = make_model(encoder=make_vision_encoder(), use_moe=moe).train()
     found = []
     for _ in range(2):
         out = forward(model, batch)
@@ -195,7 +195,7 @@ def test_an_image_shown_twice_in_a_batch_is_encoded_once(tmp_path, renderer):
     assert len(batch.pixels) == 2 and batch.image_index.tolist() == [0, 1, 0, 0]
     apart = collate([dataset[number] for number in range(3)], 0, 196)
     assert len(apart.pixels) == 4
-    model = make_model(tower=make_vision_encoder()).eval()
+    model = make_model(encoder=make_vision_encoder()).eval()
     with torch.no_grad():
         assert torch.allclose(forward(model, batch).loss, forward(model, apart).loss, atol=1e-6)
 

@@ -31,7 +31,7 @@ GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def assistant(tokenizer) -> Assistant:
-    return Assistant(make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
+    return Assistant(make_model(encoder=make_vision_encoder(), hidden_size=32, num_attention_heads=8), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ class Person:
 
 
 def test_a_person_at_the_terminal(folder, encoder_folder, tokenizer, tmp_path):
-    model = make_model(tower=make_vision_encoder(), hidden_size=32, num_attention_heads=8)
+    model = make_model(encoder=make_vision_encoder(), hidden_size=32, num_attention_heads=8)
     model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("<|im_end|>")] = 0  # it speaks for ever
     save_weights(tmp_path / "sft_vlm_32.pth", model, {"fingerprints": fingerprints(model, tokenizer)})
     flags = [*DECODER, "--save_dir", tmp_path, "--vision_model_path", encoder_folder, "--device", "cpu", "--temperature", "0",

@@ -235,7 +235,7 @@ def test_moe_zero_means_dense():
 
 
 def test_freezing_modes():
-    model = make_model(tower=make_vision_encoder())
+    model = make_model(encoder=make_vision_encoder())
     names = {name for name, _ in model.named_parameters()}
     projector = {name for name in names if name.startswith("vision_proj.")}
     last = {name for name in names if name.startswith("model.layers.1.")}

@@ -95,7 +95,7 @@ def test_a_short_video_gives_all_it_has(tmp_path, there, asked):
 
 
 def test_a_turned_video_is_shown_upright(tmp_path):
-    """As a telephone films: the picture lies on its side, the header says to turn it to the right."""
+    """As a telephone films: the image lies on its side, the header says to turn it to the right."""
     lying = Image.new("RGB", SIZE, "blue")
     lying.paste("red", (0, 0, SIZE[0] // 2, SIZE[1]))
     data = bytearray(make_video(tmp_path / "v.mp4", [0, 1], draw=lying).read_bytes())

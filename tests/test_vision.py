@@ -87,7 +87,7 @@ def test_encoders_are_written_by_the_names_that_every_release_reads(tmp_path):
     """transformers 4 leaves weights of other names at random values, and says so only in a warning."""
     encoder, model = make_vision_encoder(), TinyCLIP()
     save_vision_encoder(encoder, tmp_path / "ours")
-    make_model(tower=encoder, kind=MiniMindVForConditionalGeneration).save_pretrained(tmp_path / "model")
+    make_model(encoder=encoder, kind=MiniMindVForConditionalGeneration).save_pretrained(tmp_path / "model")
     save(model, tmp_path / "clip")
     for folder in (tmp_path / "ours", tmp_path / "model" / "vision_model", tmp_path / "clip", TINY_CLIP):
         names = set(load_file(folder / "model.safetensors"))

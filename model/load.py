@@ -1,8 +1,8 @@
 """A whole model from its files, ready to use: native weights with their sidecar, or a folder in transformers format."""
 
 import json
-import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from .weights import (
     load_weights,
     read_sidecar,
     read_state,
+    recorded,
+    tokenizer_folder,
     weight_files,
     weight_name,
 )
 
-MODEL_FOLDER = Path(__file__).resolve().parent
 SIDECAR = "sidecar.json"  # of a folder: the sidecar of native weights without the configuration
 
 
@@ -50,23 +51,6 @@ def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: in
         raise UsageError(f"--weight {weight}: there are several in {folder}: {', '.join(path.name for path in fitting)};"
                          " choose one by --hidden_size and --use_moe")  # fmt: skip
     return fitting[0] if len(fitting) == 1 else published
-
-
-def recorded(record: dict, name: str, file: str, default: Path) -> Path:
-    """The folder that the weights were trained with, by the setting `name` in their record; it holds `file`. Where another
-    machine's folder is recorded, the same one of this repository; `default` where none is."""
-    training = record.get("training")
-    path = training.get(name) if isinstance(training, dict) else None
-    if not path or not isinstance(path, str):
-        return default
-    parts = Path(path.replace("\\", "/")).parts  # also of Windows
-    places = [Path(path), *(MODEL_FOLDER.parent.joinpath(*parts[start:]) for start in range(len(parts))), default]
-    return next((place for place in places if os.path.isfile(place / file)), Path(path))
-
-
-def find_tokenizer(path: str | Path | None, record: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder at `path`; None: the one that the weights were trained with. Raises UsageError."""
-    return load_tokenizer(path or recorded(record, "tokenizer_path", "tokenizer.json", MODEL_FOLDER))
 
 
 def find_vision_encoder(path: str | Path | None, record: dict) -> CLIPVisionModel | None:
@@ -128,7 +112,10 @@ def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_mod
     if missing := load_weights(path, model):
         raise UsageError(f"{path} holds a language model without projector ({', '.join(missing)} missing)")
     record = {key: value for key, value in sidecar.items() if key not in ("config", "weights")}
-    return assemble(path, model, find_tokenizer(tokenizer_path, record), find_vision_encoder(vision_model_path, record), record)
+    folder = tokenizer_folder(path, sidecar, tokenizer_path)
+    if not sidecar:
+        print(f"{path} has no sidecar; its tokenizer: {folder}", file=sys.stderr)
+    return assemble(path, model, load_tokenizer(folder), find_vision_encoder(vision_model_path, record), record)
 
 
 def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
@@ -145,7 +132,7 @@ def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_m
         raise UsageError(f"{folder} holds a language model without projector ({', '.join(missing)} missing)")
     brings = {"tokenizer": (folder / "tokenizer.json").is_file(),
               "vision_encoder": (folder / VISION_FOLDER / "model.safetensors").is_file()}  # fmt: skip
-    tokenizer = load_tokenizer(folder) if brings["tokenizer"] else find_tokenizer(tokenizer_path, record)
+    tokenizer = load_tokenizer(folder if brings["tokenizer"] else tokenizer_folder(folder, record, tokenizer_path))
     encoder = find_vision_encoder(folder / VISION_FOLDER if brings["vision_encoder"] else vision_model_path, record)
     loaded = assemble(folder, model, tokenizer, encoder, record)
     if "fingerprints" not in record:  # published: what it brings along is what it was made with

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
-from .storage import write_atomically
+from .storage import REPOSITORY, write_atomically
 from .vision import IMAGE_SIZE
 
-CLIP_FOLDER = Path(__file__).resolve().parent / "vision_model" / "clip-vit-base-patch16"  # the default encoder's place
+CLIP_FOLDER = REPOSITORY / "model" / "vision_model" / "clip-vit-base-patch16"  # the default encoder's place
+OWN_TOKENIZER = REPOSITORY / "model"
+PUBLISHED_TOKENIZER = REPOSITORY / "model" / "published_tokenizer"
 VISION_FOLDER = "vision_model"  # holds the vision encoder, inside a folder in transformers format
 # transformers 4 wrote the encoder's weights under this prefix and finds no others; version 5 reads both.
 CLASSIC_PREFIX = "vision_model."
@@ -267,6 +269,38 @@ def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
         raise UsageError(f"the vision encoder in {folder} cannot be used: {problem}. Fetch the folder again, or name"
                          " another with --vision_model_path")  # fmt: skip
     return encoder.eval().requires_grad_(False)
+
+
+def recorded(record: dict, name: str, file: str, default: Path) -> Path:
+    """The folder that the weights were trained with, by the setting `name` in their record; it holds `file`. Where another
+    machine's folder is recorded, the same one of this repository; `default` where none is."""
+    training = record.get("training")
+    path = training.get(name) if isinstance(training, dict) else None
+    if not path or not isinstance(path, str):
+        return default
+    parts = Path(path.replace("\\", "/")).parts  # also of Windows
+    places = [Path(path), *(REPOSITORY.joinpath(*parts[start:]) for start in range(len(parts))), default]
+    return next((place for place in places if os.path.isfile(place / file)), Path(path))
+
+
+def tokenizer_folder(weights: Path, sidecar: dict, given: str | Path | None = None) -> Path:
+    """The folder of the tokenizer that weights (a file or a folder) were trained with: the one `given`, or that of their
+    sidecar. Weights without one were made elsewhere: a tokenizer.json next to them, or the published one, is theirs.
+
+    Raises UsageError where none is known. Any of 6,400 tokens would load without a word, and give gibberish.
+    """
+    if given or sidecar:
+        return Path(given) if given else recorded(sidecar, "tokenizer_path", "tokenizer.json", OWN_TOKENIZER)
+    places = (weights if weights.is_dir() else weights.parent, PUBLISHED_TOKENIZER)
+    if found := next((folder for folder in places if (folder / "tokenizer.json").is_file()), None):
+        return found
+    raise UsageError(
+        f"{weights} has no sidecar ({weights.with_suffix('.json').name}) that names its tokenizer, and with another than that of its"
+        " training it gives gibberish. For published weights fetch theirs:\n"
+        f"    hf download jingyaogong/MiniMind2-V tokenizer.json tokenizer_config.json --local-dir {PUBLISHED_TOKENIZER}\n"
+        f"or   modelscope download --model gongjy/MiniMind2-V tokenizer.json tokenizer_config.json --local_dir {PUBLISHED_TOKENIZER}\n"
+        f"For weights trained here that lost their sidecar: --tokenizer_path {OWN_TOKENIZER}"
+    )
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

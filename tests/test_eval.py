@@ -174,7 +174,8 @@ def trained(tmp_path, tokenizer, monkeypatch):
     repository = tmp_path / "repository"
     make_vision_encoder().save_pretrained(repository / "model" / "vision_model" / "mine")
     tokenizer.save_pretrained(repository / "model")
-    monkeypatch.setattr("model.load.MODEL_FOLDER", repository / "model")
+    monkeypatch.setattr("model.weights.OWN_TOKENIZER", repository / "model")
+    monkeypatch.setattr("model.weights.REPOSITORY", repository)
     monkeypatch.setattr("model.load.CLIP_FOLDER", repository / "model" / "vision_model" / "clip")
     plain_image("red").save(tmp_path / "a.png")
 

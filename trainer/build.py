@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.images import ImageSource, open_images
@@ -25,7 +26,15 @@ from model.device import bf16_is_fast, check_compile
 from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import patches_per_image
-from model.weights import fingerprints, load_tokenizer, load_vision_encoder, load_weights
+from model.weights import (
+    OWN_TOKENIZER,
+    fingerprints,
+    load_tokenizer,
+    load_vision_encoder,
+    load_weights,
+    read_sidecar,
+    tokenizer_folder,
+)
 
 from .config import DTYPES, TrainConfig, fraction_of
 from .distributed import Ranks
@@ -66,17 +75,16 @@ class Run:
 def build(config: TrainConfig, ranks: Ranks) -> Run:
     """Everything that a run needs, or a UsageError that lists all that is missing."""
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.tokenizer_path)
-    model, samples, images = load_parts(config, ranks, tokenizer)
-    used = fingerprints(model, tokenizer)
     saved = None
     if config.from_resume:
         from .resume import load_training_state  # not needed without
 
         saved = load_training_state(config.resume_file)
+    tokenizer, model, samples, images = load_parts(config, ranks, saved)
+    used = fingerprints(model, tokenizer)
     # What the machine decided is recorded, for a resume to do the same.
     dtype = choose_dtype(config, ranks, saved, used["vision_encoder"])
-    config = replace(config, dtype=dtype, device=str(ranks.device))
+    config = replace(config, dtype=dtype, device=str(ranks.device), tokenizer_path=tokenizer.name_or_path)
     freeze(model, config.freeze_llm)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -94,22 +102,33 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == "float16")
     learning = sum(parameter.numel() for parameter in trained)
-    ranks.print(f"model: {model.num_parameters() / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained;"
+    ranks.print(f"model: {model.num_parameters() / 1e6:.2f}M parameters, {learning / 1e6:.2f}M of them trained"
+                f" ({', '.join(names_of_trained(model))});"
                 f" data: {len(dataset)} samples, {samples.epoch_size} an epoch")  # fmt: skip
     warn_of_small_steps(config, ranks, config.epochs * sampler.updates_per_epoch)
     return Run(config, ranks, model, dataset, sampler, optimizer, scaler, getattr(torch, dtype), used, saved)
 
 
-def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[MiniMindVLM, Mixture, ImageSource]:
-    """The model with the weights it starts from, the samples and the images; raises UsageError with all that is missing."""
+def load_parts(
+    config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None
+) -> tuple[PreTrainedTokenizerBase, MiniMindVLM, Mixture, ImageSource]:
+    """Tokenizer, model with the weights it starts from, samples and images; raises UsageError with all that is missing."""
     problems, fraction = [], fraction_of(config.eval_data_path)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    def attempt(make: Callable, *arguments):
+        try:
+            return make(*arguments)
+        except UsageError as error:
+            problems.append(str(error))
+
     scratch = config.from_resume or config.from_weight == "none"
     start = None if scratch else config.weights_of(config.from_weight)
-    model = samples = images = None
-    try:
-        model = build_model(config, tokenizer)
-    except UsageError as error:
-        problems.append(str(error))
+    model = samples = images = random = None
+    tokenizer, encoder = attempt(find_tokenizer, config, start, saved), attempt(load_vision_encoder, config.vision_model_path)
+    if tokenizer and encoder:
+        model = attempt(build_model, config, tokenizer, encoder)
     try:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
         if fraction and not len(samples.hold_out(fraction, config.seed)):
@@ -121,23 +140,27 @@ def load_parts(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizer
         problems.append(str(error))
     except SampleError:
         pass  # a bad first sample: the training names it
-    try:
-        if start and (model or not start.is_file()):
-            random = load_weights(start, model, fingerprints(model, tokenizer) if model else {})
-            ranks.print(f"weights from {start}" + (f"; {', '.join(random)} randomly initialized" if random else ""))
-    except UsageError as error:
-        problems.append(str(error))
+    if start and (model or not start.is_file()):
+        random = attempt(load_weights, start, model, fingerprints(model, tokenizer) if model else {})
     if problems:
         raise UsageError("\n".join(problems))
-    return model, samples, images
+    ranks.print(f"tokenizer from {tokenizer.name_or_path}")
+    if start:
+        ranks.print(f"weights from {start}" + (f"; {', '.join(random)} randomly initialized" if random else ""))
+    return tokenizer, model, samples, images
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> MiniMindVLM:
+def find_tokenizer(config: TrainConfig, start: Path | None, saved: tuple[dict, str | None] | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_path, or that of the `saved` state or of the weights that a run starts from; this
+    project's own for random weights. Raises UsageError."""
+    sidecar = {"training": saved[0]["config"]} if saved else read_sidecar(start) if start else {}
+    unknown = not config.tokenizer_path and not sidecar and (start is None or not start.is_file())
+    return load_tokenizer(OWN_TOKENIZER if unknown else tokenizer_folder(start, sidecar, config.tokenizer_path))
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, encoder: CLIPVisionModel) -> MiniMindVLM:
     """A randomly initialized model around the frozen vision encoder, in fp32 on the CPU."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        encoder = load_vision_encoder(config.vision_model_path)
         return MiniMindVLM(VLMConfig(
             hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers, use_moe=bool(config.use_moe),
             vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids("@"),
@@ -153,6 +176,14 @@ def freeze(model: MiniMindVLM, mode: int) -> None:
     for name, parameter in model.named_parameters():
         learns = mode == 0 or name.startswith("vision_proj.") or (mode == 2 and name.startswith(last))
         parameter.requires_grad_(learns)
+
+
+def names_of_trained(model: MiniMindVLM) -> list[str]:
+    """The modules that learn: ["vision_proj", "model.embed_tokens", "model.layers.0 to 7", "model.norm"]."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers = sorted({int(name.split(".")[2]) for name in names if name.startswith("model.layers.")})
+    others = dict.fromkeys(".".join(name.split(".")[:2]) for name in names if not name.startswith("model.layers."))
+    return [*others, *([f"model.layers.{layers[0]} to {layers[-1]}" if layers[1:] else f"model.layers.{layers[0]}"] if layers else [])]
 
 
 def choose_dtype(config: TrainConfig, ranks: Ranks, saved: tuple[dict, str | None] | None, encoder: str) -> str:

@@ -78,7 +78,9 @@ class TrainConfig:
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
     vision_model_path: str = setting(
         inside("model", "vision_model", "clip-vit-base-patch16"), "CLIP folder in transformers format")  # fmt: skip
-    tokenizer_path: str = setting(inside("model"), "folder of the tokenizer")
+    tokenizer_path: str | None = setting(
+        None, "folder of the tokenizer; by default that of the weights trained from: their sidecar's, one next to them,"
+        " or model/published_tokenizer; for random weights this project's, model")  # fmt: skip
     checkpoint_dir: str = setting(inside("checkpoints"), "folder for training states and feature caches")
     on_bad_sample: str = setting(
         "skip", "skip: log a sample that cannot be used and continue, up to 10 an epoch or 1%% of what was read;"

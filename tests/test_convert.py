@@ -389,7 +389,7 @@ def test_weights_of_other_programs_are_read(tmp_path, native, encoder_folder, ch
     for write in (torch.save, lambda state, path: save_file({name: tensor.clone() for name, tensor in state.items()}, path)):
         if write is torch.save or all(isinstance(value, torch.Tensor) for value in changed.values()):
             write(changed, path)
-            loaded = read_native(path, vision_model_path=encoder_folder).model.state_dict()
+            loaded = read_native(path, REPOSITORY / "model", encoder_folder).model.state_dict()
             assert all(torch.equal(loaded[name].half(), tensor) for name, tensor in state.items())
 
 
@@ -430,11 +430,11 @@ def test_a_folder_of_quantized_or_untied_weights_is_refused(tmp_path, folder, dt
 def test_a_training_state_serves_as_weights_and_untied_ones_do_not(tmp_path, native, encoder_folder):
     state, path = torch.load(native), tmp_path / "sft_vlm_32_resume.pth"
     torch.save({"version": 4, "model": state, "optimizer": {"state": {}}, "rng": [1]}, path)
-    loaded = read_native(path, vision_model_path=encoder_folder).model.state_dict()
+    loaded = read_native(path, REPOSITORY / "model", encoder_folder).model.state_dict()
     assert all(torch.equal(loaded[name].half(), tensor) for name, tensor in state.items())
     torch.save(state | {HEAD: state[HEAD] + 1}, path)
     with pytest.raises(UsageError, match=r"lm_head\.weight differ"):
-        read_native(path, vision_model_path=encoder_folder)
+        read_native(path, REPOSITORY / "model", encoder_folder)
 
 
 @pytest.mark.parametrize("kind", PLACEHOLDERS)

@@ -135,7 +135,7 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     captions = [conversation([(DESCRIBE, f"a {colour} {shape}")], f"train/{number}.png")
                 for number, turns in train.items() for colour, shape in [describe(turns)] if colour and shape]  # fmt: skip
     # A few captions among the questions, or the model forgets how to describe.
-    sft = question_rows(train, rng, questions=4, count=9000) + rng.sample(captions, 400)
+    sft = question_rows(train, rng, questions=4, count=7000) + rng.sample(captions, 400)
     one_by_one = [conversation([(question, answer)], f"test/{number}.png", kind=kind_of(answer))
                   for number, turns in test.items() for question, answer in turns]  # fmt: skip
     for name, rows in {"llm": texts, "captions": captions, "sft": rng.sample(sft, len(sft)), "test": one_by_one}.items():

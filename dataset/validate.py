@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from machine import cores
 from model.conversation import Renderer
-from model.errors import DataError, SampleError, UsageError, print_anything
+from model.errors import DataError, SampleError, UsageError, first_line, print_anything
 from model.model_minimind import IGNORE_INDEX
 from model.outputs import check_output
 from model.storage import REPOSITORY, home_for_tilde
@@ -193,6 +193,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (DataError, UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"error: a process died, for want of memory if it said nothing: {first_line(error)}. Fewer --processes need"
+              " less of it", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

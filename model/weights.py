@@ -295,8 +295,8 @@ def tokenizer_folder(weights: Path, sidecar: dict, given: str | Path | None = No
     if found := next((folder for folder in places if (folder / "tokenizer.json").is_file()), None):
         return found
     raise UsageError(
-        f"{weights} has no sidecar ({weights.with_suffix('.json').name}) that names its tokenizer, and with another than that of its"
-        " training it gives gibberish. For published weights fetch theirs:\n"
+        f"{weights} has no sidecar that names its tokenizer, and with another than that of its training it gives gibberish."
+        " For published weights fetch theirs:\n"
         f"    hf download jingyaogong/MiniMind2-V tokenizer.json tokenizer_config.json --local-dir {PUBLISHED_TOKENIZER}\n"
         f"or   modelscope download --model gongjy/MiniMind2-V tokenizer.json tokenizer_config.json --local_dir {PUBLISHED_TOKENIZER}\n"
         f"For weights trained here that lost their sidecar: --tokenizer_path {OWN_TOKENIZER}"

@@ -19,7 +19,7 @@ from model.inference.generation import Sampling
 from model.load import find_weights
 from model.vision import preprocess
 from model.weights import fingerprints, load_weights, save_weights
-from tests.conftest import DECODER, make_model, make_vision_encoder, write_jsonl
+from tests.conftest import DECODER, REPOSITORY, make_model, make_vision_encoder, write_jsonl
 from tests.test_video import make_video
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
@@ -238,7 +238,7 @@ def test_of_several_weights_the_one_of_the_published_size_is_meant(tmp_path):
 
 def test_a_transformers_folder_is_read_as_well(files, capsys):
     folder, flags = files
-    assert main([*flags, "--load_from", str(folder / "hf")]) == 0
+    assert main([*flags, "--load_from", str(folder / "hf"), "--tokenizer_path", str(REPOSITORY / "model")]) == 0
     shown = capsys.readouterr().out
     assert all(f"[{name}.png]" in shown for name in ("red", "blue", "broken"))
 

@@ -200,7 +200,7 @@ def test_the_first_updates_of_fine_tuning_have_the_same_losses(square_data, plai
     minimal.save_weights(tmp_path / "llm_32.pth", plain_model(make_model(num_attention_heads=8)))
     monkeypatch.setattr(VLMDataset, "__getitems__", lambda self, numbers: (batches.append(list(numbers)), read(self, numbers))[1])
     flags = training_flags(square_data, tmp_path / "encoder", tmp_path, save_dir=tmp_path, from_weight="llm", num_workers=0,
-                           max_seq_len=640, learning_rate=5e-3, save_weight="sft_vlm")  # fmt: skip
+                           max_seq_len=640, learning_rate=5e-3, save_weight="sft_vlm", tokenizer_path=REPOSITORY / "model")  # fmt: skip
     assert main("", {}, flags) == 0
     real = [line["loss"] for line in map(json.loads, (tmp_path / "sft_vlm_32.metrics.jsonl").read_text().splitlines())]
 
@@ -271,7 +271,7 @@ def test_the_run_trains_writes_and_prints_its_accuracy(tmp_path, monkeypatch, ca
     minimal.main()
     assert "accuracy 0.200 on 500 test questions" in capsys.readouterr().out
     weights = tmp_path / "out" / "minimal_256.pth"
-    loaded = read_native(weights, vision_model_path=REPOSITORY / "model" / "vision_model" / "tiny-clip")
+    loaded = read_native(weights, REPOSITORY / "model", REPOSITORY / "model" / "vision_model" / "tiny-clip")
     assert loaded.model.config.num_hidden_layers == 4
     monkeypatch.setattr(sys, "argv", ["minimal_vlm.py", str(weights)])
     monkeypatch.setattr(minimal, "train", lambda *_: pytest.fail("weights were given"))

@@ -930,6 +930,12 @@ def test_validation_whose_reader_went_away_ends_quietly(data):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_killed_process_of_validation_is_one_line(data, monkeypatch, capsys):
+    monkeypatch.setattr(validate.Checker, "__getitems__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert validate.main([str(data[0]), "--images_path", str(data[1]), "--processes", "2"]) == 2
+    assert "--processes" in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+
+
 def test_kinds_of_trouble_and_small_numbers_are_told_as_people_read_them(tmp_path, capsys):
     pictures = tmp_path / "take 2" / "pics 3"
     pictures.mkdir(parents=True)

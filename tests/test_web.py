@@ -429,6 +429,7 @@ def test_chat(page_of, browser):
         user.button("Clear").click()
         user.until(lambda: user.messages().count() == 0)
         user.page.get_by_text("Camera").click()
+        user.page.wait_for_function("[...document.querySelectorAll('video')].some(video => video.videoWidth > 0)")
         user.page.get_by_role("button", name="Take Photo").click()
         user.until(lambda: user.tray() == 1)
         assert not user.strangers, "the page works offline"

@@ -526,6 +526,7 @@ def test_torchrun_restarts_a_killed_worker_and_the_group_continues(data, encoder
             killed = True
     assert process.wait(timeout=300) == 0, "".join(seen[-30:])
     assert killed and any("resumed from" in line for line in seen)
+    assert not any("forcefully" in line for line in seen), "the other worker heard of it, and ended by itself"
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from multiprocessing import parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +47,6 @@ if TYPE_CHECKING:
     from dataset.features import FeatureCache
 
 INITIAL_SIZE = 0.02  # standard deviation of randomly initialized weights
-LOADER_GRACE = 60  # seconds that a loader process lives on after a SIGTERM
 
 
 @dataclass
@@ -293,15 +294,20 @@ class Loader:
 
 
 def _start_worker(_: int) -> None:
-    # A signal to all processes of a run is the trainer's to answer: it still needs its loaders to finish the update, and
-    # ends them itself. One that nobody ended goes by the alarm.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for signum in StopRequest.SIGNALS[1:]:
-        signal.signal(signum, lambda *_: signal.alarm(LOADER_GRACE))
+    # A signal to all processes of a run is the trainer's to answer: it still needs its loaders to finish the update.
+    for signum in StopRequest.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    # They end when it does, however that was: a fork holds sockets open, by whose end other ranks hear of the trainer's.
+    Thread(target=_end_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
     # What fails in the threads that hand batches over would be printed, and the trainer wait for ever.
     Queue._on_queue_feeder_error = staticmethod(lambda error, _: _give_up(error))
     sys.excepthook = lambda _, error, __: _give_up(error)
+
+
+def _end_with_trainer() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _give_up(error: BaseException) -> None:

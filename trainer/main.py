@@ -1,6 +1,7 @@
 """What both training scripts do: flags, start, training, and an exit code that says how it went."""
 
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -49,7 +50,8 @@ def run(config: TrainConfig) -> int:
         trainer = Trainer(build(config, ranks))
         stopped_by = trainer.train()
         ranks.print(ending(trainer, stopped_by))
-        distributed.stop()
+        del trainer  # and with it DDP. As the last owner of the process group it would wait, holding Python's lock, for gloo's
+        distributed.stop()  # threads, which want that lock
         del locks
         return 128 + stopped_by if stopped_by in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) else 0
     except UsageError as error:
@@ -57,15 +59,23 @@ def run(config: TrainConfig) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingFailed, FloatingPointError, StorageError, OSError, EOFError, MemoryError, RuntimeError) as error:
-        if hasattr(signal, "SIGCHLD"):  # torch raises an error of its own, anywhere, for every loader process that ends
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        forget_loaders()
         if (message := failure(error, config, began)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 1  # without waiting for other ranks, which may be waiting for this one; torchrun ends them
     except KeyboardInterrupt:  # before the first update or after the last: training itself answers signals
+        forget_loaders()
         print("stopped; what was saved before is whole", file=sys.stderr)
         return 130
+
+
+def forget_loaders() -> None:
+    """Ends the loader processes of a run that failed: they answer nothing less, and Python's exit waits for each of them."""
+    if hasattr(signal, "SIGCHLD"):  # torch raises an error of its own, anywhere, for every loader process that ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def ending(trainer: Trainer, stopped_by: int) -> str:

@@ -8,6 +8,9 @@ Legend: T tokens, P placeholder tokens of an image (196). The layout is ChatML:
     <|im_start|>assistant\\nA cat.<|im_end|>\\n          <- "A cat.<|im_end|>\\n" carries the loss, nothing else
 
 A user's <image> becomes P times the token "@". Its embedding is never used: the model replaces it by a patch vector.
+
+The tokenizer of the minimind-3 family has a token of its own for that, <|image_pad|>. Conversations in its layout have no
+system turn of themselves, and every answer begins with what was thought, mostly nothing: <think>\n\n</think>\n\n
 """
 
 from bisect import bisect_left
@@ -23,6 +26,7 @@ from .model_minimind import IGNORE_INDEX
 
 IMAGE_PLACEHOLDER = "<image>"
 TYPED_PLACEHOLDER = "<\u200bimage>"  # of somebody who typed it: with a zero-width space it is text
+IMAGE_PAD = "<|image_pad|>"
 DEFAULT_SYSTEM = "You are a helpful assistant"
 ROLES = ("system", "user", "assistant")
 
@@ -77,6 +81,17 @@ def is_text(content: str) -> bool:
     return True
 
 
+def image_token_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that stands for an image in conversations of this tokenizer's family."""
+    return IMAGE_PAD if IMAGE_PAD in tokenizer.get_vocab() else "@"
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """An answer as what was thought, between <think> and </think>, and what was said, as the published template does it."""
+    thought = content.split("</think>")[0].split("<think>")[-1].strip("\n") if "</think>" in content else ""
+    return thought, content.split("</think>")[-1].lstrip("\n")
+
+
 @dataclass(frozen=True)
 class Rendered:
     """ids int64 [T]; labels int64 [T], equal to the ids of supervised tokens and -100 elsewhere; for each image the
@@ -96,18 +111,20 @@ class Renderer:
     Text is text: "<|im_end|>" or "@" in somebody's message become ordinary tokens, never a boundary or an image.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, image_token: str = "@"):
-        self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, empty_thoughts: bool = True):
+        self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token_of(tokenizer)
+        self.thinks, self.empty_thoughts = self.image_token == IMAGE_PAD, empty_thoughts
         # A copy of its own, in which special tokens inside text are split like any other text.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
-        ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", image_token)]
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", self.image_token)]
         if None in ids or tokenizer.unk_token_id in ids:
-            raise ValueError(f"the tokenizer lacks one of <|im_start|>, <|im_end|>, {image_token!r}")
+            raise ValueError(f"the tokenizer lacks one of <|im_start|>, <|im_end|>, {self.image_token!r}")
         self.im_start, self.im_end, self.image_token_id = ids
         self._newline, self._header = (self.encode(text)[0] for text in ("\n", "assistant\n"))
+        self._no_thought = self.encode("<think>\n\n</think>\n\n")[0] if self.thinks and empty_thoughts else []
 
     def render(self, sample: Conversation, max_length: int | None = None) -> Rendered:
         """The whole conversation, cut to `max_length` tokens at the end.
@@ -136,12 +153,12 @@ class Renderer:
         if continue_last:
             ids = rendered.ids[: -1 - len(self._newline)]  # without <|im_end|> and the newline after it
         else:
-            ids = np.concatenate([rendered.ids, [self.im_start, *self._header]])
+            ids = np.concatenate([rendered.ids, [self.im_start, *self._header, *self._no_thought]])
         return Rendered(ids, np.full_like(ids, IGNORE_INDEX), rendered.image_starts)
 
     def render_turns(self, turns: tuple[Turn, ...], where: str = "") -> Rendered:
         """The whole conversation, whatever its length and its last turn."""
-        if turns[0].role != "system":
+        if turns[0].role != "system" and not self.thinks:
             turns = (DEFAULT_TURN, *turns)
         ids: list[int] = []
         labels: list[int] = []
@@ -149,7 +166,7 @@ class Renderer:
         for turn in turns:
             if turn.role == "assistant":
                 # Header and answer are tokenized apart, as at inference, where the header ends the prompt.
-                turn_ids = [self.im_start, *self._header, *self.encode(turn.content)[0], self.im_end, *self._newline]
+                turn_ids = [self.im_start, *self._header, *self._answer(turn.content), self.im_end, *self._newline]
                 unsupervised = 1 + len(self._header)  # the rest is learned, with the end of the turn
             else:
                 text_ids, turn_starts = self.encode(f"{turn.role}\n{turn.content}", turn.role == "user", where)
@@ -160,6 +177,14 @@ class Renderer:
             labels += [IGNORE_INDEX] * unsupervised + turn_ids[unsupervised:]
         return Rendered(np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64), tuple(starts))
 
+    def _answer(self, content: str) -> list[int]:
+        if not self.thinks:
+            return self.encode(content)[0]
+        thought, said = split_thought(content)
+        if thought:
+            return self.encode(f"<think>\n{thought}\n</think>\n\n{said}")[0]
+        return self._no_thought + self.encode(said)[0]
+
     def encode(self, text: str, show_images: bool = False, where: str = "") -> tuple[list[int], list[int]]:
         """ids of `text` with every <image> as P placeholder tokens, and the index of each run's first token.
 
@@ -168,8 +193,15 @@ class Renderer:
         """
         if not show_images or IMAGE_PLACEHOLDER not in text:
             return self._backend.encode(text, add_special_tokens=False).ids, []
-        # "<image>\nWhat?" -> "@@...@\nWhat?": no merge of the vocabulary contains "@", so P of them are P tokens.
         parts, P = text.split(IMAGE_PLACEHOLDER), self.image_tokens
+        if self.image_token == IMAGE_PAD:  # a special token: what stands next to it is tokenized by itself
+            pieces, starts = [self.encode(part)[0] for part in parts], []
+            ids = pieces[0]
+            for piece in pieces[1:]:
+                starts.append(len(ids))
+                ids = [*ids, *[self.image_token_id] * P, *piece]
+            return ids, starts
+        # "<image>\nWhat?" -> "@@...@\nWhat?": no merge of the vocabulary contains "@", so P of them are P tokens.
         encoding = self._backend.encode((self.image_token * P).join(parts), add_special_tokens=False)
         begins = [begin for begin, _ in encoding.offsets]  # the first character of each token
         starts, at = [], 0

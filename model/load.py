@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
+from .conversation import image_token_of
 from .errors import UsageError, check_fetched, first_line
+from .minimind3 import settings_for
 from .model_vlm import MiniMindVLM, VLMConfig
 from .weights import (
     CLIP_FOLDER,
@@ -71,10 +73,15 @@ def build_model(source: Path, settings: Any) -> MiniMindVLM:
 def settings_of(state: dict[str, torch.Tensor]) -> dict:
     """The configuration that names and shapes of published weights tell; the numbers of heads are the published ones."""
     settings = {}
+    if (head_norm := state.get("model.layers.0.self_attn.q_norm.weight")) is not None:
+        D = state["model.norm.weight"].numel()
+        settings |= {**settings_for(D), "num_attention_heads": D // head_norm.numel(), "image_token_id": 12, "image_tokens": 64}
     if (embedding := state.get("model.embed_tokens.weight")) is not None and embedding.dim() == 2:
         settings |= {"vocab_size": embedding.shape[0], "hidden_size": embedding.shape[1]}
     if (projector := state.get("vision_proj.vision_proj.0.weight")) is not None and projector.dim() == 2:
         settings["vision_hidden_size"] = projector.shape[1]
+    if (projector := state.get("vision_proj.mlp.1.weight")) is not None and projector.dim() == 2:
+        settings |= {"projector": "mlp", "vision_hidden_size": projector.shape[1]}
     if layers := {name.split(".")[2] for name in state if name.startswith("model.layers.")}:
         settings["num_hidden_layers"] = len(layers)
     if experts := {match[1] for name in state if (match := re.search(r"\.mlp\.experts\.(\d+)\.", name))}:
@@ -92,11 +99,12 @@ def assemble(
         raise UsageError(f"{path}: {error}. Give the right one by --vision_model_path.") from error
     check_fingerprints(path, fingerprints(model, tokenizer), record.get("fingerprints", {}))
     ours = (model.config.vocab_size, model.config.image_token_id)
-    theirs = (len(tokenizer), tokenizer.convert_tokens_to_ids("@"))
+    token = image_token_of(tokenizer)
+    theirs = (len(tokenizer), tokenizer.convert_tokens_to_ids(token))
     if ours != theirs:
         raise UsageError(
-            f"{path} was trained with another tokenizer, one with {ours[0]} tokens and '@' as number {ours[1]}; this one has"
-            f" {theirs[0]} and '@' as number {theirs[1]}. Give the one it was trained with by --tokenizer_path."
+            f"{path} was trained with another tokenizer, one with {ours[0]} tokens and number {ours[1]} for images; this one has"
+            f" {theirs[0]} and {token!r} as number {theirs[1]}. Give the one it was trained with by --tokenizer_path."
         )
     return Loaded(model, tokenizer, record)
 

@@ -49,6 +49,7 @@ class MiniMindConfig(PretrainedConfig):
     hidden_act: str = "silu"
     initializer_range: float | None = None  # standard deviation of random weights; None: 1 / sqrt(hidden_size)
     use_cache: bool = True
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, which keeps their products within bounds
     tie_word_embeddings: bool = True  # embedding and lm_head are one matrix [V, D], 3.3M weights
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -61,7 +62,8 @@ class MiniMindConfig(PretrainedConfig):
     scoring_func: str = "softmax"
     aux_loss_alpha: float = 0.1  # weight of the loss that keeps the experts evenly loaded
     seq_aux: bool = True  # balance within each sequence; False: over the whole batch
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool = True  # the weights of a token's experts add up to 1
+    norm_top1_prob: bool = False  # that of a single expert as well: it is 1 then
 
     def __post_init__(self, **kwargs):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
@@ -112,6 +114,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)  # D -> G * d: what it can be found by
         self.v_proj = nn.Linear(width, kv_width, bias=False)  # D -> G * d: what it passes on
         self.o_proj = nn.Linear(width, width, bias=False)  # H * d -> D
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, hidden_states, rope, attention_mask=None, past_key_values=None) -> torch.Tensor:
         """hidden_states [B, T, D] -> [B, T, D]; `rope` is cos and sin, [1 or B, 1, T, d] each.
@@ -121,8 +126,8 @@ class Attention(nn.Module):
         """
         B, T, D = hidden_states.shape
         # [B, T, heads * d] -> [B, heads, T, d]: each head attends for itself.
-        q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = self.q_norm(self.q_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         # Positions enter here alone: queries and keys are turned, values are not.
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)

@@ -33,13 +33,25 @@ class VLMConfig(MiniMindConfig):
     image_token_id: int = 34  # "@" in the published tokenizer and in ours
     image_tokens: int = 196  # placeholders, and patch vectors, of one image
     vision_hidden_size: int = 768
+    projector: str = "linear"  # or "mlp"
 
     def __post_init__(self, image_ids: list[int] | None = None, **kwargs):
         if image_ids is not None:
             if len(set(image_ids)) != 1:
                 raise ValueError(f"image_ids hold {len(set(image_ids))} different tokens; an image is a run of one")
             self.image_token_id, self.image_tokens = image_ids[0], len(image_ids)
+        if self.projector not in ("linear", "mlp"):
+            raise ValueError(f"projector {self.projector!r} is unknown; known are 'linear' and 'mlp'")
         super().__post_init__(**{name: value for name, value in kwargs.items() if name not in PUBLISHED_EXTRAS})
+
+    @classmethod
+    def from_dict(cls, settings: dict, **kwargs):
+        """As transformers' own; also of the minimind-3 family's published files, which name some settings otherwise."""
+        if "image_token_len" in settings:
+            from .minimind3 import renamed  # which only their readers need
+
+            settings = renamed(settings)
+        return super().from_dict(settings, **kwargs)
 
 
 def find_image_positions(input_ids: torch.Tensor, image_token_id: int, image_tokens: int) -> torch.Tensor:
@@ -82,7 +94,7 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
         super().__init__(config)
-        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size)
+        self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size, config.projector)
         self.attach_vision_encoder(vision_encoder)
         self.post_init()
 

@@ -18,7 +18,7 @@ class MoEGate(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.alpha = config.aux_loss_alpha
         self.seq_aux = config.seq_aux
-        self.norm_topk_prob = config.norm_topk_prob
+        self.norm_topk_prob, self.norm_top1_prob = config.norm_topk_prob, config.norm_top1_prob
         self.weight = nn.Parameter(torch.randn(config.n_routed_experts, config.hidden_size) * config.initializer_range)
 
     def forward(
@@ -34,7 +34,7 @@ class MoEGate(nn.Module):
         aux_loss = None
         if self.training and self.alpha > 0:
             aux_loss = self.alpha * self._balance(scores, topk_idx, token_mask)
-        if self.top_k > 1 and self.norm_topk_prob:
+        if self.norm_topk_prob and (self.top_k > 1 or self.norm_top1_prob):
             topk_weight = topk_weight / (topk_weight.sum(-1, keepdim=True) + 1e-20)
         return topk_idx.view(B * T, -1), topk_weight.view(B * T, -1), aux_loss
 

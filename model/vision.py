@@ -21,23 +21,30 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionProj(nn.Module):
-    """One linear layer from the encoder's width to the decoder's, [..., W] -> [..., D]: all that joins the two.
+    """From the encoder's width to the decoder's, [..., W] -> [..., D]: all that joins the two.
 
-    CLIP's vectors already hold what is seen; the layer only has to turn them into the decoder's terms.
+    CLIP's vectors already hold what is seen: one linear layer can turn them into the decoder's terms. The minimind-3
+    family takes a norm and two layers ("mlp", as LLaVA-1.5 in arXiv 2310.03744).
     """
 
-    def __init__(self, vision_width: int, hidden_size: int):
+    def __init__(self, vision_width: int, hidden_size: int, kind: str = "linear"):
         super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))  # the name of the published weights
+        # Both under the names of the published weights.
+        if kind == "linear":
+            self.vision_proj = nn.Sequential(nn.Linear(vision_width, hidden_size))
+        else:
+            self.mlp = nn.Sequential(nn.LayerNorm(vision_width), nn.Linear(vision_width, hidden_size), nn.GELU(),
+                                     nn.Linear(hidden_size, hidden_size))  # fmt: skip
 
     def named_modules(self, *args, **kwargs):
         """Without the inner container, whose name is the outer one's: PEFT finds modules by the end of their names, and
         would train one inside the other."""
         modules = super().named_modules(*args, **kwargs)
-        return ((name, module) for name, module in modules if module is not self.vision_proj)
+        return ((name, module) for name, module in modules if not name.endswith("vision_proj.vision_proj"))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.vision_proj(features.to(self.vision_proj[0].weight.dtype))
+        (layers,) = self.children()
+        return layers(features.to(layers[0].weight.dtype))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -31,9 +31,14 @@ torch.set_num_threads(2)
 @pytest.fixture(scope="session")
 def reference() -> dict:
     """The recorded figures of the original implementation, and the configurations behind them."""
-    blob = lzma.decompress((FIXTURES / "reference.safetensors.xz").read_bytes())
+    return load_reference("reference")
+
+
+def load_reference(name: str) -> dict:
+    """A file of recorded figures, with the texts of its header as json."""
+    blob = lzma.decompress((FIXTURES / f"{name}.safetensors.xz").read_bytes())
     header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]
-    tensors = {"configs": json.loads(header["configs"])}
+    tensors = {key: json.loads(text) for key, text in header.items()}
     for key, value in load_safetensors(blob).items():
         if key.endswith("#f32"):  # floats lie there as four planes of bytes, which pack better
             key = key.removesuffix("#f32")

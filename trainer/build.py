@@ -23,7 +23,7 @@ from dataset.images import ImageSource, open_images
 from dataset.sources import Mixture, Order, open_samples
 from dataset.vlm_dataset import Batch, VLMDataset, collate
 from machine import cores
-from model.conversation import Renderer
+from model.conversation import Renderer, image_token_of
 from model.device import bf16_is_fast, check_compile
 from model.errors import DataError, SampleError, UsageError, first_line
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -164,7 +164,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, encoder
     try:
         return MiniMindVLM(VLMConfig(
             hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers, use_moe=bool(config.use_moe),
-            vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids("@"),
+            vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(image_token_of(tokenizer)),
             image_tokens=patches_per_image(encoder), vision_hidden_size=encoder.config.hidden_size,
         ), encoder)  # fmt: skip
     except ValueError as error:

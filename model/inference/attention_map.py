@@ -103,8 +103,8 @@ def attention_weights(
     """
     T, d = hidden_states.shape[1], attention.head_dim
     cos, sin = rope
-    q = attention.q_proj(hidden_states[0, first:]).view(T - first, -1, d).transpose(0, 1)  # [H, T - first, d]
-    k = attention.k_proj(hidden_states[0]).view(T, -1, d).transpose(0, 1)  # [G, T, d]
+    q = attention.q_norm(attention.q_proj(hidden_states[0, first:]).view(T - first, -1, d)).transpose(0, 1)  # [H, T - first, d]
+    k = attention.k_norm(attention.k_proj(hidden_states[0]).view(T, -1, d)).transpose(0, 1)  # [G, T, d]
     q, k = apply_rope(q, cos[first:], sin[first:]).float(), apply_rope(k, cos, sin).float()
     k = k.repeat_interleave(len(q) // len(k), dim=0)  # [H, T, d]: neighbouring query heads share a key head
     scores = q @ k.transpose(1, 2) * d**-0.5

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layers import apply_rope, rope_tables
+from model.layers import RMSNorm, apply_rope, rope_tables
 from model.model_minimind import FeedForward, MiniMindForCausalLM
 from model.moe import MOEFeedForward
 
@@ -106,6 +106,7 @@ class PackedBlock:
         self.layer, self.head_dim = attention.layer_idx, attention.head_dim
         self.norms = block.input_layernorm, block.post_attention_layernorm
         self.qkv = pack_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.head_norms = (attention.q_norm, attention.k_norm) if isinstance(attention.q_norm, RMSNorm) else ()
         self.out = pack_linear(attention.o_proj)
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.mlp = PackedExperts(block.mlp) if block.use_moe else PackedFeedForward(block.mlp)
@@ -113,9 +114,13 @@ class PackedBlock:
     def __call__(self, x: torch.Tensor, B: int, rope, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
         """x [B * T, D] -> [B * T, D]; `mask` bool [B or 1, 1, T, K], or None where every token sees all before it."""
         heads = self.qkv(self.norms[0](x)).view(B, len(x) // B, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 G, T, d]
-        rotated = apply_rope(heads[:, : -self.kv_heads], *rope)
-        q = rotated[:, : -self.kv_heads]
-        k, v = cache.append(self.layer, rotated[:, -self.kv_heads :], heads[:, -self.kv_heads :])
+        G, qk = self.kv_heads, heads[:, : -self.kv_heads]
+        if self.head_norms:
+            q_norm, k_norm = self.head_norms
+            qk = torch.cat((q_norm(qk[:, :-G]), k_norm(qk[:, -G:])), dim=1)
+        rotated = apply_rope(qk, *rope)
+        q = rotated[:, :-G]
+        k, v = cache.append(self.layer, rotated[:, -G:], heads[:, -G:])
         causal = mask is None and q.shape[2] > 1
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         x = x + self.out(attended.transpose(1, 2).reshape(x.shape))

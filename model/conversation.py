@@ -10,7 +10,7 @@ Legend: T tokens, P placeholder tokens of an image (196). The layout is ChatML:
 A user's <image> becomes P times the token "@". Its embedding is never used: the model replaces it by a patch vector.
 
 The tokenizer of the minimind-3 family has a token of its own for that, <|image_pad|>. Conversations in its layout have no
-system turn of themselves, and every answer begins with what was thought, mostly nothing: <think>\n\n</think>\n\n
+system turn of themselves, and every answer begins with what was thought, mostly nothing: <think>\\n\\n</think>\\n\\n
 """
 
 from bisect import bisect_left
@@ -113,7 +113,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, empty_thoughts: bool = True):
         self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token_of(tokenizer)
-        self.thinks, self.empty_thoughts = self.image_token == IMAGE_PAD, empty_thoughts
+        self.thinks = self.image_token == IMAGE_PAD
         # A copy of its own, in which special tokens inside text are split like any other text.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
@@ -199,7 +199,7 @@ class Renderer:
             ids = pieces[0]
             for piece in pieces[1:]:
                 starts.append(len(ids))
-                ids = [*ids, *[self.image_token_id] * P, *piece]
+                ids += [self.image_token_id] * P + piece
             return ids, starts
         # "<image>\nWhat?" -> "@@...@\nWhat?": no merge of the vocabulary contains "@", so P of them are P tokens.
         encoding = self._backend.encode((self.image_token * P).join(parts), add_special_tokens=False)

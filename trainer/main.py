@@ -50,8 +50,10 @@ def run(config: TrainConfig) -> int:
         trainer = Trainer(build(config, ranks))
         stopped_by = trainer.train()
         ranks.print(ending(trainer, stopped_by))
-        del trainer  # and with it DDP. As the last owner of the process group it would wait, holding Python's lock, for gloo's
-        distributed.stop()  # threads, which want that lock
+        # DDP goes before the process group: as its last owner it would wait, holding Python's lock, for gloo's threads,
+        # which want that lock.
+        del trainer
+        distributed.stop()
         del locks
         return 128 + stopped_by if stopped_by in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) else 0
     except UsageError as error:

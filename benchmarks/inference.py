@@ -19,7 +19,7 @@ from docs import minimal_vlm
 from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Memory, Sampling, generate_batch, generate_stream
-from model.vision import preprocess
+from model.pixels import preprocess
 
 from .synthetic import Size, make_encoder
 
@@ -52,14 +52,14 @@ class Real:
         """An answer's tokens. The image is encoded once in a conversation, and what was read of that is kept."""
         rendered = self.assistant.renderer.render_prompt(tuple(turns))
         if self.features is None:
-            self.features = self.assistant.encode([preprocess(Image.open(image))])
+            self.features = self.assistant.encode([preprocess(Image.open(image))])[0]
         prompt = self.assistant.prompt(rendered, [0])
         return list(islice(generate_stream(self.assistant.decoder, self.memory, prompt, self.features, self.sampling, NEVER), new_tokens))
 
     def ask_all(self, images: list[Path], new_tokens: int) -> list[list[int]]:
         """The same question about each image, as one batch."""
         rendered = self.assistant.renderer.render_prompt((QUESTION,))
-        features = self.assistant.encode([preprocess(Image.open(image)) for image in images])
+        features = torch.cat(self.assistant.encode([preprocess(Image.open(image)) for image in images]))
         prompts = [self.assistant.prompt(rendered, [number]) for number in range(len(images))]
         return generate_batch(self.assistant.decoder, prompts, features, replace(self.sampling, max_new_tokens=new_tokens), NEVER)
 

@@ -10,16 +10,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from PIL import Image
 
-from model.conversation import IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER, Rendered, Turn
+from model.conversation import IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER, Rendered, Turn, count_images
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Memory, Prompt, Sampling, generate_stream
-from model.vision import preprocess
 
 
 @dataclass
 class Chat:
-    """A conversation with a model. An image is its pixels, uint8 [3, 224, 224], and is encoded once."""
+    """A conversation with a model. An image is its pixels, as the model's encoder sees them, and is encoded once."""
 
     assistant: Assistant
     sampling: Sampling
@@ -29,23 +28,24 @@ class Chat:
     waiting: list[torch.Tensor] = field(default_factory=list)  # images for the next question
     dropped: int = 0  # exchanges that the last question pushed out of the history
     _labels: dict[torch.Tensor, str] = field(default_factory=dict, repr=False)
-    _features: dict[torch.Tensor, tuple[int, torch.Tensor]] = field(default_factory=dict, repr=False)  # number, [P, W]
+    _features: dict[torch.Tensor, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)  # of its views: number, [P, W]
     _memory: Memory = field(init=False, repr=False)
-    _encoded: int = field(default=0, repr=False)  # images so far; their numbers are never used twice
+    _encoded: int = field(default=0, repr=False)  # views so far; their numbers are never used twice
 
     def __post_init__(self):
         self._memory = Memory(self.assistant.decoder.new_cache())
 
     def add_image(self, image: Image.Image, label: str = "") -> None:
         """The next question shows this image, too, after its `label` (a time, say) as text."""
-        self.waiting.append(pixels := preprocess(image))
+        self.waiting.append(pixels := self.assistant.preprocess(image))
         if label:
             self._labels[pixels] = label.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
 
     def room(self) -> int:
         """How many images with short labels fit into a question of a hundred tokens."""
         alone = len(self.assistant.renderer.render_prompt((Turn("user", ""),)))
-        return (self._limit(1) - alone - 100) // (self.assistant.model.config.image_tokens + 8)
+        config = self.assistant.model.config
+        return (self._limit(1) - alone - 100) // ((config.image_tokens + 8) * (1 + config.tiles))
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -58,7 +58,7 @@ class Chat:
         if not self.turns:
             return False
         *self.turns, question, _ = self.turns
-        kept = len(self.pixels) - question.content.count(IMAGE_PLACEHOLDER)
+        kept = len(self.pixels) - count_images([question])
         self.pixels, self.waiting = self.pixels[:kept], self.pixels[kept:] + self.waiting
         return True
 
@@ -97,12 +97,12 @@ class Chat:
         """The prompt with its images by number, and the features of each number. New images are encoded; those no
         longer shown are forgotten."""
         new = list(dict.fromkeys(image for image in pixels if image not in self._features))
-        for image, features in zip(new, self.assistant.encode(new) if new else (), strict=True):
-            self._features[image] = self._encoded, features
-            self._encoded += 1
+        for image, views in zip(new, self.assistant.encode(new) if new else (), strict=True):
+            self._features[image] = dict(enumerate(views, start=self._encoded))
+            self._encoded += len(views)
         self._features = {image: self._features[image] for image in pixels}
-        prompt = self.assistant.prompt(rendered, [self._features[image][0] for image in pixels])
-        return prompt, dict(self._features.values())
+        prompt = self.assistant.prompt(rendered, [number for image in pixels for number in self._features[image]])
+        return prompt, {number: view for views in self._features.values() for number, view in views.items()}
 
     def _turn(self, question: str) -> Turn:
         """The question with a placeholder for each waiting image, after its label if it has one. Bytes that are no
@@ -124,13 +124,17 @@ class Chat:
     ) -> tuple[list[Turn], list[torch.Tensor], Rendered, int]:
         """The newest exchanges that fit, their images and rendering, and how many others were dropped."""
         dropped = 0
-        while len(prompt := self.assistant.renderer.render_prompt(tuple(turns))) > (limit := self._limit(len(turns))):
+        def render() -> Rendered:
+            return self.assistant.renderer.render_prompt(self.assistant.tiled(tuple(turns), pixels))
+
+        while len(prompt := render()) > (limit := self._limit(len(turns))):
             if len(turns) == 1:
-                fit = len(pixels) - math.ceil((len(prompt) - limit) / self.assistant.model.config.image_tokens)
+                views = len(prompt.image_starts) or 1
+                fit = len(pixels) - math.ceil((len(prompt) - limit) / self.assistant.model.config.image_tokens * len(pixels) / views)
                 remedy = f"{len(pixels)} images in it: {fit} would fit" if fit > 0 else "shorten it"
                 raise UsageError(f"the question is too long: {len(prompt)} tokens, more than {limit}; {remedy},"
                                  " or raise --max_seq_len")  # fmt: skip
-            pixels = pixels[turns[0].content.count(IMAGE_PLACEHOLDER) :]
+            pixels = pixels[count_images(turns[:1]) :]
             turns, dropped = turns[2:], dropped + 1  # a question and its answer
         return turns, pixels, prompt, dropped
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dataset.images import ImageSource, hash_of, open_images
 from dataset.sources import Mixture, open_samples
-from model.conversation import IMAGE_PLACEHOLDER, Turn
+from model.conversation import IMAGE_PLACEHOLDER, Turn, count_images
 from model.errors import SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
@@ -56,7 +56,7 @@ def score(
     chosen = make_metrics(metrics, [question.answer for question in questions])
 
     def load(question: Question, place: int) -> torch.Tensor:
-        return images.pixels(samples[question.sample].images[place], question.where)
+        return images.pixels(samples[question.sample].images[place], question.where, None, assistant.model.pixel_settings)
 
     answers = answer_in_batches(assistant, questions, load, batch_size, max_new_tokens)
     figures = make_report(questions, write_predictions(questions, answers, predictions), chosen, seed)
@@ -100,7 +100,7 @@ def read_questions(samples: Mixture, images: ImageSource) -> list[Question]:
         for at, turn in enumerate(sample.turns):
             if turn.role == "assistant" and at and sample.turns[at - 1].role == "user":
                 history = sample.turns[:at]
-                shown = names[: sum(t.content.count(IMAGE_PLACEHOLDER) for t in history if t.role == "user")]
+                shown = names[: count_images(history)]
                 kind = sample.kind or kind_of(turn.content)
                 questions.append(Question(history, shown, turn.content, kind, number, sample.where))
         if len(questions) == before:
@@ -118,8 +118,8 @@ def answer_in_batches(
     assistant: Assistant, questions: list[Question], load: Callable[[Question, int], torch.Tensor], batch_size: int,
     max_new_tokens: int,
 ) -> Iterator[str]:  # fmt: skip
-    """Greedy answers, in the order of the questions; `load(question, place)` gives its image's pixels, uint8
-    [3, 224, 224]. Questions of a batch about the same image share it."""
+    """Greedy answers, in the order of the questions; `load(question, place)` gives its image, preprocessed.
+    Questions of a batch about the same image share it."""
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from model.conversation import is_text
 from model.errors import DataError, SampleError, UsageError, print_anything, reason
+from model.pixels import to_rgb
 from model.storage import REPOSITORY, home_for_tilde
-from model.vision import to_rgb
 
 from .foreign import FORMATS, TEXT_COLUMNS, detect, to_ours
 from .images import ImageSource, load_image, open_images

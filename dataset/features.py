@@ -2,11 +2,11 @@
 
 Legend: M different images of a data set, P patch vectors of width W each.
 
-A cache is a folder of a few files; an image's slot is its number among the M:
+A cache is a folder of a few files; an image's slot is its number among the M, times its views (1 without tiles):
 
     meta.json     what the features depend on; another encoder, number format or list of images makes a new cache
     names.npy     uint64 [M], ascending: hashes of the images' names; an image's slot is the place of its hash
-    features.bin  bf16 [M, P, W], sparse until filled
+    features.bin  bf16 [M * views, P, W], sparse until filled
     filled.bin    one record a slot: what the image's file looked like, and a checksum of its features
 
 A slot counts as filled when its record fits both the image's file and the features. So a kill at any instant, a
@@ -44,6 +44,7 @@ class CacheKey:
     patches: int
     width: int
     preprocessing: int = PREPROCESSING
+    tiles: int = 0  # of an image at most
 
 
 class FeatureCache:
@@ -69,7 +70,12 @@ class FeatureCache:
     @property
     def image_bytes(self) -> int:
         """Disk space of one image's features."""
-        return self.key.patches * self.key.width * 2
+        return self.views * self.key.patches * self.key.width * 2
+
+    @property
+    def views(self) -> int:
+        """Slots of one image."""
+        return 1 + self.key.tiles
 
     @property
     def count(self) -> int:
@@ -77,8 +83,8 @@ class FeatureCache:
         return len(self._names)
 
     def slot_of(self, ref: Ref) -> int:
-        """The slot of an image. One that was not in the data at the start gets another's, whose signature differs."""
-        return int(np.searchsorted(self._names, hash_of(ref))) % max(1, self.count)
+        """An image's first slot. One that was not in the data at the start gets another's, whose signature differs."""
+        return int(np.searchsorted(self._names, hash_of(ref))) % max(1, self.count) * self.views
 
     def filled(self) -> int:
         """Number of slots that hold features."""
@@ -144,7 +150,7 @@ class FeatureCache:
             (self.folder / name).unlink(missing_ok=True)
         self._check_disk(len(names))
         write_atomically(self.folder / "names.npy", lambda file: np.save(file, names))  # the old one may be mapped
-        for name, size in (("features.bin", self.image_bytes), ("filled.bin", RECORD.itemsize)):
+        for name, size in (("features.bin", self.image_bytes), ("filled.bin", self.views * RECORD.itemsize)):
             with open(self.folder / name, "wb") as file:
                 file.truncate(max(1, len(names)) * size)
         self._write_meta(meta)
@@ -165,7 +171,7 @@ class FeatureCache:
 
     def _map_files(self) -> None:
         self._names = np.load(self.folder / "names.npy", mmap_mode="r").view(np.ndarray)
-        shape = (max(1, self.count), self.key.patches, self.key.width)
+        shape = (max(1, self.count) * self.views, self.key.patches, self.key.width)
         self._features = np.memmap(self.folder / "features.bin", np.int16, "r", shape=shape)
         self._filled = np.memmap(self.folder / "filled.bin", RECORD, "r", shape=shape[:1])
 
@@ -184,7 +190,10 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         return {}
-    return meta if isinstance(meta, dict) else {}
+    if not isinstance(meta, dict):
+        return {}
+    meta["key"] = {"tiles": 0, **meta.get("key", {})}  # which older ones do not hold
+    return meta
 
 
 def format_of(folder: Path, encoder: str) -> str | None:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from model.errors import DataError, SampleError, reason, shown
+from model.pixels import CLIP, PixelSettings, preprocess, tile_grid
 from model.storage import is_regular
-from model.vision import preprocess
 
 if TYPE_CHECKING:
     from .archive import Archive  # which only zips and tars load
@@ -51,13 +51,22 @@ class ImageSource:
         """The decoded image; raises SampleError."""
         return load_image(ref if isinstance(ref, bytes) else self.read(ref, where), name_of(ref), where)
 
-    def pixels(self, ref: Ref, where: str = "", notes: list[str] | None = None) -> torch.Tensor:
-        """What the model sees of the image, uint8 [3, 224, 224]; raises SampleError. `notes` get truncated ones."""
+    def pixels(self, ref: Ref, where: str = "", notes: list[str] | None = None, settings: PixelSettings = CLIP) -> torch.Tensor:
+        """What the model sees of the image, see `preprocess`; raises SampleError. `notes` get truncated ones."""
         image = self.load(ref, where)
         if notes is not None and image.info.get("truncated"):
             notes.append(f"{where}: image {shown(name_of(ref))} is truncated, used: nearly all of it is there")
         with unreadable(name_of(ref), where):
-            return preprocess(image)
+            return preprocess(image, settings)
+
+    def grid(self, ref: Ref, where: str, tiles: int) -> tuple[int, int]:
+        """Rows and columns of the image's tiles, without decoding it; raises SampleError."""
+        data = ref if isinstance(ref, bytes) else self.read(ref, where)
+        with unreadable(name_of(ref), where):
+            image, turned = open_image(data, MAX_PIXELS), False
+            with contextlib.suppress(Exception):  # as `to_rgb` has it of a damaged EXIF block
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return tile_grid(*(image.size[::-1] if turned else image.size), tiles)
 
     def read(self, name: str, where: str = "") -> bytes:
         """The bytes of the image's file; raises SampleError."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from model.conversation import IMAGE_PLACEHOLDER, Turn, parse_turns
+from model.conversation import IMAGE_PLACEHOLDER, Turn, count_images, parse_turns
 from model.errors import NoSamples, SampleError, shown
 
 from .derived import read_index
@@ -50,7 +50,7 @@ def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | No
             raise SampleError(f"a sample is an object with 'conversations', not {type(row).__name__}")
         turns = parse_turns(row.get("conversations"), where)
         images = parse_images(row.get("image"), where) if images is None else images
-        placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+        placeholders = count_images(turns)
         if placeholders != len(images):
             raise SampleError(f"{placeholders} <image> placeholders in the user's turns, but {len(images)} images")
         if not any(turn.role == "assistant" for turn in turns):

@@ -1,7 +1,7 @@
 """Samples to tensors, and tensors to batches.
 
-Legend: B rows, T' tokens of a row of the batch, S supervised tokens, N images of the whole batch, P
-placeholders and patch vectors of an image, W width of the vision encoder.
+Legend: B rows, T' tokens of a row of the batch, S supervised tokens, N images of the whole batch, H pixels a side, P
+placeholders and patch vectors of an image, W width of the vision encoder. A tile is an image like any other.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model.conversation import Renderer
+from model.conversation import Renderer, with_tiles
 from model.errors import SampleError
 from model.model_minimind import IGNORE_INDEX, find_loss_positions
+from model.pixels import CLIP, PixelSettings, grid_of, views_of
 
 from .images import ImageSource, Ref
 from .jsonl import Sample
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .features import FeatureCache  # which only --cache_features loads
 
 MULTIPLE = 8  # of tokens, the length of a batch: fewer shapes to compile for, and what matrix units like
-NO_PIXELS = torch.empty(0, 3, 224, 224, dtype=torch.uint8)
+NO_PIXELS = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 NO_FEATURES = torch.empty(0, 0, 0, dtype=torch.bfloat16)
 
 
@@ -31,10 +32,11 @@ NO_FEATURES = torch.empty(0, 0, 0, dtype=torch.bfloat16)
 class ImageInput:
     """One image of a sample: its pixels, or what the encoder made of them earlier."""
 
-    pixels: torch.Tensor | None = None  # uint8 [3, 224, 224]
+    pixels: torch.Tensor | None = None  # uint8 [3, H, H]
     features: torch.Tensor | None = None  # bf16 [P, W]
     entry: tuple[int, int] = (-1, 0)  # in the feature cache, if there is one: slot, and signature of the image's file
     note: str = ""  # that it is truncated
+    grid: tuple[int, int] = (0, 1)  # rows and columns of the tiles that follow it
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class VLMDataset(Dataset):
     """Item i is an Example, or a BadSample: what to do about those is the trainer's decision."""
 
     def __init__(self, samples: Sequence[Sample], images: ImageSource, renderer: Renderer, max_length: int,
-                 cache: "FeatureCache | None" = None):  # fmt: skip
+                 cache: "FeatureCache | None" = None, settings: PixelSettings = CLIP):  # fmt: skip
         self.samples, self.images, self.renderer, self.max_length = samples, images, renderer, max_length
-        self.cache = cache
+        self.cache, self.settings = cache, settings
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -72,28 +74,36 @@ class VLMDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[Example | BadSample]:
         """The items of a batch, an image that stands there several times being read once. DataLoader calls this."""
-        images: dict[Ref, ImageInput] = {}
+        images: dict[Ref, list[ImageInput]] = {}
         return [self._item(index, images) for index in indices]
 
-    def _item(self, index: int, images: dict[Ref, ImageInput]) -> Example | BadSample:
+    def _item(self, index: int, images: dict[Ref, list[ImageInput]]) -> Example | BadSample:
         try:
             sample = self.samples[index]
-            rendered = self.renderer.render(sample, self.max_length)
             for ref in sample.images:
                 if ref not in images:
-                    images[ref] = self._image(ref, sample.where)
+                    images[ref] = self._views(ref, sample.where)
+            turns = with_tiles(sample.turns, [images[ref][0].grid for ref in sample.images])
+            rendered = self.renderer.render(replace(sample, turns=turns), self.max_length)
         except SampleError as error:
             return BadSample(index, str(error))
-        shown = tuple(images[ref] for ref in sample.images)
+        shown = tuple(view for ref in sample.images for view in images[ref])
         return Example(index, rendered.ids, rendered.labels, rendered.image_starts, shown)
 
-    def _image(self, ref: Ref, where: str) -> ImageInput:
-        entry, features, notes = ImageInput.entry, None, []
+    def _views(self, ref: Ref, where: str) -> list[ImageInput]:
+        """An image and its tiles."""
+        notes: list[str] = []
         if self.cache is not None:
-            entry = self.cache.slot_of(ref), self.images.signature(ref, where)
-            features = self.cache.read(*entry)
-        pixels = self.images.pixels(ref, where, notes) if features is None else None
-        return ImageInput(pixels, features, entry, "".join(notes))
+            slot, signature = self.cache.slot_of(ref), self.images.signature(ref, where)
+            rows, columns = self.images.grid(ref, where, self.settings.tiles) if self.settings.tiles else (0, 1)
+            entries = [(slot + number, signature) for number in range(1 + rows * columns)]
+            features = [self.cache.read(*entry) for entry in entries]
+            if all(one is not None for one in features):
+                return [ImageInput(None, one, entry, "", (rows, columns)) for one, entry in zip(features, entries, strict=True)]
+        pixels = self.images.pixels(ref, where, notes, self.settings)
+        grid, views = grid_of(pixels, self.settings.size), views_of(pixels, self.settings.size)
+        entries = [ImageInput.entry] * len(views) if self.cache is None else entries
+        return [ImageInput(view, None, entry, "".join(notes), grid) for view, entry in zip(views, entries, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Batch:
     labels: torch.Tensor  # int64 [B, T'], -100 where there is no loss
     attention_mask: torch.Tensor  # int64 [B, T'], 0 for padding
     loss_positions: torch.Tensor  # int64 [S], indices into B * T' of the positions that predict a supervised token
-    pixels: torch.Tensor  # uint8 [U, 3, 224, 224]
+    pixels: torch.Tensor  # uint8 [U, 3, H, H]
     features: torch.Tensor  # bf16 [K, P, W]
     image_index: torch.Tensor  # int64 [N]
     image_positions: torch.Tensor  # int64 [N * P], indices into B * T'

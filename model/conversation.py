@@ -14,7 +14,8 @@ system turn of themselves, and every answer begins with what was thought, mostly
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,6 +91,28 @@ def split_thought(content: str) -> tuple[str, str]:
     """An answer as what was thought, between <think> and </think>, and what was said, as the published template does it."""
     thought = content.split("</think>")[0].split("<think>")[-1].strip("\n") if "</think>" in content else ""
     return thought, content.split("</think>")[-1].lstrip("\n")
+
+
+def count_images(turns: Iterable[Turn]) -> int:
+    """How many images the turns show."""
+    return sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+
+
+def with_tiles(turns: tuple[Turn, ...], grids: Iterable[tuple[int, int]]) -> tuple[Turn, ...]:
+    """The turns with a placeholder for every tile of an image after the image's own, each after its place as text. `grids`
+    are rows and columns of the tiles of each image in reading order."""
+    grids = iter(grids)
+    return tuple(replace(turn, content=mark_tiles(turn.content, grids)) if turn.role == "user" else turn for turn in turns)
+
+
+def mark_tiles(text: str, grids: Iterator[tuple[int, int]]) -> str:
+    """A user's text with the tiles of its images, whose grids are taken from `grids`."""
+    first, *others = text.split(IMAGE_PLACEHOLDER)
+    for other in others:
+        rows, columns = next(grids, (0, 1))
+        tiles = "".join(f"\nrow {row + 1} column {column + 1}: {IMAGE_PLACEHOLDER}" for row in range(rows) for column in range(columns))
+        first += IMAGE_PLACEHOLDER + tiles + other
+    return first
 
 
 @dataclass(frozen=True)

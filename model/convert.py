@@ -42,7 +42,8 @@ def write_folder(folder: Path, loaded: Loaded) -> None:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         halves.save_pretrained(temporary)
-        MiniMindVProcessor(tokenizer=loaded.tokenizer, image_tokens=config.image_tokens).save_pretrained(temporary)
+        pixels = {"tiles": config.tiles, **model.pixel_settings.to_dict()}
+        MiniMindVProcessor(loaded.tokenizer, config.image_tokens, pixels=pixels).save_pretrained(temporary)
         record = json.dumps(loaded.record, indent=2, ensure_ascii=False) + "\n"
         (temporary / SIDECAR).write_text(record, encoding="utf-8")
         for path in (temporary, *temporary.rglob("*")):  # a folder to hand on: others may read it

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversation import image_token_of
 from .errors import UsageError, check_fetched, first_line
@@ -55,7 +55,7 @@ def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: in
     return fitting[0] if len(fitting) == 1 else published
 
 
-def find_vision_encoder(path: str | Path | None, record: dict) -> CLIPVisionModel | None:
+def find_vision_encoder(path: str | Path | None, record: dict) -> PreTrainedModel | None:
     """The vision encoder in the folder at `path`; None: the one that the weights were trained with; "none": none. Raises
     UsageError."""
     folder = path or recorded(record, "vision_model_path", "config.json", CLIP_FOLDER)
@@ -75,13 +75,13 @@ def settings_of(state: dict[str, torch.Tensor]) -> dict:
     settings = {}
     if (head_norm := state.get("model.layers.0.self_attn.q_norm.weight")) is not None:
         D = state["model.norm.weight"].numel()
-        settings |= {**settings_for(D), "num_attention_heads": D // head_norm.numel(), "image_token_id": 12, "image_tokens": 64}
+        settings |= {**settings_for(D), "num_attention_heads": D // head_norm.numel(), "image_token_id": 12}
     if (embedding := state.get("model.embed_tokens.weight")) is not None and embedding.dim() == 2:
         settings |= {"vocab_size": embedding.shape[0], "hidden_size": embedding.shape[1]}
     if (projector := state.get("vision_proj.vision_proj.0.weight")) is not None and projector.dim() == 2:
         settings["vision_hidden_size"] = projector.shape[1]
     if (projector := state.get("vision_proj.mlp.1.weight")) is not None and projector.dim() == 2:
-        settings |= {"projector": "mlp", "vision_hidden_size": projector.shape[1]}
+        settings |= {"projector": "mlp", "vision_hidden_size": projector.shape[1], "image_tokens": 64 if head_norm is not None else 196}
     if layers := {name.split(".")[2] for name in state if name.startswith("model.layers.")}:
         settings["num_hidden_layers"] = len(layers)
     if experts := {match[1] for name in state if (match := re.search(r"\.mlp\.experts\.(\d+)\.", name))}:
@@ -90,7 +90,7 @@ def settings_of(state: dict[str, torch.Tensor]) -> dict:
 
 
 def assemble(
-    path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, encoder: CLIPVisionModel | None, record: dict
+    path: Path, model: MiniMindVLM, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel | None, record: dict
 ) -> Loaded:
     """The model with its parts; raises UsageError when one of them is not what the weights at `path` were made with."""
     try:

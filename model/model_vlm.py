@@ -3,19 +3,21 @@
     input_ids [B, T] -> token embeddings [B, T, D] ----------------------+
     pixel_values -> vision encoder [N, P, W] -> projector [N, P, D] -----+-> splice [B, T, D] -> decoder -> logits
 
-Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, P patches of an image
-(196), W width of the vision encoder, D of the decoder.
+Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in reading order, S pixels a side, P patches
+of an image (196), W width of the vision encoder, D of the decoder.
 Source: LLaVA (Liu et al., arXiv 2304.08485): a frozen encoder, one projector, a language model.
 """
 
 import re
+from dataclasses import replace
 
 import torch
-from transformers import Cache, CLIPVisionModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM
-from .vision import VisionProj, encode_images, patches_per_image
+from .pixels import CLIP, PixelSettings, normalize
+from .vision import VisionProj, encode_images, patches_per_image, pixel_settings_of, pool_patches, pooling
 
 # Keys of the original project's configuration files that have no meaning here.
 PUBLISHED_EXTRAS = ("auto_map", "dropout", "flash_attn", "image_special_token", "inference_rope_scaling")
@@ -32,8 +34,9 @@ class VLMConfig(MiniMindConfig):
 
     image_token_id: int = 34  # "@" in the published tokenizer and in ours
     image_tokens: int = 196  # placeholders, and patch vectors, of one image
-    vision_hidden_size: int = 768
+    vision_hidden_size: int = 768  # of these vectors: the encoder's width, times the patches that are pooled in one
     projector: str = "linear"  # or "mlp"
+    tiles: int = 0  # at most, that an image is cut into besides being shown whole
 
     def __post_init__(self, image_ids: list[int] | None = None, **kwargs):
         if image_ids is not None:
@@ -92,21 +95,22 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     config_class = VLMConfig
 
-    def __init__(self, config: VLMConfig, vision_encoder: CLIPVisionModel | None = None):
+    def __init__(self, config: VLMConfig, vision_encoder: PreTrainedModel | None = None):
         super().__init__(config)
         self.vision_proj = VisionProj(config.vision_hidden_size, config.hidden_size, config.projector)
         self.attach_vision_encoder(vision_encoder)
         self.post_init()
 
-    def attach_vision_encoder(self, vision_encoder: CLIPVisionModel | None) -> None:
+    def attach_vision_encoder(self, vision_encoder: PreTrainedModel | None) -> None:
         """Raises ValueError when the encoder's width or number of patches is not the configuration's."""
         if vision_encoder is not None:
-            width, patches = vision_encoder.config.hidden_size, patches_per_image(vision_encoder)
-            if (width, patches) != (self.config.vision_hidden_size, self.config.image_tokens):
+            width, patches, tokens = vision_encoder.config.hidden_size, patches_per_image(vision_encoder), self.config.image_tokens
+            if self.config.vision_hidden_size * tokens != width * patches:
                 raise ValueError(
                     f"the vision encoder gives {patches} patch vectors of width {width}; the model was made for"
-                    f" {self.config.image_tokens} of width {self.config.vision_hidden_size}"
+                    f" {tokens} of width {self.config.vision_hidden_size}"
                 )
+            pooling(patches, tokens)
             vision_encoder.eval().requires_grad_(False)
         # Not registered as a submodule: nothing that walks the model trains, saves or wakes it.
         self.__dict__["vision_encoder"] = vision_encoder
@@ -118,10 +122,19 @@ class MiniMindVLM(MiniMindForCausalLM):
         return super()._apply(fn, recurse)
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch vectors [N, P, W] of images [N, 3, 224, 224]; raises ValueError when there is no vision encoder."""
+        """Patch vectors [N, P, W] of images [N, 3, S, S], pooled if the model wants fewer than its encoder gives. Pixels
+        are uint8, or floats that are normalized already. Raises ValueError when there is no vision encoder."""
         if self.vision_encoder is None:
             raise ValueError("images were given, but the model has no vision encoder; attach one, or give features")
-        return encode_images(self.vision_encoder, pixel_values)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize(pixel_values, self.pixel_settings)
+        features = encode_images(self.vision_encoder, pixel_values)
+        return features if features.shape[1] == self.config.image_tokens else pool_patches(features, self.config.image_tokens)
+
+    @property
+    def pixel_settings(self) -> PixelSettings:
+        """How images are prepared for this model."""
+        return replace(pixel_settings_of(self.vision_encoder) if self.vision_encoder else CLIP, tiles=self.config.tiles)
 
     def embed(
         self,
@@ -164,7 +177,7 @@ class MiniMindVLM(MiniMindForCausalLM):
     ) -> MoeCausalLMOutputWithPast:
         """As the decoder's forward, with all its keyword arguments, and with images.
 
-        `pixel_values` [N, 3, 224, 224], normalized, are all images of the batch in reading order; `image_features`
+        `pixel_values` [N, 3, S, S], normalized, are all images of the batch in reading order; `image_features`
         [N, P, W] are the encoder's output for them, to skip it. `image_positions` int64 [N * P] are indices into the
         flattened ids [B * T]; None means the leftmost runs of P placeholder ids.
         Raises ValueError when the numbers of images and positions do not match, and for images next to embeddings.

@@ -1,23 +1,20 @@
-"""An image as patch vectors: image -> pixels -> frozen CLIP vision encoder -> projector to the decoder's width.
+"""An image as patch vectors: pixels -> frozen vision encoder -> projector to the decoder's width.
 
-    PIL image -> preprocess -> uint8 [3, 224, 224] -> normalize -> encode_images -> [N, P, W] -> VisionProj -> [N, P, D]
+    floats [N, 3, S, S] of pixels.py -> encode_images -> [N, P, W] -> VisionProj -> [N, P, D]
 
-Legend of shapes: N images, P patches of an image (ViT-B/16 at 224 pixels: 14 rows of 14 patches of 16 pixels, 196),
-W width of the vision encoder (768), D of the decoder.
-Sources: CLIP (Radford et al., arXiv 2103.00020), ViT (2010.11929), the linear projector (LLaVA, 2304.08485).
+Legend of shapes: N images, S pixels a side, P patches of an image (CLIP ViT-B/16 at 224 pixels: 14 rows of 14 patches
+of 16 pixels, 196), W width of the vision encoder (768), D of the decoder.
+Sources: CLIP (Radford et al., arXiv 2103.00020), ViT (2010.11929), the linear projector (LLaVA, 2304.08485); other
+encoders: SigLIP (2303.15343, 2502.14786), DINOv2 (2304.07193).
 """
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch import nn
-from transformers import CLIPVisionModel
+import math
 
-IMAGE_SIZE = 224  # pixels a side
-# Mean and standard deviation of CLIP's training pixels per channel, of values in [0, 1] (its release's constants).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .pixels import PixelSettings
 
 
 class VisionProj(nn.Module):
@@ -47,71 +44,43 @@ class VisionProj(nn.Module):
         return layers(features.to(layers[0].weight.dtype))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: upright, transparency on white, an animation's first frame, 16 and 32 bits scaled to 8."""
-    image.seek(0)
-    try:
-        image = ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception:  # a damaged EXIF block raises errors of all kinds, and says nothing about how the image is turned
-        image.load()
-    image = eight_bits(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits as one of 8; any other as it is.
-
-    No file says what white is in 32 bits: 1, 255 or 65535, the least whose double the brightest pixel stays below
-    (filters overshoot), or else that pixel. NaN and infinity become black.
-    """
-    if image.mode[0] not in "FI":
-        return image
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    highest = values.max()
-    tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
-    top = next((top for top in tops if highest < 2 * top), highest)
-    return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
-
-
-def preprocess(image: Image.Image) -> torch.Tensor:
-    """uint8 pixels [3, 224, 224]: shorter side to 224 (bicubic), then the middle square, as CLIP was trained.
-
-    Within 2 levels of transformers' CLIPImageProcessor. Of an image more than 4 times as long as wide only the middle
-    is resized: the ends would be cut off anyway, and enlarging them could fill the memory.
-    """
-    image = to_rgb(image)
-    long = 4 * min(image.size)
-    left, top = (max(0, (side - long) // 2) for side in image.size)
-    image = image.crop((left, top, image.width - left, image.height - top))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
-    height, width = (int(IMAGE_SIZE * side / min(image.size)) for side in (image.height, image.width))
-    # Antialiased bicubic interpolation of bytes is Pillow's own algorithm, at twice its speed.
-    pixels = F.interpolate(pixels.permute(0, 3, 1, 2), (height, width), mode="bicubic", antialias=True)[0]
-    top, left = (height - IMAGE_SIZE) // 2, (width - IMAGE_SIZE) // 2
-    return pixels[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].contiguous()
-
-
-def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels [N, 3, 224, 224] -> the float values that CLIP expects, (pixels / 255 - mean) / std per channel."""
-    # Numbers rather than tensors of three: bringing those to a GPU would make the host wait for it.
-    channels = zip(pixels.unbind(1), CLIP_MEAN, CLIP_STD, strict=True)
-    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
-
-
 @torch.no_grad()
-def encode_images(encoder: CLIPVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Images [N, 3, 224, 224] -> patch vectors [N, P, W] of the encoder's last layer.
+def encode_images(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, S, S], normalized -> patch vectors [N, P, W] of the encoder's last layer.
 
-    The encoder puts a class token before the patches, a summary of the whole image; the decoder gets the patches alone.
+    Most encoders put tokens of their own before the patches, as CLIP's class token, a summary of the whole image; the
+    decoder gets the patches alone.
     """
-    return encoder(pixel_values=pixel_values.to(encoder.dtype)).last_hidden_state[:, 1:]
+    return encoder(pixel_values=pixel_values.to(encoder.dtype)).last_hidden_state[:, -patches_per_image(encoder) :]
 
 
-def patches_per_image(encoder: CLIPVisionModel) -> int:
+def pool_patches(features: torch.Tensor, image_tokens: int) -> torch.Tensor:
+    """Patch vectors [N, P, W] -> [N, image_tokens, W * P / image_tokens]: those of a small square side by side in one.
+
+    Nothing is lost, and the decoder reads fewer tokens (pixel shuffle, Shi et al., arXiv 1609.05158, backwards).
+    """
+    N, P, W = features.shape
+    side, f = math.isqrt(P), pooling(P, image_tokens)
+    features = features.view(N, side // f, f, side // f, f, W).transpose(2, 3)
+    return features.reshape(N, image_tokens, f * f * W)
+
+
+def pooling(patches: int, image_tokens: int) -> int:
+    """How many patches a side one token stands for. Raises ValueError when squares of patches do not come out so."""
+    side = math.isqrt(patches)
+    possible = {(side // f) ** 2: f for f in range(1, side + 1) if side % f == 0}
+    if image_tokens not in possible:
+        raise ValueError(f"{image_tokens} tokens cannot be made of an image's {side} x {side} patches; possible are"
+                         f" {', '.join(map(str, possible))} (--image_tokens)")  # fmt: skip
+    return possible[image_tokens]
+
+
+def pixel_settings_of(encoder: PreTrainedModel) -> PixelSettings:
+    """How the encoder wants its images: as its folder says (`load_vision_encoder`), or else as CLIP does."""
+    size = encoder.config.image_size
+    return getattr(encoder, "pixel_settings", PixelSettings(size, size))
+
+
+def patches_per_image(encoder: PreTrainedModel) -> int:
     """P, the number of patch vectors of one image."""
-    return (encoder.config.image_size // encoder.config.patch_size) ** 2
+    return (pixel_settings_of(encoder).size // encoder.config.patch_size) ** 2

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UsageError, check_fetched, first_line
+from .pixels import PixelSettings
 from .storage import REPOSITORY, write_atomically
-from .vision import IMAGE_SIZE
+from .vision import pixel_settings_of
 
 CLIP_FOLDER = REPOSITORY / "model" / "vision_model" / "clip-vit-base-patch16"  # the default encoder's place
 OWN_TOKENIZER = REPOSITORY / "model"
@@ -25,6 +27,10 @@ PUBLISHED_TOKENIZER = REPOSITORY / "model" / "published_tokenizer"
 VISION_FOLDER = "vision_model"  # holds the vision encoder, inside a folder in transformers format
 # transformers 4 wrote the encoder's weights under this prefix and finds no others; version 5 reads both.
 CLASSIC_PREFIX = "vision_model."
+# Classes of vision encoders by the model_type of their configuration; CLIP and SigLIP also come as halves of pairs.
+ENCODERS = {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel", "siglip": "SiglipVisionModel",
+            "siglip_vision_model": "SiglipVisionModel", "dinov2": "Dinov2Model",
+            "dinov2_with_registers": "Dinov2WithRegistersModel"}  # fmt: skip
 
 
 def read_tensors(path: Path, what: str) -> Any:
@@ -85,9 +91,14 @@ def tensors_fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def vision_encoder_fingerprint(encoder: CLIPVisionModel) -> str:
-    """The fingerprint of a vision encoder, whatever release of transformers loaded it."""
-    return tensors_fingerprint({name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in encoder.state_dict().items()})
+def vision_encoder_fingerprint(encoder: PreTrainedModel) -> str:
+    """The fingerprint of a vision encoder, whatever release of transformers loaded it, and of how it wants its images, if
+    that is not as CLIP does."""
+    weights = tensors_fingerprint({name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in encoder.state_dict().items()})
+    settings = pixel_settings_of(encoder)
+    if settings == PixelSettings(settings.size, settings.size):
+        return weights
+    return f"{weights}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict, before: str | None = None) -> str:
@@ -184,8 +195,9 @@ def load_state(path: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
     }  # fmt: skip
     if problems := [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]:
         raise UsageError(
-            f"{path} does not fit the model: weights {', '.join(problems)}. Give what it was trained with: --hidden_size,"
-            " --num_hidden_layers, --use_moe, --tokenizer_path, --vision_model_path. If that is so, fetch or make it again"
+            f"{path} does not fit the model: weights {', '.join(problems)}. Give what it was trained with: --family,"
+            " --hidden_size, --num_hidden_layers, --use_moe, --projector, --tokenizer_path, --vision_model_path. If that is so,"
+            " fetch or make it again"
         )
     if model.config.tie_word_embeddings and not torch.equal(*(state[name] for name in TIED)):
         raise UsageError(f"{path}: {' and '.join(TIED)} differ, and this model has one tensor for both")
@@ -238,11 +250,12 @@ def check_fingerprints(path: Path, used: dict[str, str], recorded: dict[str, str
             )
 
 
-def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
-    """The frozen vision half of a CLIP folder in transformers format, in eval mode and fp32.
+def load_vision_encoder(folder: str | Path) -> PreTrainedModel:
+    """The frozen vision encoder in a folder in transformers format, in eval mode and fp32, of the CLIP, SigLIP or DINOv2
+    kind, with its `pixel_settings`.
 
-    A folder of a whole CLIPModel serves as well: its text half is never read into memory.
-    Raises UsageError when the folder is missing, holds another kind of model, or lacks some of the weights.
+    Of a folder of a whole CLIP or SigLIP pair the text half is never read into memory.
+    Raises UsageError when the folder is missing, holds another kind of model, or lacks some of what it should hold.
     """
     folder = Path(folder)
     if not os.path.isfile(folder / "config.json"):  # False, not an error, for the odd paths a sidecar may name
@@ -250,25 +263,41 @@ def load_vision_encoder(folder: str | Path) -> CLIPVisionModel:
             f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
             f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
             f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
-            f"or name another CLIP folder with --vision_model_path; the demo's own is {CLIP_FOLDER.parent / 'tiny-clip'}."
+            f"or name another encoder's folder with --vision_model_path; the demo's own is {CLIP_FOLDER.parent / 'tiny-clip'}."
         )
     try:
-        encoder, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in ENCODERS:
+            raise ValueError(f"it holds a model of type {kind!r}; vision encoders are of type {', '.join(ENCODERS)}")
+        options = {"vision_use_head": False} if "siglip" in kind else {}  # whose answer nobody asks for
+        encoder, info = getattr(transformers, ENCODERS[kind]).from_pretrained(
+            folder, output_loading_info=True, dtype=torch.float32, **options)  # fmt: skip
+        if info["missing_keys"]:
+            raise ValueError(f"{len(info['missing_keys'])} weights missing (first: {min(info['missing_keys'])})")
+        if not all(torch.isfinite(weight).all() for weight in encoder.parameters()):
+            raise ValueError("weights that are not finite")
+        encoder.pixel_settings = read_pixel_settings(folder, encoder)
     except Exception as error:  # damaged files raise errors of all kinds
         check_fetched(folder)
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"cannot load a CLIP vision encoder from {folder}: {reason}") from error
-    problem = ""
-    if info["missing_keys"]:
-        problem = f"{len(info['missing_keys'])} weights missing (first: {min(info['missing_keys'])})"
-    elif not all(torch.isfinite(weight).all() for weight in encoder.parameters()):
-        problem = "weights that are not finite"
-    elif encoder.config.image_size != IMAGE_SIZE:
-        problem = f"made for images of {encoder.config.image_size} pixels, not {IMAGE_SIZE}"
-    if problem:
-        raise UsageError(f"the vision encoder in {folder} cannot be used: {problem}. Fetch the folder again, or name"
-                         " another with --vision_model_path")  # fmt: skip
+        raise UsageError(f"the vision encoder in {folder} cannot be used: {type(error).__name__}: {first_line(error)}. Fetch the"
+                         " folder again, or name another with --vision_model_path") from error  # fmt: skip
     return encoder.eval().requires_grad_(False)
+
+
+def read_pixel_settings(folder: Path, encoder: PreTrainedModel) -> PixelSettings:
+    """How the encoder wants its images, by its folder's preprocessor_config.json. Raises ValueError where that is missing,
+    asks for what cannot be done, or for images that the encoder cannot take."""
+    file, clip, size = folder / "preprocessor_config.json", encoder.config.model_type[:4] == "clip", encoder.config.image_size
+    if not file.is_file() and not clip:  # every CLIP was trained alike
+        raise ValueError(f"{file.name} is missing, which says how it wants its images")
+    settings = PixelSettings.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else pixel_settings_of(encoder)
+    if settings.size != size and "dinov2" not in encoder.config.model_type:  # which takes any size
+        raise ValueError(f"{file.name} asks for images of {settings.size} pixels, config.json for {size}")
+    patch = encoder.config.patch_size
+    # SigLIP so400m leaves 6 of 384 pixels out; more is a mistake.
+    if settings.size % patch >= patch / 2:
+        raise ValueError(f"patches of {patch} pixels do not divide images of {settings.size}: {settings.size % patch} are left over")
+    return settings
 
 
 def recorded(record: dict, name: str, file: str, default: Path) -> Path:

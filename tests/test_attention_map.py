@@ -16,7 +16,7 @@ from model.inference.attention_map import attention_to_images, look, pixels_to_i
 from model.inference.generation import Sampling
 from model.layers import apply_rope
 from model.model_vlm import MiniMindVLM
-from model.vision import preprocess
+from model.pixels import preprocess
 from tests.conftest import make_model, make_vision_encoder
 
 P, SIDE = 196, 14

@@ -28,7 +28,7 @@ from model.inference.assistant import Assistant, load_assistant
 from model.inference.generation import Sampling
 from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
-from model.vision import normalize, preprocess
+from model.pixels import normalize, preprocess
 from model.weights import fingerprints, load_vision_encoder, read_sidecar, save_weights
 from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 
@@ -89,7 +89,7 @@ def test_a_folder_has_all_that_transformers_looks_for(folder, tokenizer):
             "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "vision_model/model.safetensors"} <= names  # fmt: skip
     assert not any(name.endswith((".py", ".bin")) for name in names)
     assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
-    assert AutoImageProcessor.from_pretrained(folder).size["height"] == 224
+    assert AutoImageProcessor.from_pretrained(folder).size["shortest_edge"] == 224
     given, frozen = CLIPVisionModel.from_pretrained(folder / "vision_model").state_dict(), make_vision_encoder().state_dict()
     assert all(torch.equal(given[name], frozen[name]) for name in frozen)
 
@@ -229,8 +229,8 @@ def test_folders_of_the_original_project_load_and_run_no_code(tmp_path, tokenize
 
     native = tmp_path / f"mine_32{'_moe' * use_moe}.pth"
     assert convert.main([str(tmp_path / "original"), str(native)]) == 0
-    again = load_assistant("model", native, "cpu", str(tmp_path / "clip"), str(REPOSITORY / "model"))
-    assert again.generate([turns], pixels, ANSWER) == expected, "rope_theta came along in the sidecar"
+    again = read_native(native, REPOSITORY / "model", tmp_path / "clip")
+    assert Assistant(again.model, again.tokenizer).generate([turns], pixels, ANSWER) == expected, "rope_theta came along in the sidecar"
     config = read_sidecar(native)["config"]
     assert not {"image_ids", "image_special_token", "flash_attn", "dropout", "auto_map", "architectures"} & set(config)
     assert not (tmp_path / "original" / "executed").exists()

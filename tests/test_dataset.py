@@ -14,7 +14,7 @@ from dataset.jsonl import JsonlSamples
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
 from model.errors import DataError, SampleError
-from model.vision import normalize, preprocess
+from model.pixels import normalize, preprocess
 from tests.conftest import make_data, make_model, make_vision_encoder, write_jsonl
 
 GOOD = {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}

@@ -13,7 +13,7 @@ from dataset.images import IMAGE_SUFFIXES, ImageRefused, decode, image_files, op
 from dataset.sources import open_samples
 from dataset.vlm_dataset import VLMDataset, collate
 from model.errors import SampleError, reason
-from model.vision import preprocess, to_rgb
+from model.pixels import preprocess, to_rgb
 from tests.conftest import write_jsonl
 
 GRAIN = np.random.default_rng(0).normal(0, 8, (300, 400, 3))

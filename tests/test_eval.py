@@ -17,7 +17,7 @@ from model.hub.modeling import MiniMindVForConditionalGeneration
 from model.inference.assistant import Assistant
 from model.inference.generation import Sampling
 from model.load import find_weights
-from model.vision import preprocess
+from model.pixels import preprocess
 from model.weights import fingerprints, load_weights, save_weights
 from tests.conftest import DECODER, REPOSITORY, make_model, make_vision_encoder, write_jsonl
 from tests.test_video import make_video

@@ -21,7 +21,7 @@ from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder
 from model.load import read_native
 from model.moe import MOEFeedForward
-from model.vision import normalize
+from model.pixels import normalize
 from model.weights import load_weights, save_weights
 from tests.conftest import FIXTURES, REPOSITORY, make_model, make_vision_encoder, training_flags, write_jsonl
 from trainer.main import main

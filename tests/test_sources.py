@@ -44,7 +44,7 @@ from dataset.vlm_dataset import VLMDataset, collate
 from model import storage
 from model.conversation import Renderer
 from model.errors import DataError, SampleError
-from model.vision import preprocess
+from model.pixels import preprocess
 from tests.conftest import REPOSITORY, make_data, write_jsonl
 from tests.test_training import assert_same, make_trainer
 from trainer.config import TrainConfig

@@ -21,7 +21,7 @@ from model.errors import DataError
 from model.layers import attention_in_blocks
 from model.model_minimind import MiniMindConfig, find_loss_positions
 from model.moe import MOEFeedForward
-from model.vision import CLIP_MEAN, CLIP_STD, normalize
+from model.pixels import CLIP_MEAN, CLIP_STD, normalize
 from tests.conftest import (
     REPOSITORY,
     make_data,

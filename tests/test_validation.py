@@ -19,7 +19,7 @@ from dataset.images import ImageSource
 from dataset.sources import Mixture
 from dataset.vlm_dataset import collate
 from model.errors import UsageError
-from model.vision import normalize
+from model.pixels import normalize
 from model.weights import load_weights, save_weights
 from tests.conftest import make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
 from tests.test_training import NAME, assert_same, make_trainer, train, weights

@@ -72,7 +72,7 @@ def test_folders_that_hold_no_vision_encoder_say_so(tmp_path):
     with pytest.raises(UsageError, match="1 weights missing"):
         load_vision_encoder(tmp_path / "part")
     (tmp_path / "part" / "model.safetensors").write_bytes(b"corrupt")
-    with pytest.raises(UsageError, match="cannot load"):
+    with pytest.raises(UsageError, match="SafetensorError"):
         load_vision_encoder(tmp_path / "part")
 
 
@@ -102,6 +102,8 @@ def test_encoders_are_written_by_the_names_that_every_release_reads(tmp_path):
 def test_a_fingerprint_is_the_same_in_releases_that_keep_the_prefix_in_memory():
     class Classic:
         """As CLIPVisionModel of transformers 4 is in memory."""
+
+        config = make_vision_encoder().config
 
         def state_dict(self):
             return {f"vision_model.{name}": tensor for name, tensor in make_vision_encoder().state_dict().items()}

@@ -31,6 +31,7 @@ from chat.web.training_page import state_table
 from model.errors import SampleError, UsageError
 from model.inference.attention_map import AnswerAttention
 from model.inference.generation import Sampling
+from model.pixels import CLIP
 from model.weights import fingerprints, save_weights
 from tests.browser import CHROMIUM, User, chromium, free_port, serve
 from tests.conftest import COLOURS, REPOSITORY, make_model, make_vision_encoder, write_jsonl
@@ -81,7 +82,7 @@ def test_images_lose_everything_but_their_pixels():
     preview = Image.open(io.BytesIO(taken.preview))
     assert b"secret" in file.getvalue() and b"secret" not in taken.preview and not preview.info and not preview.getexif()
     assert preview.size == (40, 60) and preview.getpixel((20, 5))[0] > 200, "upright: what was left is on top"
-    assert taken.pixels.shape == (3, 224, 224) and taken.thumbnail.startswith("data:image/png;base64,")
+    assert taken.pixels(CLIP).shape == (3, 224, 224) and taken.thumbnail.startswith("data:image/png;base64,")
 
 
 BAD_IMAGES = {
@@ -111,7 +112,7 @@ def test_an_image_is_shown_as_the_model_sees_it(mode):
     file = io.BytesIO()
     image.save(file, "PNG")
     taken = images.take(file.getvalue(), "p")
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(taken.preview))), taken.pixels.permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(taken.preview))), taken.pixels(CLIP).permute(1, 2, 0).numpy())
 
 
 def test_companions_are_no_examples(tmp_path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import CLIPVisionModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dataset.images import ImageSource, open_images
@@ -26,8 +26,9 @@ from machine import cores
 from model.conversation import Renderer, image_token_of
 from model.device import bf16_is_fast, check_compile
 from model.errors import DataError, SampleError, UsageError, first_line
+from model.minimind3 import settings_for
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.vision import patches_per_image
+from model.vision import patches_per_image, pooling
 from model.weights import (
     OWN_TOKENIZER,
     fingerprints,
@@ -35,6 +36,7 @@ from model.weights import (
     load_vision_encoder,
     load_weights,
     read_sidecar,
+    read_state,
     tokenizer_folder,
 )
 
@@ -85,7 +87,9 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     used = fingerprints(model, tokenizer)
     # What the machine decided is recorded, for a resume to do the same.
     dtype = choose_dtype(config, ranks, saved, used["vision_encoder"])
-    config = replace(config, dtype=dtype, device=str(ranks.device), tokenizer_path=tokenizer.name_or_path)
+    config = replace(config, dtype=dtype, device=str(ranks.device), tokenizer_path=tokenizer.name_or_path,
+                     family=family_of(vars(model.config)), projector=model.config.projector, image_tokens=model.config.image_tokens,
+                     tiles=model.config.tiles)  # fmt: skip
     freeze(model, config.freeze_llm)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -96,8 +100,9 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
         for block in model.model.layers:
             block.compile(dynamic=True)  # in place: the names of the weights stay
     cache = open_cache(config, ranks, model, samples, used["vision_encoder"]) if config.cache_features else None
-    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len, cache)
-    sampler = make_sampler(config, ranks, samples, model.config.image_tokens, samples.epoch_size,
+    dataset = VLMDataset(samples, images, Renderer(tokenizer, model.config.image_tokens), config.max_seq_len, cache,
+                         model.pixel_settings)  # fmt: skip
+    sampler = make_sampler(config, ranks, samples, model.config, samples.epoch_size,
                            lambda epoch: samples.order(config.seed, epoch))  # fmt: skip
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.01, fused=True)
@@ -128,8 +133,8 @@ def load_parts(
     start = None if scratch else config.weights_of(config.from_weight)
     model = samples = images = random = None
     tokenizer, encoder = attempt(find_tokenizer, config, start, saved), attempt(load_vision_encoder, config.vision_model_path)
-    if tokenizer and encoder:
-        model = attempt(build_model, config, tokenizer, encoder)
+    if tokenizer and encoder and (known := attempt(settings_before, start, saved)) is not None:
+        model = attempt(build_model, config, tokenizer, encoder, known)
     try:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
         if fraction and not len(samples.hold_out(fraction, config.seed)):
@@ -159,13 +164,43 @@ def find_tokenizer(config: TrainConfig, start: Path | None, saved: tuple[dict, s
     return load_tokenizer(OWN_TOKENIZER if unknown else tokenizer_folder(start, sidecar, config.tokenizer_path))
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, encoder: CLIPVisionModel) -> MiniMindVLM:
-    """A randomly initialized model around the frozen vision encoder, in fp32 on the CPU."""
+def settings_before(start: Path | None, saved: tuple[dict, str | None] | None) -> dict:
+    """What the `saved` state or the weights that a run starts from tell of the model that flags would else have to say."""
+    if saved or start is None or not start.is_file():
+        return saved[0]["config"] if saved else {}
+    if (settings := read_sidecar(start).get("config")) is None:
+        from model.load import settings_of  # not needed with a sidecar
+
+        settings = settings_of(read_state(start))
+        if "vision_hidden_size" not in settings:  # a language model: no images yet
+            return {"family": family_of(settings), "image_token_id": settings.get("image_token_id", 34)}
+    config = VLMConfig.from_dict(settings)
+    return {"family": family_of(settings)} | {name: getattr(config, name) for name in ("image_token_id", "projector", "image_tokens", "tiles")}
+
+
+def family_of(settings: dict) -> str:
+    """The --family of a decoder of this configuration."""
+    return "minimind3" if settings.get("qk_norm") else "minimind2"
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, known: dict) -> MiniMindVLM:
+    """A randomly initialized model around the frozen vision encoder, in fp32 on the CPU. What no flag says is as `known`."""
+    family, patches = config.family or known.get("family"), patches_per_image(encoder)
+    settings = settings_for(config.hidden_size) if family == "minimind3" else {}
+    tokens = config.image_tokens or known.get("image_tokens") or patches
+    if projector := config.projector or known.get("projector"):
+        settings["projector"] = projector
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token_of(tokenizer))
+    if known.get("image_token_id", image_token_id) != image_token_id:
+        raise UsageError(f"the weights were trained with another tokenizer, one whose token for images is number"
+                         f" {known['image_token_id']}; in {tokenizer.name_or_path} that is {image_token_id}. Give theirs by"
+                         " --tokenizer_path")  # fmt: skip
     try:
         return MiniMindVLM(VLMConfig(
             hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers, use_moe=bool(config.use_moe),
-            vocab_size=len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(image_token_of(tokenizer)),
-            image_tokens=patches_per_image(encoder), vision_hidden_size=encoder.config.hidden_size,
+            vocab_size=len(tokenizer), image_token_id=image_token_id,
+            image_tokens=tokens, vision_hidden_size=encoder.config.hidden_size * pooling(patches, tokens) ** 2,
+            tiles=config.tiles if config.tiles is not None else known.get("tiles") or 0, **settings,
         ), encoder)  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -213,7 +248,7 @@ def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: M
     from dataset.features import CacheKey, FeatureCache  # not needed without
 
     number_format = str(model.vision_encoder.dtype).removeprefix("torch.")
-    key = CacheKey(encoder, number_format, model.config.image_tokens, model.config.vision_hidden_size)
+    key = CacheKey(encoder, number_format, model.config.image_tokens, model.config.vision_hidden_size, tiles=model.config.tiles)
     try:
         cache = FeatureCache(config.features_folder, key, samples)
     except (DataError, OSError) as error:
@@ -225,12 +260,12 @@ def open_cache(config: TrainConfig, ranks: Ranks, model: MiniMindVLM, samples: M
     return cache
 
 
-def make_sampler(config: TrainConfig, ranks: Ranks, samples: Mixture, image_tokens: int, size: int,
+def make_sampler(config: TrainConfig, ranks: Ranks, samples: Mixture, model: VLMConfig, size: int,
                  order: Callable[[int], Order]) -> ResumableSampler:  # fmt: skip
     """The sampler of `size` of these samples in this order of an epoch, those of like lengths together."""
     return ResumableSampler(
         size, config.batch_size, config.accumulation_steps, config.seed, ranks.rank, ranks.size,
-        lambda indices: samples.lengths(indices, image_tokens).clip(max=config.max_seq_len), order,
+        lambda indices: samples.lengths(indices, model.image_tokens * (1 + model.tiles)).clip(max=config.max_seq_len), order,
     )  # fmt: skip
 
 

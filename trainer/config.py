@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from dataset.sources import split_entries
 from model.errors import UsageError
@@ -77,7 +78,20 @@ class TrainConfig:
     wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
     vision_model_path: str = setting(
-        inside("model", "vision_model", "clip-vit-base-patch16"), "CLIP folder in transformers format")  # fmt: skip
+        inside("model", "vision_model", "clip-vit-base-patch16"), "folder of a vision encoder in transformers format: CLIP,"
+        " SigLIP or SigLIP 2 of fixed size, DINOv2")  # fmt: skip
+    family: str | None = setting(
+        None, "the decoder's: that of the original's weights of 2025 (MiniMind2-V) or of 2026 (minimind-3v); by default"
+        " that of the weights started from, or minimind2", ("minimind2", "minimind3"))  # fmt: skip
+    projector: str | None = setting(
+        None, "between vision encoder and decoder: a linear layer, or two with a norm before; by default that of the"
+        " weights started from, or the family's (linear, mlp)", ("linear", "mlp"))  # fmt: skip
+    image_tokens: int | None = setting(
+        None, "tokens of an image: fewer than the encoder's patches pool squares of these (196: 49 or 4), for shorter"
+        " sequences; by default those of the weights started from, or a token for every patch")  # fmt: skip
+    tiles: int | None = setting(
+        None, "show every image also in up to so many tiles of the encoder's size, each with its tokens: finer detail,"
+        " longer sequences; by default as the weights started from, or none")  # fmt: skip
     tokenizer_path: str | None = setting(
         None, "folder of the tokenizer; by default that of the weights trained from: their sidecar's, one next to them,"
         " or model/published_tokenizer; for random weights this project's, model")  # fmt: skip
@@ -102,8 +116,9 @@ class TrainConfig:
                 require(value in choices, item.name, f"choose from {', '.join(map(str, choices))}")
         for name in POSITIVE:
             require(getattr(self, name) > 0, name, "must be greater than 0")
-        for name in ("num_workers", "eval_interval", "seed"):
-            require(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("num_workers", "eval_interval", "seed", "tiles"):
+            require((getattr(self, name) or 0) >= 0, name, "must not be negative")
+        require(self.image_tokens is None or self.image_tokens > 0, "image_tokens", "must be greater than 0")
         require(math.isfinite(self.learning_rate), "learning_rate", "must be finite")
         for name in ("save_weight", "from_weight"):
             value = getattr(self, name)
@@ -165,7 +180,8 @@ def parse_config(description: str, defaults: dict, argv: list[str] | None = None
         if item.type is bool:
             options["action"] = "store_true"
         else:
-            options |= {"type": item.type if item.type in (int, float) else str, "choices": item.metadata["choices"],
+            kinds = (item.type, *get_args(item.type))  # of `int | None`, int
+            options |= {"type": next((kind for kind in (int, float) if kind in kinds), str), "choices": item.metadata["choices"],
                         "nargs": "+" if item.metadata["several"] else None}  # fmt: skip
         parser.add_argument(f"--{item.name}", **options)
     values = vars(parser.parse_args(home_for_tilde(argv)))

@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dataset.vlm_dataset import Batch
 from machine import peak_memory
 from model.storage import StorageError
-from model.vision import normalize
 
 from .build import Loader, Run, worker_count
 from .checkpoint import Saver, TrainState, snapshot
@@ -63,7 +62,7 @@ def encode(run: Run, batch: Batch) -> torch.Tensor:
     features = batch.features  # [images read from the cache, P, W]
     if len(batch.pixels):
         # The vision encoder is frozen: no gradient, always in eval mode (see model/vision.py).
-        features = run.model.encode_images(normalize(batch.pixels)).to(torch.bfloat16)
+        features = run.model.encode_images(batch.pixels).to(torch.bfloat16)
         if run.cache:
             run.cache.write(batch.entries, features)
         if len(batch.features):

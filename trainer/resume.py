@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # which imports this module
     from .build import Run
 
 # Flags that a resumed run must not change, and those that it may, at the price of another result.
-FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe")
+FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe", "family", "projector", "image_tokens", "tiles")
 SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "device", "use_compile", "grad_clip",
            "max_seq_len", "data_path")  # fmt: skip
 
@@ -77,7 +77,7 @@ def check_settings(run: "Run", content: dict) -> None:
     """Raises UsageError when a setting that must stay is another than in the saved state."""
     config, then, path = run.config, content["config"], run.config.resume_file
     for name in FIXED:
-        if getattr(config, name) != then[name]:
+        if getattr(config, name) != then.get(name, getattr(config, name)):  # older states do not hold all
             raise UsageError(f"{path} was saved with --{name} {then[name]}, now it is {getattr(config, name)}:"
                              " no exact resume is possible")  # fmt: skip
     if fraction_of(config.eval_data_path) != fraction_of(then["eval_data_path"]):

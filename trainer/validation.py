@@ -13,7 +13,7 @@ import torch
 from dataset.images import open_images
 from dataset.sources import open_samples
 from dataset.vlm_dataset import BadSample, VLMDataset, collate
-from model.conversation import IMAGE_PLACEHOLDER
+from model.conversation import IMAGE_PLACEHOLDER, count_images
 from model.errors import DataError, UsageError
 from model.model_minimind import IGNORE_INDEX
 
@@ -42,10 +42,10 @@ def hold_out(run: Run) -> tuple[Run, np.ndarray]:
             raise UsageError(f"--eval_data_path: {error}") from error
         encoder = run.fingerprints["vision_encoder"]
         cache = open_cache(files, run.ranks, run.model, samples, encoder) if config.cache_features else None
-        dataset = VLMDataset(samples, images, dataset.renderer, config.max_seq_len, cache)
+        dataset = VLMDataset(samples, images, dataset.renderer, config.max_seq_len, cache, dataset.settings)
         numbers = np.sort(samples.order(config.seed, 0)(np.arange(samples.epoch_size)))
-    one_by_one, image_tokens = replace(config, accumulation_steps=1), run.model.config.image_tokens
-    sampler = make_sampler(one_by_one, run.ranks, dataset.samples, image_tokens, len(numbers), lambda _: numbers.take)
+    one_by_one = replace(config, accumulation_steps=1)
+    sampler = make_sampler(one_by_one, run.ranks, dataset.samples, run.model.config, len(numbers), lambda _: numbers.take)
     return replace(run, dataset=dataset, sampler=sampler), numbers
 
 
@@ -110,7 +110,7 @@ class Validation:
             return None
         end = int((example.labels != IGNORE_INDEX).argmax())  # where the first answer begins
         batch = collate([example], config.pad_token_id, config.image_tokens).to(self.run.ranks.device)
-        images = sum(start < end for start in example.image_starts)  # those of the question
+        images = sum(start < end for start in example.image_starts)  # those of the question, with their tiles
         with self.run.autocast(), torch.compiler.set_stance("force_eager"):
             question = self.run.model.embed(
                 batch.ids[:, :end], image_features=encode(self.run, batch)[:images] if images else None,
@@ -122,7 +122,8 @@ class Validation:
             )  # fmt: skip
         return {
             "question": sample.turns[at - 1].content.replace(IMAGE_PLACEHOLDER, "").strip(),
-            "image": ", ".join(ref for ref in sample.images[:images] if isinstance(ref, str)), "where": sample.where,
+            "image": ", ".join(ref for ref in sample.images[: count_images(sample.turns[:at])] if isinstance(ref, str)),
+            "where": sample.where,
             "reference": sample.turns[at].content,
             "answer": tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd"),  # cut within a character
         }  # fmt: skip

@@ -14,8 +14,8 @@ from .texts import Labels
 DARKEST = 205  # of 255: the image stays in sight under the veil
 
 
-def attention_html(seen: AnswerAttention, pixels: list[torch.Tensor], labels: Labels) -> str:
-    """The answer's tokens over the images that it could see, uint8 [3, 224, 224]; at first the mean of all tokens."""
+def attention_html(seen: AnswerAttention, labels: Labels) -> str:
+    """The answer's tokens over the images that it could see; at first the mean of all tokens."""
     def token(text: str, heat: torch.Tensor, chosen: bool = False) -> str:
         """`heat` [N, s, s]: a veil for each image, what part of the attention they got, and the most of a patch."""
         veils = " ".join(data_url(veil(one, float(heat.max()))) for one in heat)
@@ -29,7 +29,7 @@ def attention_html(seen: AnswerAttention, pixels: list[torch.Tensor], labels: La
     images = "".join(
         f'<div class="seen"><img src="{data_url(pixels_to_image(image))}" alt="{labels("look")}">'
         f'<img class="veil" src="{data_url(veil(heat, float(mean.max())))}" alt=""></div>'
-        for image, heat in zip(pixels, mean, strict=False)
+        for image, heat in zip(seen.views, mean, strict=True)
     )
     most = f'<span class="most">{float(mean.max()):.1%}</span> <span>{labels("look_legend")}</span>'
     part = labels("look_part", part=f'<b class="part">{float(mean.sum()):.0%}</b>')

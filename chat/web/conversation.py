@@ -107,13 +107,15 @@ class Conversation:
 
     def _begin(self, exchange: Exchange) -> Iterator[str]:
         """The answer's pieces. A model that was changed meanwhile gets the same history."""
-        old, exchange.model = self._chat, self.model
+        old, exchange.model, settings = self._chat, self.model, self.assistant.model.pixel_settings
         if old is None or old.assistant is not self.assistant:
             self._chat = Chat(self.assistant, self.sampling, self.max_length)
             if old is not None:
-                self._chat.turns, self._chat.pixels = old.turns, old.pixels
+                before, brought = old.assistant.model.pixel_settings, [image for each in self.exchanges for image in each.images]
+                again = {image.pixels(before): image.pixels(settings) for image in brought}
+                self._chat.turns, self._chat.pixels = old.turns, [again[pixels] for pixels in old.pixels]
         self._chat.sampling = self.sampling
-        self._chat.waiting = [image.pixels for image in exchange.images]
+        self._chat.waiting = [image.pixels(settings) for image in exchange.images]
         return self._chat.stream(exchange.question)
 
     def _finish(self) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from dataset.images import image_files, load_image
 from model.errors import SampleError
-from model.vision import preprocess, to_rgb
+from model.pixels import CLIP, PixelSettings, preprocess, to_rgb
 
 MAX_MEGABYTES = 20  # of a file
 MAX_PIXELS = 64_000_000  # a camera's 50 megapixels pass; decoded, one such image takes 200 MB
@@ -26,11 +26,17 @@ _decoding = threading.Lock()  # eight sessions with 64 megapixels each would tak
 
 @dataclass(frozen=True, eq=False)
 class SessionImage:
-    """An image of a session: a preview (a PNG file of pixels and nothing else), and what the model sees of it."""
+    """An image of a session: a preview (a PNG file of pixels and nothing else), and what models see of it."""
 
     name: str
     preview: bytes
-    pixels: torch.Tensor = field(repr=False)  # uint8 [3, 224, 224]
+    seen: dict[PixelSettings, torch.Tensor] = field(repr=False)  # preprocessed so
+
+    def pixels(self, settings: PixelSettings) -> torch.Tensor:
+        """What a model sees of it; one that came after the image was brought gets it from the preview."""
+        if settings not in self.seen:
+            self.seen[settings] = preprocess(Image.open(io.BytesIO(self.preview)), settings)
+        return self.seen[settings]
 
     @functools.cached_property
     def thumbnail(self) -> str:
@@ -39,15 +45,15 @@ class SessionImage:
             return data_url(ImageOps.fit(preview, (72, 72)))
 
 
-def take(data: bytes, name: str) -> SessionImage:
-    """A checked image; raises SampleError."""
+def take(data: bytes, name: str, settings: PixelSettings = CLIP) -> SessionImage:
+    """A checked image, for a model that wants it so; raises SampleError."""
     if len(data) > MAX_MEGABYTES * 2**20:
         raise SampleError(f"image {name!r} has {len(data) / 2**20:.0f} MB, more than {MAX_MEGABYTES}; save it smaller")
     with _decoding:
         image = to_rgb(load_image(data, name, most_pixels=MAX_PIXELS))
-        pixels = preprocess(image)
+        pixels = preprocess(image, settings)
     image.thumbnail((PREVIEW, PREVIEW))
-    return SessionImage(name, to_png(Image.frombytes("RGB", image.size, image.tobytes())), pixels)
+    return SessionImage(name, to_png(Image.frombytes("RGB", image.size, image.tobytes())), {settings: pixels})
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -63,10 +69,10 @@ def data_url(image: Image.Image) -> str:
 
 
 @functools.cache
-def examples(folder: Path) -> tuple[SessionImage, ...]:
+def examples(folder: Path, settings: PixelSettings = CLIP) -> tuple[SessionImage, ...]:
     """The first images of the owner's folder, by name; what is no image is left out."""
     found = []
     for path in image_files(folder)[:MAX_EXAMPLES]:
         with contextlib.suppress(SampleError, OSError):
-            found.append(take(path.read_bytes(), path.name))
+            found.append(take(path.read_bytes(), path.name, settings))
     return tuple(found)

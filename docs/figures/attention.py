@@ -13,7 +13,6 @@ from model.conversation import IMAGE_PLACEHOLDER, Turn
 from model.inference.assistant import Assistant
 from model.inference.attention_map import look, pixels_to_image
 from model.inference.generation import Sampling
-from model.vision import preprocess
 
 from .style import save
 
@@ -30,11 +29,11 @@ def draw_attention(path: Path, assistant: Assistant, files: list[Path], question
     """
     rows = []
     for file in files:
-        pixels = preprocess(load_image(file, str(file)))
+        pixels = assistant.preprocess(load_image(file, str(file)))
         asked = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{question}"),)
         answer = assistant.generate([asked], [pixels], Sampling(max_new_tokens=64, temperature=0.0))[0]
         seen = look(assistant, (*asked, Turn("assistant", answer)), [pixels], layer, head)
-        rows.append((pixels_to_image(pixels), answer, seen))
+        rows.append((pixels_to_image(seen.views[0]), answer, seen))
     columns = 2 + min(TOKENS, max(len(seen.tokens) for _, _, seen in rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.5 * columns, 1.9 * len(rows)), squeeze=False, layout="constrained")
     for axis in axes.flat:
@@ -43,7 +42,7 @@ def draw_attention(path: Path, assistant: Assistant, files: list[Path], question
         wrapped = "\n\n".join("\n".join(textwrap.wrap(text, 18, max_lines=5, placeholder=" …")) for text in (question, answer))
         words.text(0, 0.5, wrapped, va="center", fontsize=9, parse_math=False)
         shown.imshow(image)
-        for axis, token, heat in zip(maps, seen.tokens, seen.maps, strict=False):  # heat [1, s, s]: of the only image
+        for axis, token, heat in zip(maps, seen.tokens, seen.maps, strict=False):  # heat [N, s, s]: of the image, and its tiles
             axis.imshow(overlay(image, heat[0]))
             word = textwrap.shorten(token, 14, placeholder="…") or "…"
             axis.set_title(f"{word}\n{float(heat.sum()):.0%} on the image", fontsize=8, parse_math=False)

@@ -4,13 +4,15 @@ Legend of shapes: B rows of a batch, T tokens, N images of the whole batch in re
 W width of the vision encoder.
 """
 
+import json
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionModel
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from model.model_vlm import MiniMindVLM, find_image_positions
+from model.vision import pixel_settings_of
 from model.weights import CLASSIC_PREFIX, VISION_FOLDER, load_vision_encoder
 
 
@@ -27,10 +29,10 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
         place = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        # Both files: those of a repository are fetched into one folder of the cache.
+        # All files: those of a repository are fetched into one folder of the cache.
         files = [cached_file(name, f"{VISION_FOLDER}/{file}", _raise_exceptions_for_missing_entries=False, **place)
-                 for file in ("config.json", "model.safetensors")]  # fmt: skip
-        if all(files):
+                 for file in ("config.json", "preprocessor_config.json", "model.safetensors")]  # fmt: skip
+        if files[0] and files[2]:
             encoder = load_vision_encoder(Path(files[0]).parent).to(model.device)
             model.attach_vision_encoder(encoder.to(model.dtype) if dtype not in (None, "auto") else encoder)
         return (model, info) if output_loading_info else model
@@ -88,8 +90,11 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
         return input_ids, {**kwargs, "image_features": features}
 
 
-def save_vision_encoder(encoder: CLIPVisionModel, folder: str | Path) -> None:
-    """Writes the encoder as a transformers folder, under the names that every release reads."""
-    state = encoder.state_dict()
-    state = {CLASSIC_PREFIX + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in state.items()}
+def save_vision_encoder(encoder: PreTrainedModel, folder: str | Path) -> None:
+    """Writes the encoder as a transformers folder, under the names that every release reads, and how it wants its images."""
+    prefix = "" if "dinov2" in encoder.config.model_type else CLASSIC_PREFIX
+    state = {prefix + name.removeprefix(CLASSIC_PREFIX): tensor for name, tensor in encoder.state_dict().items()}
     encoder.save_pretrained(folder, state_dict=state)
+    kind = {"clip": "CLIP", "sigl": "Siglip", "dino": "Bit"}[encoder.config.model_type[:4]]
+    settings = {"image_processor_type": f"{kind}ImageProcessor", **pixel_settings_of(encoder).to_dict()}
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ Legend: B rows of a batch, T tokens, N images of the whole batch in reading orde
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from model.conversation import (
     TYPED_PLACEHOLDER,
     Rendered,
     Renderer,
+    mark_tiles,
     parse_turns,
+    with_tiles,
 )
 from model.model_minimind import IGNORE_INDEX
-from model.vision import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, normalize, preprocess
+from model.pixels import CLIP, PixelSettings, grid_of, normalize, preprocess, views_of
 
 SOURCES = ("image", "url", "path", "base64", "image_url")  # keys of a message's image, of transformers and OpenAI
 
@@ -41,25 +44,41 @@ def open_image(source: Any) -> Image.Image:
 
 
 class MiniMindVImageProcessor(BaseImageProcessor):
-    """Images as CLIP was trained on them; see `preprocess` and `normalize` of vision.py.
+    """Images as the model's vision encoder wants them; see `preprocess` and `normalize` of pixels.py.
 
-    The settings are fixed, and written out for other programs. Raises ValueError for others.
+    The settings are those of transformers' image processors, and `tiles`; CLIP's by default. Raises ValueError for
+    what cannot be done.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, **kwargs):
-        fixed = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
-        for name, value in fixed.items():
-            if kwargs.setdefault(name, value) != value:
-                raise ValueError(f"{name} {kwargs[name]}: images are prepared with {value}, as the vision encoder was trained")
-        super().__init__(**kwargs)
+    def __init__(self, tiles: int = 0, **kwargs):
+        if "do_center_crop" not in kwargs:  # as older folders were written, all for CLIP
+            kwargs = CLIP.to_dict() | {name: value for name, value in kwargs.items() if name != "size"}
+        self.settings = replace(PixelSettings.from_dict(kwargs), tiles=tiles)
+        super().__init__(tiles=tiles, **kwargs)
+
+    def to_dict(self) -> dict:
+        """What is written out."""
+        return {name: value for name, value in super().to_dict().items() if name != "settings"}
 
     def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """One image or a list of them, as `open_image` takes them -> float `pixel_values` [N, 3, 224, 224]."""
-        images = images if isinstance(images, list | tuple) else [images]
-        pixels = torch.stack([preprocess(open_image(image)) for image in images])
-        return BatchFeature({"pixel_values": normalize(pixels)}, tensor_type=return_tensors)
+        """One image or a list of them, as `open_image` takes them -> float `pixel_values` [N, 3, S, S], tiles among them."""
+        sheets = self.sheets(images if isinstance(images, list | tuple) else [images])
+        return BatchFeature(self.batch(sheets), tensor_type=return_tensors)
+
+    def sheets(self, images: list) -> list[torch.Tensor]:
+        """The images as `preprocess` of pixels.py gives them."""
+        return [preprocess(open_image(image), self.settings) for image in images]
+
+    def grids(self, sheets: list[torch.Tensor]) -> list[tuple[int, int]]:
+        """Rows and columns of their tiles."""
+        return [grid_of(sheet, self.settings.size) for sheet in sheets]
+
+    def batch(self, sheets: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those as model inputs."""
+        views = torch.cat([views_of(sheet, self.settings.size) for sheet in sheets])
+        return {"pixel_values": normalize(views, self.settings)}
 
 
 def pad_batch(rows: list[Rendered], image_tokens: int, pad_id: int, side: str, T: int) -> dict[str, torch.Tensor]:
@@ -136,10 +155,11 @@ class MiniMindVProcessor(ProcessorMixin):
     it, or "right". Nothing is ever cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, chat_template: str | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, chat_template: str | None = None,
+                 pixels: dict | None = None):  # fmt: skip
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
-        # Made here rather than read: folders of the original project bring no settings, and there is nothing to set.
-        self.image_processor, self.image_tokens = MiniMindVImageProcessor(), image_tokens
+        # Made here rather than read: folders of the original project bring no settings.
+        self.image_processor, self.image_tokens, self.pixels = MiniMindVImageProcessor(**pixels or {}), image_tokens, pixels
         self.renderer = Renderer(tokenizer, image_tokens)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> list[str]:
@@ -160,7 +180,9 @@ class MiniMindVProcessor(ProcessorMixin):
             marks, given = [one.count(IMAGE_PLACEHOLDER) for one in texts], [len(flatten_images(some)) for some in images]
             if marks != given:
                 raise ValueError(f"the texts have {marks} {IMAGE_PLACEHOLDER} placeholders, but {given} images")
-        batch = self._batch([render_text(self.renderer, one) for one in texts], flatten_images(images), **options)
+        sheets = self.image_processor.sheets(flatten_images(images))
+        grids = iter(self.image_processor.grids(sheets))
+        batch = self._batch([render_text(self.renderer, mark_tiles(one, grids)) for one in texts], sheets, **options)
         del batch["labels"]
         return batch
 
@@ -194,25 +216,28 @@ class MiniMindVProcessor(ProcessorMixin):
         if waiting != len(given):
             raise ValueError(f"{waiting} {IMAGE_PLACEHOLDER} placeholders and parts wait for an image from images=, which has {len(given)}")
         given = iter(given)
-        shown = [next(given) if image is None else image for image in shown]
+        sheets = self.image_processor.sheets([next(given) if image is None else image for image in shown])
+        grids = iter(self.image_processor.grids(sheets))
+        turns = [with_tiles(one, grids) for one in turns]
         if add_generation_prompt or continue_final_message:
             rows = [self.renderer.render_prompt(one, continue_final_message) for one in turns]
         else:
             rows = [self.renderer.render_turns(one) for one in turns]
-        batch = self._batch(rows, shown, **options, **(processor_kwargs or {}))
+        batch = self._batch(rows, sheets, **options, **(processor_kwargs or {}))
         labels = batch.pop("labels")
         if return_assistant_tokens_mask:
             batch["assistant_masks"] = (labels != IGNORE_INDEX).long()
         return batch if return_dict else batch["input_ids"]
 
     def _batch(
-        self, rows: list[Rendered], images: list, padding: bool | str = True, padding_side: str = "left",
+        self, rows: list[Rendered], sheets: list[torch.Tensor], padding: bool | str = True, padding_side: str = "left",
         max_length: int | None = None, return_tensors: str | None = "pt",
     ) -> BatchFeature:  # fmt: skip
         """Model inputs, labels included."""
         marks, longest = sum(len(row.image_starts) for row in rows), max(map(len, rows))
-        if marks != len(images):
-            raise ValueError(f"{marks} {IMAGE_PLACEHOLDER} placeholders, but {len(images)} images")
+        views = sum(1 + rows * columns for rows, columns in self.image_processor.grids(sheets))
+        if marks != views:
+            raise ValueError(f"{marks} {IMAGE_PLACEHOLDER} placeholders, but {views} images")
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors {return_tensors!r}: only PyTorch tensors ('pt') are made")
         if padding == "max_length" and (max_length is None or max_length < longest):
@@ -221,8 +246,8 @@ class MiniMindVProcessor(ProcessorMixin):
             raise ValueError("rows of different lengths need padding")
         length = max_length if padding == "max_length" else longest
         batch = pad_batch(rows, self.image_tokens, self.tokenizer.pad_token_id, padding_side, length)
-        if images:
-            batch |= self.image_processor(images)
+        if sheets:
+            batch |= self.image_processor.batch(sheets)
         else:
             del batch["image_positions"]
         return BatchFeature(batch)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from model.conversation import IMAGE_PLACEHOLDER, Turn
+from model.conversation import Turn, count_images
 from model.errors import UsageError
 from model.inference.assistant import Assistant
 from model.layers import apply_rope, rope_tables
@@ -24,18 +24,20 @@ class AnswerAttention:
     """Where the tokens of an answer looked.
 
     `tokens` are the texts of its A tokens, which join to the answer: a character spread over several tokens stands with
-    the last of them, the others have "". `maps` fp32 [A, N, s, s] are the weights, see `attention_to_images`.
+    the last of them, the others have "". `views` uint8 [N, 3, S, S] are the images, tiles among them, as the model saw
+    them, and `maps` fp32 [A, N, s, s] the weights, see `attention_to_images`.
     """
 
     tokens: list[str]
+    views: torch.Tensor
     maps: torch.Tensor
 
 
 def look(
     assistant: Assistant, turns: Sequence[Turn], pixels: Sequence[torch.Tensor], layer: int | None = None, head: int | None = None
 ) -> AnswerAttention:
-    """Where the answer that ends `turns` looked. `pixels` uint8 [3, 224, 224] are the conversation's images in reading
-    order; those that only later turns show may follow.
+    """Where the answer that ends `turns` looked. `pixels` are the conversation's images, preprocessed, in
+    reading order; those that only later turns show may follow.
 
     The answer's text is tokenized again, as every later question about it sees it.
     Raises UsageError when the last turn is no answer, is empty, or no image stands before it, and for a layer or head
@@ -43,16 +45,18 @@ def look(
     """
     if not turns or turns[-1].role != "assistant" or not turns[-1].content:
         raise UsageError("only an answer that says something can be looked into")
-    shown = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    shown = count_images(turns)
     if not 0 < shown <= len(pixels):
         raise UsageError(f"the conversation shows {shown} images up to this answer, and {len(pixels)} were given")
-    renderer = assistant.renderer
-    prompt = renderer.render_prompt(tuple(turns[:-1]))
-    answer = renderer.render_turns(tuple(turns)).ids[len(prompt) :].tolist()
+    renderer, pixels = assistant.renderer, pixels[:shown]
+    turns = assistant.tiled(tuple(turns), pixels)
+    prompt = renderer.render_prompt(turns[:-1])
+    answer = renderer.render_turns(turns).ids[len(prompt) :].tolist()
     answer = answer[: answer.index(renderer.im_end)]
     maps = attention_to_images(assistant.model, torch.from_numpy(prompt.ids), prompt.image_starts, torch.tensor(answer),
-                               assistant.encode(list(pixels[:shown])), layer, head)  # fmt: skip
-    return AnswerAttention(list(assistant.pieces(answer))[: len(answer)], maps.cpu())
+                               torch.cat(assistant.encode(pixels)), layer, head)  # fmt: skip
+    views = torch.cat([assistant.views(image) for image in pixels])
+    return AnswerAttention(list(assistant.pieces(answer))[: len(answer)], views, maps.cpu())
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from model.hub.modeling import save_vision_encoder
-from model.vision import IMAGE_SIZE, normalize, preprocess
+from model.pixels import CLIP, normalize, preprocess
 
 FOLDER = Path(__file__).resolve().parents[1] / "vision_model" / "tiny-clip"
 SHAPES = ("circle", "triangle", "rectangle", "diamond", "star", "cross", "ring", "crescent")
@@ -116,8 +116,8 @@ def draw(scene: Scene, rng: random.Random) -> tuple[Image.Image, tuple[float, fl
         pen.polygon(corners, fill=colour)
     if oversample > 1:
         image = image.resize((canvas, canvas), Image.Resampling.BOX)
-    if canvas != IMAGE_SIZE:
-        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    if canvas != CLIP.size:
+        image = image.resize((CLIP.size, CLIP.size), Image.Resampling.BICUBIC)
     return image, (x0, y0, x0 + w, y0 + h)
 
 

@@ -1,20 +1,31 @@
 """The family that is published since 2026: its recorded figures, names and layout of conversations."""
 
+import io
 import json
+from pathlib import Path
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
+import eval_vlm
 import model.hub  # noqa: F401  (teaches transformers the family)
 from model.conversation import IMAGE_PAD, Renderer, Turn
+from model.convert import main as convert
 from model.inference.generation import Prompt, Sampling, generate_batch
 from model.inference.packed import PackedDecoder
-from model.load import settings_of
+from model.load import read_folder, read_native, settings_of
 from model.minimind3 import settings_for
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
-from tests.conftest import load_reference
+from model.pixels import CLIP
+from model.weights import half_weights, load_vision_encoder, read_sidecar
+from tests.conftest import REPOSITORY, load_reference, make_data
+from tests.test_training import run_training
 
 KINDS, CASES = ["dense", "moe"], ["one_image", "two_rows_one_image", "two_rows_two_images", "text_only"]
 
@@ -133,3 +144,90 @@ def test_conversations_have_the_familys_layout(family_tokenizer):
     assert prompt.tolist() == ids[: len(prompt)] and family_tokenizer.decode(prompt).endswith("</think>\n\n")
     bare = Renderer(family_tokenizer, 4, empty_thoughts=False).render_turns(turns).ids
     assert family_tokenizer.decode(bare, clean_up_tokenization_spaces=False).count("<think>") == 1
+
+
+@pytest.fixture
+def published_tokenizer(family_tokenizer):
+    """The same, <|image_pad|> being number 12 as in the published one."""
+    content = json.loads(family_tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    [entry] = (entry for entry in content["added_tokens"] if entry["content"] == IMAGE_PAD)
+    [displaced] = (token for token, number in vocabulary.items() if number == 12)
+    vocabulary[displaced], vocabulary[IMAGE_PAD], entry["id"] = entry["id"], 12, 12
+    content["added_tokens"].sort(key=lambda entry: entry["id"])
+    backend = type(family_tokenizer.backend_tokenizer).from_str(json.dumps(content))
+    return type(family_tokenizer)(tokenizer_object=backend, pad_token=family_tokenizer.pad_token, eos_token=family_tokenizer.eos_token)
+
+
+@pytest.fixture
+def eye(recorded, tmp_path) -> Path:
+    """The recorded vision encoder as a folder: 64 patches of 256 pixels, no class token."""
+    encoder = SiglipVisionModel(SiglipVisionConfig(**recorded["configs"]["vision_encoder"]))
+    encoder.load_state_dict(part(recorded, "dense/vision_encoder/"))
+    encoder.save_pretrained(tmp_path / "siglip2")
+    size, half = {"height": 256, "width": 256}, [0.5] * 3
+    SiglipImageProcessorPil(size=size, resample=2, image_mean=half, image_std=half).save_pretrained(tmp_path / "siglip2")
+    return tmp_path / "siglip2"
+
+
+def test_the_encoders_features_and_the_answer_to_pixels(recorded, eye):
+    model = load_model(recorded, "dense")
+    model.attach_vision_encoder(load_vision_encoder(eye))
+    tensors, given = inputs(recorded, "dense", "one_image")
+    pixels = tensors["pixel_values"].flatten(0, 1).float() / 8
+    assert (model.encode_images(pixels) - given["image_features"]).abs().max() < 1e-5
+    with torch.no_grad():
+        output = model(given["input_ids"], labels=given["labels"], pixel_values=pixels)
+    assert (output.logits[:, -8:] - tensors["logits"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("use_moe", [0, 1])
+def test_downloads_train_answer_are_scored_and_exported(eye, published_tokenizer, tmp_path, capsys, use_moe):
+    """A language model without a sidecar, its tokenizer, the encoder and parquet with dictionaries, as they are published."""
+    (out := tmp_path / "out").mkdir()
+    settings = {**settings_for(64), "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": len(published_tokenizer), "use_moe": bool(use_moe)}
+    torch.save(half_weights(MiniMindForCausalLM(MiniMindConfig(**settings))), out / f"llm_64{'_moe' * use_moe}.pth")
+    published_tokenizer.save_pretrained(out)
+    Image.new("RGB", (90, 40), "red").save(image := io.BytesIO(), "PNG")
+    turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A red square."}]
+    columns = {"conversations": arrow.array([json.dumps(turns)] * 8).dictionary_encode(),
+               "image_bytes": arrow.array([image.getvalue()] * 8).dictionary_encode()}  # fmt: skip
+    parquet.write_table(arrow.table(columns), data := tmp_path / "sft_i2t.parquet")
+    flags = {"hidden_size": 64, "use_moe": use_moe, "cache_features": 1}
+    pretrain = {"script": "train_pretrain_vlm.py", "from_weight": "llm", "freeze_llm": 1}
+    said = run_training((data, tmp_path), eye, tmp_path, save_weight="pretrain_vlm", **pretrain, **flags)
+    assert said.returncode == 0, said.stderr
+    assert "mlp" in said.stderr and "randomly initialized" in said.stderr
+    name = f"pretrain_vlm_64{'_moe' * use_moe}"
+    made = read_sidecar(out / f"{name}.pth")["training"]
+    assert (made["family"], made["projector"], made["image_tokens"], made["tokenizer_path"]) == ("minimind3", "mlp", 64, str(out))
+    said = run_training((data, tmp_path), eye, tmp_path, from_weight="pretrain_vlm", **flags)
+    assert said.returncode == 0 and "64 filled" not in said.stderr, said.stderr
+
+    path = out / f"sft_vlm_64{'_moe' * use_moe}.pth"
+    path.with_suffix(".json").unlink()  # as published weights come, whose names and shapes tell what they are
+    ask = ["--save_dir", str(out), "--weight", "sft_vlm", "--hidden_size", "64", "--device", "cpu", "--vision_model_path", str(eye)]
+    predictions = tmp_path / "predictions.jsonl"
+    assert eval_vlm.main([*ask, "--score", str(data), "--predictions", str(predictions), "--max_new_tokens", "4"]) == 0
+    assert len(predictions.read_text().splitlines()) == 8
+    assert convert([str(path), str(tmp_path / "folder"), "--vision_model_path", str(eye)]) == 0
+    folder, native = read_folder(tmp_path / "folder").model, read_native(path, None, eye).model
+    assert folder.config.qk_norm and folder.pixel_settings == native.pixel_settings != CLIP
+    assert all(torch.equal(value, native.state_dict()[key]) for key, value in folder.state_dict().items())
+
+
+def test_a_tokenizer_of_the_other_family_is_refused(eye, recorded, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    torch.save(half_weights(MiniMindForCausalLM(MiniMindConfig(**settings_for(64), num_hidden_layers=2, hidden_size=64))), out / "llm_64.pth")
+    data = make_data(tmp_path, 4)
+    said = run_training(data, eye, tmp_path, from_weight="llm", hidden_size=64, tokenizer_path=REPOSITORY / "model")
+    assert said.returncode == 2 and "token for images is number 12" in said.stderr and "--tokenizer_path" in said.stderr
+
+
+def test_a_new_run_takes_the_family_that_is_asked_for(eye, tmp_path):
+    data = make_data(tmp_path, 4)
+    run_training(data, eye, tmp_path, hidden_size=64, family="minimind3")
+    model = read_native(tmp_path / "out" / "sft_vlm_64.pth").model
+    assert vars(model.config).items() >= settings_for(64).items()
+    said = run_training(data, eye, tmp_path, hidden_size=64, family="minimind2", from_weight="sft_vlm", save_weight="more")
+    assert said.returncode == 2 and "--family" in said.stderr, "its weights are of the other"

@@ -38,11 +38,11 @@ TINY = Size(32, 2, {"hidden_size": 24, "intermediate_size": 48, "num_hidden_laye
             {"pretrain": 32, "sft": 8}, lines=100, new_tokens=4, questions=2, compile=0)  # fmt: skip
 
 
-def make_encoder(folder: Path, size: Size) -> Path:
-    """A folder with a vision encoder: 224 pixels, patches of 16."""
+def make_encoder(folder: Path, size: Size, image_size: int = 224, patch_size: int = 16) -> Path:
+    """A folder with a vision encoder."""
     torch.manual_seed(0)
     logging.disable_progress_bar()
-    CLIPVisionModel(CLIPVisionConfig(patch_size=16, **size.encoder)).save_pretrained(folder)
+    CLIPVisionModel(CLIPVisionConfig(image_size=image_size, patch_size=patch_size, **size.encoder)).save_pretrained(folder)
     return folder
 
 

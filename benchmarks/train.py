@@ -42,7 +42,9 @@ STAGES = {  # the scripts' own settings
     "pretrain": {"batch_size": 16, "max_seq_len": 640, "freeze_llm": 1, "learning_rate": 4e-4},
     "sft": {"batch_size": 4, "max_seq_len": 1536, "freeze_llm": 0, "learning_rate": 1e-6},
 }
-ROWS = (*(f"{stage}_{what}" for stage in STAGES for what in ("first_epoch", "cached")), "loader")
+# By the tokens of an image: pixels a side and patch of the encoder, as of ViT-B; the last pools four patches.
+TOKENS = {576: (384, 16), 196: (224, 16), 64: (256, 32), 49: (224, 16)}
+ROWS = (*(f"{stage}_{what}" for stage in STAGES for what in ("first_epoch", "cached")), "loader", "image_tokens")
 EPOCHS = 4  # of a script's turn: the first fills the feature cache, the others read it
 PLAIN_UPDATES = 2  # of the baseline's turn, after one that is not counted
 
@@ -58,11 +60,14 @@ def measure(wanted: list[str], folder: Path, size: Size, args: argparse.Namespac
         size = replace(size, compile=0)
     for stage in STAGES:
         rows = [name for name in wanted if name.startswith(stage)]
-        if rows:
+        if rows or "image_tokens" in wanted:
             write_data(folder / stage, stage, size.samples[stage], tokenizer, images=size.samples[stage])
+        if rows:
             yield from race(stage, rows, folder, encoder, size, args)
     if "loader" in wanted:
         yield measure_loader(folder, tokenizer)
+    if "image_tokens" in wanted:
+        yield from measure_tokens(folder, size, args)
 
 
 def race(stage: str, rows: list[str], folder: Path, encoder: Path, size: Size, args: argparse.Namespace) -> Iterator[dict]:
@@ -83,7 +88,19 @@ def race(stage: str, rows: list[str], folder: Path, encoder: Path, size: Size, a
         yield row
 
 
-def run_script(stage: str, folder: Path, encoder: Path, size: Size, device: str, clone: Path) -> dict[str, dict]:
+def measure_tokens(folder: Path, size: Size, args: argparse.Namespace) -> Iterator[dict]:
+    """What the tokens of an image cost: the scripts with encoders of more and fewer patches, which take turns."""
+    encoders = {tokens: make_encoder(folder / f"encoder_{tokens}", size, *shape) for tokens, shape in TOKENS.items()}
+    turns = [{(tokens, stage): run_script(stage, folder, encoder, size, args.device, REPOSITORY, image_tokens=tokens)
+              for tokens, encoder in encoders.items() for stage in STAGES} for _ in range(args.rounds)]  # fmt: skip
+    for tokens in encoders:
+        yield {"name": f"image_tokens_{tokens}"} | {
+            f"{stage}_{what}": statistics.median(turn[tokens, stage][what]["samples_per_second"] for turn in turns)
+            for stage in STAGES for what in ("first_epoch", "cached")
+        }  # fmt: skip
+
+
+def run_script(stage: str, folder: Path, encoder: Path, size: Size, device: str, clone: Path, **more) -> dict[str, dict]:
     """Figures of a training script's first epoch and of its later ones, from the metrics file that it leaves.
 
     Its first update, which waits for the loader and the compiler, is left out.
@@ -95,7 +112,7 @@ def run_script(stage: str, folder: Path, encoder: Path, size: Size, device: str,
         "data_path": folder / stage / f"{stage}.jsonl", "images_path": folder / stage / "images", "vision_model_path": encoder,
         "from_weight": "none", "epochs": EPOCHS, "log_interval": updates, "save_interval": 10**9, "num_workers": 1,
         "cache_features": 1, "use_compile": size.compile, "device": device, "save_dir": out, "checkpoint_dir": out,
-        "hidden_size": size.hidden_size, "num_hidden_layers": size.num_hidden_layers,
+        "hidden_size": size.hidden_size, "num_hidden_layers": size.num_hidden_layers, **more,
     }  # fmt: skip
     command = [sys.executable, clone / f"train_{stage}_vlm.py", *(word for name, value in flags.items() for word in (f"--{name}", value))]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)

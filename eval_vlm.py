@@ -34,7 +34,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Flags of the published interface, and those that chat and scoring need."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--load_from", default="model", help="'model' for native weights, or a transformers folder")
+    flag("--load_from", default="model", help="'model' for native weights, or a transformers folder, or org/name on a hub")
     flag("--save_dir", default=str(REPOSITORY / "out"), help="folder of the weights")
     flag("--weight", default="sft_vlm", help="prefix of the weight file")
     flag("--hidden_size", type=int, help="width, where several files have that name (default: the only one, or 512)")
@@ -51,8 +51,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--video", metavar="FILE", help="a video for the first question of a chat, or to be described")
     flag("--video_frames", type=int, default=8, help="frames that stand for a video, if as many fit")
     flag("--device", help="default: cuda:0, mps or cpu, the best there is")
-    flag("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
-    flag("--tokenizer_path", help="folder of the tokenizer (default: that of the weights' training)")
+    flag("--vision_model_path", help="CLIP folder, or org/name on a hub (default: that of the weights' training)")
+    flag("--tokenizer_path", help="folder of the tokenizer, or org/name on a hub (default: that of the weights' training)")
     flag("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
     flag("--prompt", help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
     flag("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")

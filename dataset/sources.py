@@ -188,6 +188,10 @@ def find_files(entry: str) -> list[Path]:
 
     Hidden files, and packed ones beside the unpacked, are no data unless they are named.
     """
+    if entry.startswith("hf://"):
+        from model.hub_names import fetch_data  # not needed without
+
+        entry = fetch_data(entry)
     found = matches(entry)
     if not found:
         raise DataError(

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
     parser = argparse.ArgumentParser(prog="python -m model.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("source", type=Path, help="weights (.pth) or a folder")
+    parser.add_argument("source", type=Path, help="weights (.pth), a folder, or org/name on a hub")
     parser.add_argument("target", type=Path, help="a folder or weights (.pth)")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer, when the source has none (default: that of the training)")
     parser.add_argument("--vision_model_path", help="CLIP folder that goes into the folder; none: leaves it out"

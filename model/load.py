@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversation import image_token_of
 from .errors import UsageError, check_fetched, first_line
+from .hub_names import folder_of
 from .minimind3 import settings_for
 from .model_vlm import MiniMindVLM, VLMConfig
 from .weights import (
@@ -126,11 +127,12 @@ def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_mod
     return assemble(path, model, load_tokenizer(folder), find_vision_encoder(vision_model_path, record), record)
 
 
-def read_folder(folder: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
+def read_folder(source: str | Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
     """A folder in transformers format, also one that the original project published: code in it is not executed.
 
     The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
     """
+    folder = folder_of(source)
     model, record = build_model(folder / "config.json", read_config(folder)), read_sidecar(folder / SIDECAR)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:

@@ -257,7 +257,9 @@ def load_vision_encoder(folder: str | Path) -> PreTrainedModel:
     Of a folder of a whole CLIP or SigLIP pair the text half is never read into memory.
     Raises UsageError when the folder is missing, holds another kind of model, or lacks some of what it should hold.
     """
-    folder = Path(folder)
+    from .hub_names import folder_of  # with huggingface_hub
+
+    folder = folder_of(folder)
     if not os.path.isfile(folder / "config.json"):  # False, not an error, for the odd paths a sidecar may name
         raise UsageError(
             f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
@@ -300,26 +302,28 @@ def read_pixel_settings(folder: Path, encoder: PreTrainedModel) -> PixelSettings
     return settings
 
 
-def recorded(record: dict, name: str, file: str, default: Path) -> Path:
+def recorded(record: dict, name: str, file: str, default: Path) -> str | Path:
     """The folder that the weights were trained with, by the setting `name` in their record; it holds `file`. Where another
-    machine's folder is recorded, the same one of this repository; `default` where none is."""
+    machine's folder is recorded, the same one of this repository; a name on a hub as it is; `default` where none is."""
     training = record.get("training")
     path = training.get(name) if isinstance(training, dict) else None
     if not path or not isinstance(path, str):
         return default
+    from .hub_names import HUB_NAME  # with huggingface_hub
+
     parts = Path(path.replace("\\", "/")).parts  # also of Windows
-    places = [Path(path), *(REPOSITORY.joinpath(*parts[start:]) for start in range(len(parts))), default]
-    return next((place for place in places if os.path.isfile(place / file)), Path(path))
+    places = [path, *(REPOSITORY.joinpath(*parts[start:]) for start in range(len(parts))), path if HUB_NAME.fullmatch(path) else default]
+    return next((place for place in places if os.path.isfile(os.path.join(place, file))), path)
 
 
-def tokenizer_folder(weights: Path, sidecar: dict, given: str | Path | None = None) -> Path:
+def tokenizer_folder(weights: Path, sidecar: dict, given: str | Path | None = None) -> str | Path:
     """The folder of the tokenizer that weights (a file or a folder) were trained with: the one `given`, or that of their
     sidecar. Weights without one were made elsewhere: a tokenizer.json next to them, or the published one, is theirs.
 
     Raises UsageError where none is known. Any of 6,400 tokens would load without a word, and give gibberish.
     """
     if given or sidecar:
-        return Path(given) if given else recorded(sidecar, "tokenizer_path", "tokenizer.json", OWN_TOKENIZER)
+        return given or recorded(sidecar, "tokenizer_path", "tokenizer.json", OWN_TOKENIZER)
     places = (weights if weights.is_dir() else weights.parent, PUBLISHED_TOKENIZER)
     if found := next((folder for folder in places if (folder / "tokenizer.json").is_file()), None):
         return found
@@ -332,13 +336,18 @@ def tokenizer_folder(weights: Path, sidecar: dict, given: str | Path | None = No
     )
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; raises UsageError when there is none that can be read."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise UsageError(f"no tokenizer.json in {folder}; the project's own lies in model/ (--tokenizer_path)")
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of that name; raises UsageError when there is none that can be read."""
+    from .hub_names import folder_of  # with huggingface_hub
+
+    folder = folder_of(name, weights=False)
+    if not (folder / "tokenizer.json").is_file():
+        raise UsageError(f"no tokenizer.json in {name}; the project's own lies in model/ (--tokenizer_path)")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of damaged files, all kinds
         check_fetched(folder)
         raise UsageError(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {first_line(error)}. Fetch its files"
                          " again; the project's own lies in model/ (--tokenizer_path)") from error  # fmt: skip
+    tokenizer.name_or_path = str(name)  # by which it is recorded: another machine's cache lies elsewhere
+    return tokenizer

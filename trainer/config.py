@@ -57,8 +57,8 @@ class TrainConfig:
     max_seq_len: int = setting(640, "longest sample in tokens, 196 of them an image; longer text is cut, no image")
     use_moe: int = setting(0, "1: Mixture of Experts in the decoder's feed-forward layers", (0, 1))
     data_path: str = setting(
-        inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns;"
-        " one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)  # fmt: skip
+        inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns,"
+        " hf://datasets/ORG/NAME/FILE; one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)  # fmt: skip
     images_path: str = setting(
         inside("dataset", "pretrain_images"), "folder or .zip of the images that the data name, one or several; unused"
         " with parquet files that hold their images", several=True)  # fmt: skip
@@ -78,8 +78,8 @@ class TrainConfig:
     wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
     vision_model_path: str = setting(
-        inside("model", "vision_model", "clip-vit-base-patch16"), "folder of a vision encoder in transformers format: CLIP,"
-        " SigLIP or SigLIP 2 of fixed size, DINOv2")  # fmt: skip
+        inside("model", "vision_model", "clip-vit-base-patch16"), "folder of a vision encoder in transformers format, or org/name"
+        " on a hub: CLIP, SigLIP or SigLIP 2 of fixed size, DINOv2")  # fmt: skip
     family: str | None = setting(
         None, "the decoder's: that of the original's weights of 2025 (MiniMind2-V) or of 2026 (minimind-3v); by default"
         " that of the weights started from, or minimind2", ("minimind2", "minimind3"))  # fmt: skip
@@ -93,8 +93,8 @@ class TrainConfig:
         None, "show every image also in up to so many tiles of the encoder's size, each with its tokens: finer detail,"
         " longer sequences; by default as the weights started from, or none")  # fmt: skip
     tokenizer_path: str | None = setting(
-        None, "folder of the tokenizer; by default that of the weights trained from: their sidecar's, one next to them,"
-        " or model/published_tokenizer; for random weights this project's, model")  # fmt: skip
+        None, "folder of the tokenizer, or org/name on a hub; by default that of the weights trained from: their sidecar's, one"
+        " next to them, or model/published_tokenizer; for random weights this project's, model")  # fmt: skip
     checkpoint_dir: str = setting(inside("checkpoints"), "folder for training states and feature caches")
     on_bad_sample: str = setting(
         "skip", "skip: log a sample that cannot be used and continue, up to 10 an epoch or 1%% of what was read;"
@@ -155,8 +155,8 @@ class TrainConfig:
     @property
     def features_folder(self) -> Path:
         """Where the feature cache of the data goes: one for each choice of data files and folders of images."""
-        data = [path for path, _ in split_entries(self.data_path)]  # weights change nothing
-        paths = [[str(Path(path.strip()).resolve()) for path in flag] for flag in (data, self.images_path.split(","))]
+        flags = [path for path, _ in split_entries(self.data_path)], self.images_path.split(",")  # weights change nothing
+        paths = [[path if "://" in path else os.path.realpath(path.strip()) for path in flag] for flag in flags]
         digest = hashlib.blake2b(json.dumps(paths).encode(), digest_size=4).hexdigest()
         stem = re.sub(r"\W+", "_", Path(paths[0][0]).stem)
         return Path(self.checkpoint_dir) / "features" / f"{stem}_{digest}"

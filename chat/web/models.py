@@ -11,6 +11,7 @@ from pathlib import Path
 import streamlit as st
 
 from model.device import default_device
+from model.hub_names import folder_of
 from model.inference.assistant import Assistant, load_assistant
 
 QUESTIONS = 3  # that the page offers
@@ -51,8 +52,8 @@ def find_models(settings: Namespace) -> list[ModelChoice]:
 def read_choice(path: Path) -> ModelChoice | None:
     """The model at `path`: {weight}_{hidden}{_moe}.pth or a transformers folder. None for anything else."""
     is_native = re.fullmatch(r".+_\d+(_moe)?\.pth", path.name)
-    record = read_json(path.with_suffix(".json") if is_native else path / "config.json")
-    weights = path if is_native else path / "config.json"
+    weights = path if is_native else folder_of(path) / "config.json"
+    record = read_json(path.with_suffix(".json") if is_native else weights)
     if not weights.is_file() or not (is_native or record.get("model_type") == "minimind-v"):
         return None
     changed = weights.stat().st_mtime_ns

@@ -112,5 +112,5 @@ def load_assistant(
     if load_from == "model":
         loaded = read_native(weight_file, tokenizer_path, vision_model_path)
     else:
-        loaded = read_folder(Path(load_from), tokenizer_path, vision_model_path)
+        loaded = read_folder(load_from, tokenizer_path, vision_model_path)
     return Assistant(loaded.model.to(device, dtype), loaded.tokenizer)

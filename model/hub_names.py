@@ -18,14 +18,15 @@ from huggingface_hub.utils import HfUri, enable_progress_bars, parse_hf_uri
 from .errors import UsageError, first_line
 
 # org/name or org/name@revision
-HUB_NAME = re.compile(r"(?![^@]*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?(@(refs/\w+/)?[\w.%-]+)?", re.ASCII)
+HUB_NAME = re.compile(r"(?![^@]*(--|\.\.|\.git\b))\w([\w.-]*\w)?/\w([\w.-]{,94}\w)?(@(refs/(pr|convert)/)?[\w.%-]+)?", re.ASCII)
 TEXTS, WEIGHTS = ("*.json", "*.jinja"), ("model*.safetensors", "vision_model/model*.safetensors")
 REASONS = {
     GatedRepoError: "access is granted to each user: ask for it on the repository's page, then log in (hf auth login)",
     RepositoryNotFoundError: "there is no such repository, or it is private: check the name, or log in (hf auth login)",
     RevisionNotFoundError: "there is no such revision: check what follows the @",
 }
-OTHERWISE = "check network and disk, name a mirror by HF_ENDPOINT, or fetch it on another machine (hf download) and name the folder"
+OTHERWISE = (f"nor is all of it in the cache, {constants.HF_HUB_CACHE}. Check network and disk, name a mirror by HF_ENDPOINT, or fetch"
+             " it on another machine (hf download) and give its path")  # fmt: skip
 
 
 @functools.cache

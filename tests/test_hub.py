@@ -21,10 +21,11 @@ from model import convert
 from model.hub_names import folder_of, is_hub_name
 from model.weights import recorded
 from tests.conftest import REPOSITORY, make_vision_encoder, run_script, training_flags, write_jsonl
+from trainer.config import TrainConfig
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves `root`/{models,datasets}/org/name/revision/files. A folder "refused" in place of revisions: a gated repository."""
+    """Serves `root`/{models,datasets}/org/name/revision/files."""
 
     def __init__(self, root: Path, asked: list[str], *arguments):
         self.root, self.asked = root, asked
@@ -52,8 +53,6 @@ class Hub(BaseHTTPRequestHandler):
         repository, rest = self.root.joinpath(kind, *parts[:2]), parts[2:]
         if len(parts) < 2 or not repository.is_dir():
             return self.answer(401 if path.startswith("api/") else 404, X_Error_Code="RepoNotFound")
-        if (repository / "refused").is_dir():
-            return self.answer(403, X_Error_Code="GatedRepo")
         word, rest = (rest or ["revision"])[0], rest[1:] or ["main"]
         names = [folder.relative_to(repository).as_posix() for folder in (*repository.iterdir(), *repository.glob("refs/pr/*"))]
         commits = {commit_of(repository / name): name for name in names}
@@ -67,6 +66,8 @@ class Hub(BaseHTTPRequestHandler):
         if word == "tree":
             return self.answer_json([{"type": "file", "path": file.relative_to(folder).as_posix(), "size": file.stat().st_size,
                                       "oid": digest(file.read_bytes())} for file in files])  # fmt: skip
+        if repository.name == "gated":  # whose files can be listed, not read
+            return self.answer(401, X_Error_Code="GatedRepo")
         file = folder / "/".join(rest).removeprefix(f"{revision}/")
         if not file.is_file():
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
@@ -90,7 +91,7 @@ def hub(tmp_path_factory, data):
     """A hub with encoders, a tokenizer and data, and the address at which it can be reached."""
     root, asked = tmp_path_factory.mktemp("hub"), []
     models, talk = root / "models" / "org", root / "datasets" / "org" / "talk"
-    for seed, place in enumerate(("clip/main", "clip/v2", "pickles/refs/pr/3")):
+    for seed, place in enumerate(("clip/main", "clip/v2", "pickles/refs/pr/3", "gated/main")):
         make_vision_encoder(seed).save_pretrained(models / place)
     for name in ("clip", "pickles"):  # what must never be asked for
         (models / name / "main").mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,6 @@ def hub(tmp_path_factory, data):
     (models / "words" / "main").mkdir(parents=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(REPOSITORY / "model" / file, models / "words" / "main")
-    (models / "gated" / "refused").mkdir(parents=True)
     assert convert_data([str(data[0]), "--images_path", str(data[1]), "--out", str(talk / "main")]) == 0
     for number, place in enumerate(("small/text.jsonl", "small/more.jsonl", "small/deeper/text.jsonl")):
         (talk / place).parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,8 @@ def trained(hub, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_training_takes_every_part_by_name(hub, trained):
-    assert "data: 28 samples, 17 an epoch" in trained.text and f"org/clip: from {hub.url}, commit {commit_of(hub.models / 'clip/main')}" in trained.text
+    assert "data: 28 samples, 17 an epoch" in trained.text
+    assert f"org/clip: from {hub.url}, commit {commit_of(hub.models / 'clip' / 'main')}" in trained.text
     record = json.loads((trained.out / "out" / "sft_vlm_32.json").read_text())["training"]
     assert (record["vision_model_path"], record["tokenizer_path"]) == ("org/clip", "org/words")
     assert record["data_path"].startswith("hf://datasets/org/talk/data.parquet:0.5,")
@@ -167,19 +168,21 @@ def test_a_whole_folder_by_name_gives_the_answers_of_its_weights(hub, trained):
     code = ["from chat.web.models import find_models", "from chat.web.settings import parse_flags", "from model import convert",
             "flags = parse_flags(['--load_from', 'org/whole', '--tokenizer_path', 'org/words', '--save_dir', '.'])",
             "show(lambda: [choice.name for choice in find_models(flags)])",
+            "from dataset.convert import main as convert_data",
+            "show(convert_data, ['hf://datasets/org/talk@small/text.jsonl', '--out', 'shards'])",
             "show(lambda: convert.convert(convert.Path('org/whole'), convert.Path('copy_32.pth'), None, None))"]  # fmt: skip
-    assert ask("\n".join(code), hub.url, trained.home, trained.out)[0] == ["whole"]
+    assert ask("\n".join(code), hub.url, trained.home, trained.out)[:2] == [["whole"], 0]
     assert (trained.out / "copy_32.pth").is_file()
 
 
 CASES = {
-    ("folder_of", "org/nobody"): "org/nobody: no file or folder of that name in {cwd}, and no repository could be fetched from {url}: there is no such",
+    ("folder_of", "org/nobody"): "no file or folder of that name in {cwd}, and no repository could be fetched from {url}: there is no such",
     ("folder_of", "org/gated"): "access is granted to each user: ask for it",
     ("folder_of", "org/clip@v3"): "there is no such revision: check what follows the @",
     ("folder_of", "org/pickles"): "org/pickles on {url} has no model.safetensors, and pickles are not fetched",
     ("load_tokenizer", "org/clip"): "no tokenizer.json in org/clip",
     ("open_samples", "hf://datasets/org/nobody/a.jsonl"): "hf://datasets/org/nobody/a.jsonl cannot be fetched from {url}: there is no such",
-    ("open_samples", "hf://datasets/org/talk/a.jsonl:2"): "hf://datasets/org/talk/a.jsonl: the repository has no such file; its files: {url}/datasets/org/talk",
+    ("open_samples", "hf://datasets/org/talk/a.jsonl:2"): "a.jsonl: the repository has no such file; its files: {url}/datasets/org/talk/",
     ("open_samples", "hf://datasets/org/talk"): "It names no file. Data are named hf://datasets/ORG/NAME/FILE",
     ("open_samples", "hf://talk"): "Data are named hf://datasets/ORG/NAME/FILE",
 }  # fmt: skip
@@ -195,7 +198,8 @@ def test_each_mistake_is_named_with_its_remedy(hub, tmp_path):
 
 def test_revisions_and_the_cache(hub, tmp_path):
     names = ("org/clip", "org/clip@v2", f"org/clip@{commit_of(hub.models / 'clip' / 'v2')}", "org/pickles@refs/pr/3")
-    code = CODE + "".join(f"show(folder_of, {name!r})\n" for name in names) + "show(lambda: len(open_samples('hf://datasets/org/talk@small/**/*.jsonl')))"
+    code = CODE + "".join(f"show(folder_of, {name!r})\n" for name in names)
+    code += "show(lambda: len(open_samples('hf://datasets/org/talk@small/**/*.jsonl')))"
     *folders, samples = ask(code, hub.url, tmp_path / "home", tmp_path)
     places = ("clip/main", "clip/v2", "clip/v2", "pickles/refs/pr/3")
     for folder, place in zip(folders, places, strict=True):
@@ -210,7 +214,7 @@ def test_without_network_and_cache_one_error_says_all(encoder_folder, tmp_path, 
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     done = run_script("train_sft_vlm.py", *training_flags(data, "model/foo", tmp_path), cwd=tmp_path, **environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"model/foo: no file or folder of that name in {tmp_path}, and no repository could be fetched from http://127.0.0.1:9" in done.stderr
+    assert f"model/foo: no file or folder of that name in {tmp_path}, and no repository could be fetched from http" in done.stderr
     assert "refused" in done.stderr and "HF_ENDPOINT" in done.stderr
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes what is sent and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -227,8 +231,9 @@ def test_what_lies_here_is_meant_first(tmp_path, monkeypatch, encoder_folder):
     assert folder_of("org/clip") == Path("org/clip") and not is_hub_name("org/weights.pth")
 
 
-@pytest.mark.parametrize("name", ["clip", "/org/clip", "./org/clip", "../clip", "org/clip/", "a/b/c", "~/clip", "org/-clip", "org/a..b", "org/a--b",
-                                  "org\\clip", "C:/clip", "", "org/", "org/clip@", "org /clip", "org/clip.", "hf://org/clip"])  # fmt: skip
+@pytest.mark.parametrize("name", ["clip", "/org/clip", "./org/clip", "../clip", "org/clip/", "a/b/c", "~/clip", "org/-clip", "org/a..b",
+                                  "org/a--b", "org\\clip", "C:/clip", "", "org/", "org/clip@", "org /clip", "org/clip.", "org/clip.git",
+                                  "hf://org/clip", f"org/{'a' * 97}"])  # fmt: skip
 def test_other_names_are_folders(name):
     assert not is_hub_name(name) and folder_of(name) == Path(name)
 
@@ -238,3 +243,10 @@ def test_a_recorded_name_has_precedence_over_the_default(encoder_folder, tmp_pat
     record = {"training": {"vision_model_path": "org/clip"}}
     assert recorded(record, "vision_model_path", "config.json", encoder_folder) == "org/clip"
     assert recorded({"training": {"vision_model_path": "/gone/clip"}}, "vision_model_path", "config.json", encoder_folder) == encoder_folder
+
+
+def test_the_feature_cache_of_fetched_data_has_one_place(tmp_path, monkeypatch):
+    config = TrainConfig(data_path="hf://datasets/org/talk/data.parquet", images_path=str(tmp_path), checkpoint_dir=str(tmp_path))
+    before = config.features_folder
+    monkeypatch.chdir(tmp_path)
+    assert config.features_folder == before

@@ -26,7 +26,6 @@ from machine import cores
 from model.conversation import Renderer, image_token_of
 from model.device import bf16_is_fast, check_compile
 from model.errors import DataError, SampleError, UsageError, first_line
-from model.minimind3 import settings_for
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import patches_per_image, pooling
 from model.weights import (
@@ -186,7 +185,11 @@ def family_of(settings: dict) -> str:
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, known: dict) -> MiniMindVLM:
     """A randomly initialized model around the frozen vision encoder, in fp32 on the CPU. What no flag says is as `known`."""
     family, patches = config.family or known.get("family"), patches_per_image(encoder)
-    settings = settings_for(config.hidden_size) if family == "minimind3" else {}
+    settings = {}
+    if family == "minimind3":
+        from model.minimind3 import settings_for  # not needed for the other
+
+        settings = settings_for(config.hidden_size)
     tokens = config.image_tokens or known.get("image_tokens") or patches
     if projector := config.projector or known.get("projector"):
         settings["projector"] = projector

@@ -194,11 +194,13 @@ def find_files(entry: str) -> list[Path]:
         entry = fetch_data(entry)
     found = matches(entry)
     if not found:
+        folder = Path(entry).parent
+        there = ", ".join([file.name for file in sorted(folder.glob("[!.]*")) if kind_of(file) in FILES][:12])
         raise DataError(
-            f"no data at {entry or 'an empty name'}. Fetch the published data set with\n"
-            f"    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
-            f"or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
-            f"or name a jsonl or parquet file of your own (format: README, 'Train on your own images')."
+            f"no data at {entry or 'an empty name'}." + (f" In {folder} are {there}." if there else "") + " Fetch the published data set with\n"
+            "    hf download jingyaogong/minimind-v_dataset --repo-type dataset --local-dir dataset\n"
+            "or   modelscope download --dataset gongjy/minimind-v_dataset --local_dir dataset\n"
+            "or name a jsonl or parquet file of your own (format: README, 'Train on your own images')."
         )
     if found == [entry] and not os.path.isdir(entry):
         files = [Path(entry)]

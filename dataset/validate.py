@@ -125,7 +125,7 @@ def tell_lengths(found: np.ndarray, max_length: int) -> None:
     lengths = found["length"]
     middle, most, longest = np.percentile(lengths, [50, 95, 100]).astype(int)
     print(f"tokens of a sample: median {middle}, 95% up to {most}, longest {longest};"
-          f" {found['supervised'].sum() / found['used'].sum():.1%} of those trained on carry loss")  # fmt: skip
+          f" {found['supervised'].sum() / found['used'].sum():.1%} of the tokens carry loss")  # fmt: skip
     for limit in sorted({*STAGES, max_length}):
         cut, stage = int((lengths > limit).sum()), f", the default of {STAGES[limit]}" if limit in STAGES else ""
         print(f"--max_seq_len {limit} cuts {cut:,} of them ({cut / len(lengths):.2%}){stage}")
@@ -135,7 +135,7 @@ def tell_duplicates(hashes: np.ndarray, numbers: np.ndarray, samples: Mixture) -
     """Prints which samples have conversation and images of one that came before; `numbers` are those of the samples."""
     _, first, kind = np.unique(hashes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[kind] != np.arange(len(hashes)))
-    print(f"{counted(len(again), 'sample')} standing there more than once")
+    print(f"{counted(len(again), 'duplicate')}")
     for later in again[:SHOWN]:
         print(f"      {samples.where(int(numbers[later]))} is {samples.where(int(numbers[first[kind[later]]]))}")
 

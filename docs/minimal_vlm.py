@@ -222,7 +222,7 @@ def load_tokenizer(folder: Path = REPOSITORY / "model") -> Tokenizer:
 
 def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     """Ids of a text with 196 placeholders for each "<image>", and the index of each image's first. "a<image>b" becomes
-    "a@b": the token at character 1 is the image (no token holds more than "@"); any other "@" is somebody's text."""
+    "a@b": the token at character 1 is the image (no token has "@" and more in it); any other "@" is somebody's text."""
     parts = text.split("<image>")
     begins = {len("@".join(parts[:number])) for number in range(1, len(parts))}  # for "a<image>b": {1}
     encoding, ids, starts = tokenizer.encode("@".join(parts)), [], []

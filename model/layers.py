@@ -29,7 +29,7 @@ def rope_frequencies(config: PretrainedConfig, device: torch.device | None = Non
     """Angles per position [d/2] in radians, and the factor on cos and sin (1.0 without YaRN).
 
     Pair i of a head's channels turns by base^(-2i/d) a position: the first pairs tell neighbours apart, the last ones
-    turn once in a whole context. YaRN stretches this to longer contexts: slow pairs are slowed down further by its
+    turn once in millions (with base 10^6). YaRN stretches this to longer contexts: slow pairs are slowed down further by its
     `factor`, fast ones stay as they are.
     """
     rope, dim = config.rope_parameters, config.head_dim
@@ -55,7 +55,8 @@ def rope_tables(config: PretrainedConfig, positions: torch.Tensor) -> tuple[torc
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the channel pairs (i, i + d/2) of x [B, heads, T, d]; in fp32, returned in x's dtype.
 
-    A query at position m and a key at n are turned by m and n steps, so their product depends on m - n alone.
+    A query at position m and a key at n are turned by m and n steps, so of the positions only m - n
+    enters their product.
     """
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
@@ -75,7 +76,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 @torch.compiler.disable  # a compiler's backward of it takes four times as long as the library's products
 def attention_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 128) -> torch.Tensor:
     """The same as matrix products: the H / G query heads that share a key head side by side, in blocks of queries, each
-    of which sees the keys up to its own end. Worth 1.2x to 2.4x of attention, forward and backward."""
+    of which sees the keys up to its own end. Takes 1/1.2 to 1/2.4 of the time, forward and backward."""
     B, H, T, d = q.shape
     G = k.shape[1]  # H / G query heads read one key/value head
     q = (q * d**-0.5).reshape(B * G, H // G, T, d)

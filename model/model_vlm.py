@@ -156,7 +156,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             return inputs_embeds
         if image_positions is None:
             image_positions = find_image_positions(input_ids, self.config.image_token_id, self.config.image_tokens)
-        # [N, P, W] -> [N, P, D]: the one layer between the two models, and all that stage one trains.
+        # [N, P, W] -> [N, P, D]: all that lies between the two models, and all that pretraining trains.
         return splice_image_features(inputs_embeds, self.vision_proj(image_features), image_positions)
 
     def forward(

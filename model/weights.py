@@ -220,7 +220,7 @@ def load_weights(path: Path, model: PreTrainedModel, expected: dict[str, str] | 
             f"no weights at {path}." + (f" In that folder are {there}." if there else "") + " Published ones:\n"
             f"    hf download jingyaogong/MiniMind2-V-PyTorch --local-dir {path.parent}\n"
             f"or   modelscope download --model gongjy/MiniMind2-V-PyTorch --local_dir {path.parent}\n"
-            f"or train them, or name others by --weight (of training: --from_weight; none starts from scratch)."
+            f"or train them (make demo does, of width 256), or name others by --weight (of training: --from_weight; none starts from scratch)."
         )
     sidecar = read_sidecar(path)
     check_fingerprints(path, expected or {}, sidecar.get("fingerprints", {}))
@@ -329,7 +329,7 @@ def tokenizer_folder(weights: Path, sidecar: dict, given: str | Path | None = No
         return found
     raise UsageError(
         f"{weights} has no sidecar that names its tokenizer, and with another than that of its training it gives gibberish."
-        " For published weights fetch theirs:\n"
+        " For published weights fetch theirs (of 2026: that of minimind-3v, next to them):\n"
         f"    hf download jingyaogong/MiniMind2-V tokenizer.json tokenizer_config.json --local-dir {PUBLISHED_TOKENIZER}\n"
         f"or   modelscope download --model gongjy/MiniMind2-V tokenizer.json tokenizer_config.json --local_dir {PUBLISHED_TOKENIZER}\n"
         f"For weights trained here that lost their sidecar: --tokenizer_path {OWN_TOKENIZER}"

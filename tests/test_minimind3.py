@@ -117,13 +117,17 @@ def test_sizes_that_contradict_one_another_are_refused(recorded, name, value):
         VLMConfig.from_dict(recorded["published_moe"] | {name: value})
 
 
-@pytest.fixture
-def family_tokenizer(tokenizer):
-    """This project's own, with the family's further tokens."""
+def further_tokens(tokenizer):
+    """This project's own tokenizer with the family's further tokens."""
     tokenizer = type(tokenizer)(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()))
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_PAD]})
     tokenizer.add_tokens(["<think>", "</think>"])
     return tokenizer
+
+
+@pytest.fixture
+def family_tokenizer(tokenizer):
+    return further_tokens(tokenizer)
 
 
 def test_conversations_have_the_familys_layout(family_tokenizer):
@@ -146,8 +150,7 @@ def test_conversations_have_the_familys_layout(family_tokenizer):
     assert family_tokenizer.decode(bare, clean_up_tokenization_spaces=False).count("<think>") == 1
 
 
-@pytest.fixture
-def published_tokenizer(family_tokenizer):
+def standing_in(family_tokenizer):
     """The same, <|image_pad|> being number 12 as in the published one."""
     content = json.loads(family_tokenizer.backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
@@ -160,14 +163,26 @@ def published_tokenizer(family_tokenizer):
 
 
 @pytest.fixture
-def eye(recorded, tmp_path) -> Path:
-    """The recorded vision encoder as a folder: 64 patches of 256 pixels, no class token."""
-    encoder = SiglipVisionModel(SiglipVisionConfig(**recorded["configs"]["vision_encoder"]))
-    encoder.load_state_dict(part(recorded, "dense/vision_encoder/"))
-    encoder.save_pretrained(tmp_path / "siglip2")
+def published_tokenizer(family_tokenizer):
+    return standing_in(family_tokenizer)
+
+
+def save_eye(folder: Path, **sizes) -> Path:
+    """A vision encoder of the published geometry as it is downloaded: 64 patches of 256 pixels, no class token."""
+    encoder = SiglipVisionModel(SiglipVisionConfig(image_size=256, patch_size=32, **sizes))
+    encoder.save_pretrained(folder)
     size, half = {"height": 256, "width": 256}, [0.5] * 3
-    SiglipImageProcessorPil(size=size, resample=2, image_mean=half, image_std=half).save_pretrained(tmp_path / "siglip2")
-    return tmp_path / "siglip2"
+    SiglipImageProcessorPil(size=size, resample=2, image_mean=half, image_std=half).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def eye(recorded, tmp_path) -> Path:
+    """The recorded vision encoder."""
+    sizes = recorded["configs"]["vision_encoder"]
+    folder = save_eye(tmp_path / "siglip2", **{name: value for name, value in sizes.items() if name not in ("image_size", "patch_size")})
+    save_file(part(recorded, "dense/vision_encoder/"), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_the_encoders_features_and_the_answer_to_pixels(recorded, eye):

@@ -18,12 +18,14 @@ import torch
 
 from eval_vlm import main as eval_main
 from model import convert, weights
+from model.minimind3 import settings_for
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.recipes import train_tokenizer
 from model.weights import half_weights, load_tokenizer, read_sidecar, tokenizer_fingerprint
 from tests.conftest import REPOSITORY, make_model, make_vision_encoder
 from tests.test_eval import plain_image
+from tests.test_minimind3 import further_tokens, save_eye, standing_in
 from tests.test_readme import commands, read, run
 
 
@@ -37,10 +39,10 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def clone(tmp_path_factory, published):
-    """A copy of the repository after the downloads that README names; the decoder has the published width, but two layers."""
+def clone(tmp_path_factory, published, tokenizer):
+    """A copy of the repository after the downloads that README names; the decoders have the published width, but two layers."""
     folder = tmp_path_factory.mktemp("clone") / "minimind-v"
-    for name in subprocess.run(["git", "ls-files", "*.py", "model"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines():
+    for name in subprocess.run(["git", "ls-files", "*.py", "model", "dataset/eval_images"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, folder / name)
     encoder = make_vision_encoder()
@@ -50,6 +52,14 @@ def clone(tmp_path_factory, published):
     torch.save(half_weights(MiniMindForCausalLM(MiniMindConfig(**sizes))), folder / "out" / "llm_512.pth")
     torch.save(half_weights(MiniMindVLM(VLMConfig(**sizes, vision_hidden_size=24))), folder / "out" / "sft_vlm_512.pth")
     shutil.copytree(published, folder / "model" / "published_tokenizer")
+    wide = {**settings_for(768), "hidden_size": 768, "num_hidden_layers": 2}
+    (folder / "out" / "minimind3").mkdir()
+    standing_in(further_tokens(tokenizer)).save_pretrained(folder / "out" / "minimind3")
+    wide["vocab_size"] = len(load_tokenizer(folder / "out" / "minimind3"))
+    torch.save(half_weights(MiniMindForCausalLM(MiniMindConfig(**wide))), folder / "out" / "minimind3" / "llm_768.pth")
+    save_eye(folder / "model" / "vision_model" / "siglip2", hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    seeing = MiniMindVLM(VLMConfig(**wide, image_tokens=64, vision_hidden_size=24))
+    torch.save(half_weights(seeing), folder / "out" / "minimind3" / "sft_vlm_768.pth")
     plain_image("red").save(image := io.BytesIO(), "PNG")
     turns = [{"role": "user", "content": "What?\n<image>"}, {"role": "assistant", "content": "A red square."}]
     rows = {"conversations": [json.dumps(turns)] * 16, "image_bytes": [image.getvalue()] * 16}
@@ -62,12 +72,13 @@ def test_the_recipe_runs_as_written(clone, published):
     section = re.search(r"(?s)\n## The real thing.*?\n(.*?)\n## ", read("README.md"))[1]
     assert "--local-dir model/published_tokenizer" in section and "--tokenizer_path" not in section
     written = commands("\n".join(re.findall(r"(?s)```bash\n(.*?)```", section)))
-    assert [program for program, _ in written] == ["eval_vlm.py", "train_pretrain_vlm.py", "train_sft_vlm.py"]
+    assert [program for program, _ in written] == ["eval_vlm.py", "train_pretrain_vlm.py", "train_sft_vlm.py"] + ["eval_vlm.py", "train_sft_vlm.py"]
     more = {"eval_vlm.py": ["--max_new_tokens", 2], "train_pretrain_vlm.py": ["--epochs", 1], "train_sft_vlm.py": ["--epochs", 1]}
     for program, arguments in written:
         small = [] if program == "eval_vlm.py" else ["--num_hidden_layers", 2]
         done = run(str(clone / program), *shlex.split(arguments), *more[program], *small, "--device", "cpu", cwd=clone)
-        assert done.returncode == 0 and str(clone / "model" / "published_tokenizer") in done.stderr, done.stderr
+        theirs = "out/minimind3" if "minimind3" in arguments else str(clone / "model" / "published_tokenizer")
+        assert done.returncode == 0 and theirs in done.stderr, done.stderr
     theirs = tokenizer_fingerprint(load_tokenizer(published))
     for name in ("my_pretrain", "my_sft"):
         sidecar = read_sidecar(clone / "out" / f"{name}_512.pth")

@@ -1001,7 +1001,7 @@ def test_validation_reports_what_training_would_meet(data, tmp_path, capsys):
     assert Image.open(tmp_path / "plot.png").size == (840, 480)
     capsys.readouterr()
     assert validate.main([str(path), "--images_path", str(data[1])]) == 1
-    assert f"1 sample standing there more than once\n      {path}:23 is {path}:1" in capsys.readouterr().out
+    assert f"1 duplicate\n      {path}:23 is {path}:1" in capsys.readouterr().out
     assert validate.main([str(write_jsonl(tmp_path / "b.jsonl", rows)), *flags[1:3]]) == 0
     assert "0 bad" in capsys.readouterr().out
     assert validate.main([str(tmp_path / "none.jsonl")]) == 2

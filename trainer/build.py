@@ -47,9 +47,6 @@ from .sampler import ResumableSampler
 if TYPE_CHECKING:
     from dataset.features import FeatureCache
 
-INITIAL_SIZE = 0.02  # standard deviation of randomly initialized weights
-
-
 @dataclass
 class Run:
     """What the loop works on."""
@@ -273,14 +270,14 @@ def make_sampler(config: TrainConfig, ranks: Ranks, samples: Mixture, model: VLM
 
 
 def warn_of_small_steps(config: TrainConfig, ranks: Ranks, updates: int) -> None:
-    """A notice where all updates together can move a weight by less than a tenth of its size at initialization.
+    """A notice where all updates together can move a weight by less than 4% of its size at initialization.
 
     An update of AdamW moves a weight by about the learning rate, which is 0.55 of its peak on average.
     """
-    moved = 0.55 * config.learning_rate * updates
-    if moved < 0.1 * INITIAL_SIZE:
+    moved, size = 0.55 * config.learning_rate * updates, config.hidden_size**-0.5  # the spread of random weights
+    if moved < 0.04 * size:
         ranks.print(f"notice: {updates} updates at --learning_rate {config.learning_rate:g} can move a weight by {moved:.1g},"
-                    f" where weights are about {INITIAL_SIZE} large: too little to learn much. Few images need a higher rate"
+                    f" where weights are about {size:.1g} large: too little to learn much. Few images need a higher rate"
                     " and more --epochs (5e-4 and 20 for a hundred images)")  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class TrainConfig:
         inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns,"
         " hf://datasets/ORG/NAME/FILE; one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)  # fmt: skip
     images_path: str = setting(
-        inside("dataset", "pretrain_images"), "folder or .zip of the images that the data name, one or several; unused"
+        inside("dataset", "pretrain_images"), "folder, .zip or .tar of the images that the data name, one or several; unused"
         " with parquet files that hold their images", several=True)  # fmt: skip
     eval_data_path: str | None = setting(
         None, "validation data: files as for --data_path, or a fraction of the training samples to hold out (0.01); by"

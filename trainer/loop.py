@@ -4,7 +4,7 @@ What is exact here, and tested: a loss is the mean over the supervised tokens of
 spread over micro-batches and ranks; every sample of an epoch is trained on once, across interruptions; a resumed run
 ends bit for bit (on a CPU) where an uninterrupted one does.
 
-Shapes: B rows of T tokens in a micro-batch, S of them supervised; N different images, each P patch vectors of width W.
+Shapes: B rows of T tokens in a micro-batch, S of them supervised; N images, each P patch vectors of width W.
 """
 
 import contextlib

@@ -87,7 +87,8 @@ def ending(trainer: Trainer, stopped_by: int) -> str:
         saved = "saved. To continue, repeat the command with --from_resume 1" if trainer.has_news else "nothing new to save"
         return f"stopped by {signal.Signals(stopped_by).name} after update {state.update} of {trainer.total}; {saved}"
     best = f", those of the lowest validation loss in {config.best_file}" if state.best_loss is not None else ""
-    return f"done. The weights are in {config.weight_file}{best}"
+    bad = f", {state.bad} bad samples left out" if state.bad else ""
+    return f"done{bad}. The weights are in {config.weight_file}{best}"
 
 
 def failure(error: Exception, config: TrainConfig, began: float) -> str | None:

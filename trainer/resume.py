@@ -69,7 +69,7 @@ def restore(run: "Run") -> TrainState:
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     left = (config.epochs - state.epoch) * sampler.size - state.samples
     ranks.print(f"resumed from {path} (saved {saved}): {state.update} updates done, epoch {state.epoch + 1},"
-                f" sample {state.samples} of {sampler.size}; {left} to go")  # fmt: skip
+                f" sample {state.samples} of {sampler.size}; {left} samples to go")  # fmt: skip
     return state
 
 
@@ -115,4 +115,5 @@ def keep_global_batch(sampler: ResumableSampler, wanted: int, ranks: Ranks) -> N
                     f" {wanted} samples as before")  # fmt: skip
     else:
         ranks.print(f"notice: an update takes {sampler.samples_per_update} samples now, not {wanted}:"
-                    f" {sampler.ranks} processes of --batch_size {sampler.batch_size} cannot share those evenly")  # fmt: skip
+                    f" {sampler.ranks} x --batch_size {sampler.batch_size} does not divide those"
+                    + (f"; --batch_size {wanted // sampler.ranks} keeps them" if wanted % sampler.ranks == 0 else ""))  # fmt: skip

@@ -190,10 +190,9 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         return {}
-    if not isinstance(meta, dict):
-        return {}
-    meta["key"] = {"tiles": 0, **meta.get("key", {})}  # which older ones do not hold
-    return meta
+    if isinstance(meta, dict) and isinstance(meta.get("key"), dict):
+        meta["key"].setdefault("tiles", 0)  # which older ones do not hold
+    return meta if isinstance(meta, dict) else {}
 
 
 def format_of(folder: Path, encoder: str) -> str | None:

@@ -199,6 +199,6 @@ def test_memory_that_runs_out_is_no_bad_sample(step, renderer, tmp_path, monkeyp
 
 def test_an_error_without_words_has_its_name(tmp_path, monkeypatch):
     RED.save(tmp_path / "a.png")
-    monkeypatch.setattr("dataset.images.preprocess", lambda _: (_ for _ in ()).throw(KeyError()))
+    monkeypatch.setattr("dataset.images.preprocess", lambda *_: (_ for _ in ()).throw(KeyError()))
     with pytest.raises(SampleError, match=r"cannot be read: KeyError$"):
         open_images(tmp_path).pixels("a.png")

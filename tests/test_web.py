@@ -222,7 +222,7 @@ def test_text_stays_itself_in_markdown():
 
 def test_every_token_has_a_veil_for_every_image():
     maps = torch.rand(3, 2, 14, 14)
-    html = attention_html(AnswerAttention(["<b>", "", "\n"], maps), [torch.zeros(3, 224, 224, dtype=torch.uint8)] * 2, Labels("en"))
+    html = attention_html(AnswerAttention(["<b>", "", "\n"], torch.zeros(2, 3, 224, 224, dtype=torch.uint8), maps), Labels("en"))
     veils = re.findall(r'data-veils="([^"]*)"', html)
     assert len(veils) == 4 and all(len(urls.split()) == 2 for urls in veils) and "&lt;b&gt;" in html and "<b>" not in html.split("hint")[1]
     assert html.count('class="veil"') == 2 and f"{float(maps[0].sum()):.0%}" in html

@@ -211,7 +211,7 @@ def submit(conversation: Conversation, labels: Labels) -> None:
     value, conversation.notices = st.session_state.question, []
     for file in value.files:
         try:
-            bring(conversation, take(file.getvalue(), file.name, conversation.assistant.model.pixel_settings), labels)
+            bring(conversation, take(file.getvalue(), file.name, conversation.pixel_settings), labels)
         except Exception as error:  # of odd files, all kinds
             conversation.notices.append(labels.error(explain(error)))
     if value.text.strip() and not conversation.notices:
@@ -241,7 +241,7 @@ def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels
         key = f"shot_{len(conversation.exchanges)}"
         st.camera_input(labels("camera"), key=key, label_visibility="collapsed",
                         on_change=lambda: photograph(conversation, st.session_state[key], labels))  # fmt: skip
-    found = examples(page_settings().image_dir, conversation.assistant.model.pixel_settings)
+    found = examples(page_settings().image_dir)
     found = sorted(found, key=lambda image: image.name.startswith("easy_vqa") != model.is_demo)
     if found:
         st.caption(labels("examples"))
@@ -254,7 +254,7 @@ def image_sources(conversation: Conversation, model: ModelChoice, labels: Labels
 def photograph(conversation: Conversation, shot, labels: Labels) -> None:
     """Puts what the camera took into the tray; `shot` is None when a user clears it."""
     if shot is not None:
-        act(conversation, bring, conversation, take(shot.getvalue(), shot.name, conversation.assistant.model.pixel_settings), labels)
+        act(conversation, bring, conversation, take(shot.getvalue(), shot.name, conversation.pixel_settings), labels)
 
 
 def bring(conversation: Conversation, image: SessionImage, labels: Labels) -> None:

@@ -16,6 +16,7 @@ from model.errors import SampleError, UsageError
 from model.inference.assistant import Assistant
 from model.inference.attention_map import AnswerAttention, look
 from model.inference.generation import Sampling
+from model.pixels import CLIP, PixelSettings
 
 from .images import SessionImage
 from .models import ModelChoice
@@ -72,6 +73,11 @@ class Conversation:
     _answer: Iterator[str] | None = None  # the answer on its way
 
     @property
+    def pixel_settings(self) -> PixelSettings:
+        """How images are prepared for the present model."""
+        return self.assistant.model.pixel_settings if self.assistant else CLIP
+
+    @property
     def busy(self) -> bool:
         """Whether the last question has no whole answer yet."""
         return bool(self.exchanges) and not self.exchanges[-1].done
@@ -107,7 +113,7 @@ class Conversation:
 
     def _begin(self, exchange: Exchange) -> Iterator[str]:
         """The answer's pieces. A model that was changed meanwhile gets the same history."""
-        old, exchange.model, settings = self._chat, self.model, self.assistant.model.pixel_settings
+        old, exchange.model, settings = self._chat, self.model, self.pixel_settings
         if old is None or old.assistant is not self.assistant:
             self._chat = Chat(self.assistant, self.sampling, self.max_length)
             if old is not None:

@@ -69,10 +69,10 @@ def data_url(image: Image.Image) -> str:
 
 
 @functools.cache
-def examples(folder: Path, settings: PixelSettings = CLIP) -> tuple[SessionImage, ...]:
+def examples(folder: Path) -> tuple[SessionImage, ...]:
     """The first images of the owner's folder, by name; what is no image is left out."""
     found = []
     for path in image_files(folder)[:MAX_EXAMPLES]:
         with contextlib.suppress(SampleError, OSError):
-            found.append(take(path.read_bytes(), path.name, settings))
+            found.append(take(path.read_bytes(), path.name))
     return tuple(found)

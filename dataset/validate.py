@@ -148,7 +148,7 @@ def validate(args: argparse.Namespace) -> int:
         if find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib: pip install matplotlib")
     samples, images = open_samples(args.data), open_images(args.images_path)
-    renderer = Renderer(load_tokenizer(args.tokenizer_path))
+    renderer = Renderer(load_tokenizer(args.tokenizer_path), args.image_tokens)
     found, errors, notes = check_all(Checker(samples, images, renderer, args.max_seq_len), args.processes)
     numbers = np.flatnonzero(found["length"])  # of the good samples
     good, seconds = found[numbers], time.monotonic() - begin
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", help="what --data_path of training takes")
     parser.add_argument("--images_path", default=str(REPOSITORY / "dataset" / "sft_images"), help="as for training")
     parser.add_argument("--tokenizer_path", default=str(REPOSITORY / "model"))
+    parser.add_argument("--image_tokens", type=int, default=196, help="tokens of an image, times all its tiles (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=int, default=1536,
                         help="as SFT has it; samples are bad that do not fit, so give 640 for captions")  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="to count the updates of an epoch")

@@ -31,15 +31,15 @@ class PixelSettings:
     @classmethod
     def from_dict(cls, given: dict) -> "PixelSettings":
         """Those of a preprocessor_config.json. Raises ValueError for what cannot be done here."""
-        edges = {name: given[name] if isinstance(given[name], dict) else {"shortest_edge": given[name]}
-                 for name in ("size", "crop_size") if given.get(name)}  # fmt: skip
-        size, crops = edges.get("size", {}), bool(given.get("do_center_crop"))
-        edge = size.get("shortest_edge", size.get("height"))
-        side = next(iter(edges["crop_size"].values())) if crops and "crop_size" in edges else edge
-        squeezed = size.keys() == {"height", "width"}
-        if not ((squeezed and size["width"] == edge == side) or (size.keys() == {"shortest_edge"} and crops and edge >= side)):
-            raise ValueError(f"size {given.get('size')} with crop_size {given.get('crop_size') if crops else None} gives no squares")
-        if not given.get("do_resize", True) or not given.get("do_rescale", True) or given.get("resample", 3) not in FILTERS:
+        size, crop = (value if isinstance(value := given.get(name), dict) else {"shortest_edge": value or 0} for name in ("size", "crop_size"))
+        cropped, squeezed = bool(given.get("do_center_crop")), size.keys() == {"height", "width"}
+        crop = crop if cropped and given.get("crop_size") else size
+        edge, side = max(size.values()), max(crop.values())
+        fits = edge == side if squeezed else cropped and edge >= side and "shortest_edge" in size
+        if not (fits and side > 0 and {edge, side} == {*size.values(), *crop.values()}):
+            raise ValueError(f"size {given.get('size')} with crop_size {given.get('crop_size') if cropped else None} gives no squares")
+        scaled = given.get("do_rescale", True) and math.isclose(given.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3)
+        if not given.get("do_resize", True) or not scaled or given.get("resample", 3) not in FILTERS:
             raise ValueError(f"images are resized by one of {FILTERS}, and their bytes divided by 255")
         mean, std = (given["image_mean"], given["image_std"]) if given.get("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
         return cls(side, None if squeezed else edge, FILTERS[given.get("resample", 3)], tuple(mean), tuple(std))

@@ -14,13 +14,17 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def cpu_quota(root: Path = Path("/")) -> float:
     """Cores' worth of time that the control group of this process and those above it grant it: the least of them."""
     least = math.inf
-    with contextlib.suppress(OSError):  # another system than Linux
+    with contextlib.suppress(OSError, ValueError):  # another system than Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            own = Path(line.removeprefix("0::/"))  # a container may see its own tree under the host's names
-            for folder in (own, *own.parents):
+            _, controllers, own = line.split(":", 2)  # version 2 has no controllers; version 1 a tree for each
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            names, path = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",), Path(own.lstrip("/"))
+            for folder in (path, *path.parents):  # a container may see its own tree under the host's names
                 with contextlib.suppress(OSError, ValueError):  # not there; "max"
-                    quota, period = map(float, (root / "sys/fs/cgroup" / folder / "cpu.max").read_text().split())
-                    least = min(least, quota / period)
+                    files = [root / "sys/fs/cgroup" / controllers / folder / name for name in names]
+                    quota, period = map(float, " ".join(file.read_text() for file in files).split())
+                    least = min(least, quota / period if quota > 0 else math.inf)
     return least
 
 

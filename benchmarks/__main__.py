@@ -20,26 +20,28 @@ from model.errors import UsageError, print_anything
 from model.outputs import check_output
 from model.storage import home_for_tilde
 
-from . import data, inference, train
+from . import data, gpu, inference, train
 from .synthetic import FULL, TINY
 
-SUITES = {"train": train, "inference": inference, "data": data}
+SUITES = {"train": train, "inference": inference, "data": data, "gpu": gpu}
+DEFAULT = ("train", "inference", "data")
 
 
 def parse_flags() -> argparse.Namespace:
     """The rows to measure and where the figures go. Ends the process with code 2 for bad flags."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for suite in SUITES.values() for name in suite.ROWS]
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all but gpu")
     parser.add_argument("--rows", help=f"rows to measure, with commas between: {', '.join(names)}; default: all of the suites")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default: %(default)s)")
     parser.add_argument("--alone", action="store_true", help="train: without the baseline, which takes most of the time")
     parser.add_argument("--against", type=Path, help="another clone of this repository, whose training scripts take part")
+    parser.add_argument("--minutes", type=float, default=8.0, help="gpu: no row begins after them (default: %(default)g)")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters: tries the program, measures nothing")
     args = parser.parse_args(home_for_tilde())
-    chosen = [name for suite in args.suites or SUITES if suite in SUITES for name in SUITES[suite].ROWS]
+    chosen = [name for suite in args.suites or DEFAULT if suite in SUITES for name in SUITES[suite].ROWS]
     args.rows = args.rows.split(",") if args.rows else chosen
     if unknown := [name for name in args.suites if name not in SUITES] + [name for name in args.rows if name not in chosen]:
         parser.error(f"no suite or row of it: {', '.join(unknown)}; see --help")

@@ -58,16 +58,25 @@ def measure(wanted: list[str], folder: Path, size: Size, args: argparse.Namespac
     except UsageError as error:
         print(f"notice: {error}, as is done here")
         size = replace(size, compile=0)
+    fp32, bf16 = (product_speed(torch.device(args.device), dtype) for dtype in (torch.float32, torch.bfloat16))
     for stage in STAGES:
         rows = [name for name in wanted if name.startswith(stage)]
         if rows or "image_tokens" in wanted:
             write_data(folder / stage, stage, size.samples[stage], tokenizer, images=size.samples[stage])
         if rows:
-            yield from race(stage, rows, folder, encoder, size, args)
+            for row in race(stage, rows, folder, encoder, size, args):  # ratios hang on what bf16 is worth here
+                yield row | {"bf16_to_fp32": bf16 / fp32}
     if "loader" in wanted:
         yield measure_loader(folder, tokenizer)
     if "image_tokens" in wanted:
         yield from measure_tokens(folder, size, args)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product, the best of several."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
+    return max(2 * n**3 / timeit(lambda: (a @ a)[0, 0].item(), number=1) for _ in range(8))
 
 
 def race(stage: str, rows: list[str], folder: Path, encoder: Path, size: Size, args: argparse.Namespace) -> Iterator[dict]:
@@ -100,13 +109,15 @@ def measure_tokens(folder: Path, size: Size, args: argparse.Namespace) -> Iterat
         }  # fmt: skip
 
 
-def run_script(stage: str, folder: Path, encoder: Path, size: Size, device: str, clone: Path, **more) -> dict[str, dict]:
+def run_script(stage: str, folder: Path, encoder: Path, size: Size, device: str, clone: Path,
+               launcher: tuple = (sys.executable,), **more) -> dict[str, dict]:  # fmt: skip
     """Figures of a training script's first epoch and of its later ones, from the metrics file that it leaves.
 
     Its first update, which waits for the loader and the compiler, is left out.
     """
-    out, flags = folder / "out", STAGES[stage]
-    shutil.rmtree(out, ignore_errors=True)
+    out, flags = folder / "out", STAGES[stage] | more
+    if "from_resume" not in more:
+        shutil.rmtree(out, ignore_errors=True)
     updates = size.samples[stage] // flags["batch_size"]
     flags = flags | {
         "data_path": folder / stage / f"{stage}.jsonl", "images_path": folder / stage / "images", "vision_model_path": encoder,
@@ -114,17 +125,18 @@ def run_script(stage: str, folder: Path, encoder: Path, size: Size, device: str,
         "cache_features": 1, "use_compile": size.compile, "device": device, "save_dir": out, "checkpoint_dir": out,
         "hidden_size": size.hidden_size, "num_hidden_layers": size.num_hidden_layers, **more,
     }  # fmt: skip
-    command = [sys.executable, clone / f"train_{stage}_vlm.py", *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    command = [*launcher, clone / f"train_{stage}_vlm.py", *(word for name, value in flags.items() for word in (f"--{name}", value))]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{clone / command[1].name} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"train_{stage}_vlm.py failed:\n{done.stderr[-3000:]}")
     (metrics,) = out.glob("*.metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     ends = [line["seconds"] for line in lines]  # of the first update, then of each epoch
     first, *later = (after - before for before, after in pairwise(ends))
-    memory = {"peak_memory_mb": lines[-1]["peak_memory_mb"]}
-    return {"first_epoch": {"samples_per_second": (updates - 1) * flags["batch_size"] / first, **memory},
-            "cached": {"samples_per_second": updates * flags["batch_size"] / statistics.median(later), **memory}}  # fmt: skip
+    both = {"peak_memory_mb": lines[-1]["peak_memory_mb"]}
+    return {"first_epoch": {"samples_per_second": (updates - 1) * flags["batch_size"] / first, **both},
+            "cached": {"samples_per_second": updates * flags["batch_size"] / statistics.median(later), **both,
+                       "tokens_per_second": lines[-1]["tokens_per_second"]}}  # fmt: skip
 
 
 def run_plain(*arguments) -> dict[str, dict]:

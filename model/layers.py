@@ -70,7 +70,18 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         return attention_in_blocks(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return attend(q, k, v, causal=True)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
+    """torch's attention: q [B, H, T, d], k and v [B, G, K, d], `mask` bool [B or 1, 1, T, K] -> [B, H, T, d].
+
+    H / G query heads share a key head. On CUDA only flash attention knows that; where it cannot be had (fp32, a mask, cards
+    before Ampere) torch would make all T * K scores, so there the key heads are repeated, for the memory-saving kernel.
+    """
+    if q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32 or torch.cuda.get_device_capability() < (8, 0)):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] < q.shape[1])
 
 
 @torch.compiler.disable  # a compiler's backward of it takes four times as long as the library's products

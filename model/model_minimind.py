@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .layers import RMSNorm, apply_rope, causal_attention, rope_tables
+from .layers import RMSNorm, apply_rope, attend, causal_attention, rope_tables
 
 IGNORE_INDEX = -100  # the label of a token without loss, as F.cross_entropy has it by default
 
@@ -133,10 +133,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if past_key_values is not None:  # keys and values of earlier tokens are kept, not computed again: [B, G, K, d]
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if attention_mask is None and T > 1:
-            out = causal_attention(q, k, v)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=True)
+        out = causal_attention(q, k, v) if attention_mask is None and T > 1 else attend(q, k, v, attention_mask)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, D))  # heads side by side again, and mixed
 
 

@@ -55,3 +55,18 @@ def test_mistakes_are_told_before_the_work(flags, message, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, *flags)
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_the_device_suite_compares_trains_resumes_and_says_what_it_cannot(tmp_path, monkeypatch, capsys):
+    """On a CPU and tiny, so that the program is sound where there is a GPU."""
+    names = ["equal_fp32", "equal_bf16", "equal_experts", "equal_answers", "sft_768x16", "host_waits", "memory_768x16", "resume", "decode_32", "torchrun"]
+    assert run(monkeypatch, "gpu", "--tiny", "--rows", ",".join(names), "--device", "cpu", "--json", tmp_path / "a.json") == 0
+    rows = {row.pop("name"): row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert [*rows] == [name for name in names if name != "host_waits"]
+    assert "host_waits" in (said := capsys.readouterr().out) and "only CUDA tells" in said
+    assert max(rows["equal_fp32"].values()) < 1e-4 and rows["equal_fp32"]["gradients"] < rows["equal_bf16"]["gradients"] < 0.2
+    assert rows["equal_answers"]["same_tokens"] == rows["equal_answers"]["of"] and rows["equal_experts"]["difference"] < 0.02
+    assert rows["resume"]["difference"] == 0 and rows["memory_768x16"]["batch_24gb"] > rows["memory_768x16"]["batch_8gb"]
+    assert all(value > 0 for value in (*rows["sft_768x16"].values(), *rows["decode_32"].values(), *rows["torchrun"].values()))
+    assert run(monkeypatch, "gpu", "--tiny", "--rows", "equal_fp32", "--minutes", 0) == 0
+    assert "--minutes 0 are over" in capsys.readouterr().out

@@ -57,6 +57,9 @@ def enter(entry: str, before: str, **environment) -> subprocess.CompletedProcess
     ("0::/a/b", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "500000 100000"}, 4),
     ("0::/host/name/of/it", {"cpu.max": "200000 50000"}, 4),
     ("0::/../other", {"cpu.max": "200000 100000"}, 2),
+    ("4:cpu,cpuacct:/docker/x\n3:memory:/y", {"cpu,cpuacct/docker/x/cpu.cfs_quota_us": "250000", "cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000"}, 2),
+    ("4:cpuacct,cpu:/x", {"cpuacct,cpu/cpu.cfs_quota_us": "-1", "cpuacct,cpu/cpu.cfs_period_us": "100000"}, 8),
+    ("3:memory:/x", {"memory/x/cpu.cfs_quota_us": "100000", "memory/x/cpu.cfs_period_us": "100000"}, 8),
     (None, {}, 8),
 ])  # fmt: skip
 def test_cores_are_the_least_of_affinity_and_quota(tmp_path, monkeypatch, group, files, expected):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layers import RMSNorm, apply_rope, rope_tables
+from model.layers import RMSNorm, apply_rope, attend, rope_tables
 from model.model_minimind import FeedForward, MiniMindForCausalLM
 from model.moe import MOEFeedForward
 
@@ -122,7 +122,7 @@ class PackedBlock:
         q = rotated[:, :-G]
         k, v = cache.append(self.layer, rotated[:, -G:], heads[:, -G:])
         causal = mask is None and q.shape[2] > 1
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        attended = attend(q, k, v, mask, causal)
         x = x + self.out(attended.transpose(1, 2).reshape(x.shape))
         return x + self.mlp(self.norms[1](x))
 

@@ -51,7 +51,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--video", metavar="FILE", help="a video for the first question of a chat, or to be described")
     flag("--video_frames", type=int, default=8, help="frames that stand for a video, if as many fit")
     flag("--device", help="default: cuda:0, mps or cpu, the best there is")
-    flag("--vision_model_path", help="CLIP folder, or org/name on a hub (default: that of the weights' training)")
+    flag("--vision_model_path", help="folder of the vision encoder, or org/name on a hub (default: that of the weights' training)")
     flag("--tokenizer_path", help="folder of the tokenizer, or org/name on a hub (default: that of the weights' training)")
     flag("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
     flag("--prompt", help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
@@ -75,8 +75,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def describe_folder(assistant: Assistant, folder: Path, question: str, sampling: Sampling, screen: Screen) -> None:
+def describe_folder(assistant: Assistant, args: argparse.Namespace, screen: Screen) -> None:
     """Streams the answer about every image in the folder; a corrupt one is reported and skipped."""
+    folder, question = Path(args.image_dir), args.prompt or FOLDER_QUESTION
     names = image_files(folder) if folder.is_dir() else []
     if not names:
         raise UsageError(f"--image_dir {folder}: no images there (.jpg, .png and {len(IMAGE_SUFFIXES) - 2} more kinds)")
@@ -88,7 +89,7 @@ def describe_folder(assistant: Assistant, folder: Path, question: str, sampling:
         except SampleError as error:
             screen.write(f"skipped: {error}\n")
             continue
-        chat = Chat(assistant, sampling)
+        chat = Chat(assistant, args.sampling, args.max_seq_len)
         chat.add_image(image)
         for piece in chat.stream(question):
             screen.write(piece)
@@ -102,7 +103,7 @@ def talk(assistant: Assistant, weight_file: Path, args: argparse.Namespace, scre
         chosen = args.video or input("[0] describe the images of a folder   [1] chat: ").strip() == "1"
         mode = "chat" if chosen else "folder"
     if mode == "folder" and not args.video:
-        return describe_folder(assistant, Path(args.image_dir), args.prompt or FOLDER_QUESTION, args.sampling, screen)
+        return describe_folder(assistant, args, screen)
     chat = TerminalChat(Chat(assistant, args.sampling, args.max_seq_len), screen, args.video_frames)
     if args.video:
         chat.video(args.video)

@@ -2,7 +2,7 @@
 
 Legend: M different images of a data set, P patch vectors of width W each.
 
-A cache is a folder of a few files; an image's slot is its number among the M, times its views (1 without tiles):
+A cache is a folder of a few files. An image has `views` slots (1 without tiles); its first is its number among the M times views:
 
     meta.json     what the features depend on; another encoder, number format or list of images makes a new cache
     names.npy     uint64 [M], ascending: hashes of the images' names; an image's slot is the place of its hash

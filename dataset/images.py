@@ -65,7 +65,7 @@ class ImageSource:
         with unreadable(name_of(ref), where):
             image, turned = open_image(data, MAX_PIXELS), False
             with contextlib.suppress(Exception):  # as `to_rgb` has it of a damaged EXIF block
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return tile_grid(*(image.size[::-1] if turned else image.size), tiles)
 
     def read(self, name: str, where: str = "") -> bytes:

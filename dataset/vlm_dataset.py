@@ -102,7 +102,10 @@ class VLMDataset(Dataset):
                 return [ImageInput(None, one, entry, "", (rows, columns)) for one, entry in zip(features, entries, strict=True)]
         pixels = self.images.pixels(ref, where, notes, self.settings)
         grid, views = grid_of(pixels, self.settings.size), views_of(pixels, self.settings.size)
-        entries = [ImageInput.entry] * len(views) if self.cache is None else entries
+        if self.cache is None:
+            entries = [ImageInput.entry] * len(views)
+        elif grid != (rows, columns):
+            raise SampleError("an image's EXIF block does not say how it is turned", where)
         return [ImageInput(view, None, entry, "".join(notes), grid) for view, entry in zip(views, entries, strict=True)]
 
 

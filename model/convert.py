@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="weights (.pth), a folder, or org/name on a hub")
     parser.add_argument("target", type=Path, help="a folder or weights (.pth)")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer, when the source has none (default: that of the training)")
-    parser.add_argument("--vision_model_path", help="CLIP folder that goes into the folder; none: leaves it out"
+    parser.add_argument("--vision_model_path", help="folder of the vision encoder, or org/name on a hub, that goes into the folder; none: leaves it out"
                         " (default: that of the training)")  # fmt: skip
     args = parser.parse_args(home_for_tilde(argv))
     transformers_logging.set_verbosity_error()

@@ -30,9 +30,9 @@ OTHERWISE = (f"nor is all of it in the cache, {constants.HF_HUB_CACHE}. Check ne
 
 
 @functools.cache
-def fetch(uri: HfUri, allowed: tuple[str, ...], ignored: str | None, failed: str) -> str:
-    """The folder of the cache that holds a repository's files of these patterns. What the hub does not give now is taken if it
-    is there from before. Raises UsageError, which begins with `failed`."""
+def fetch(uri: HfUri, allowed: tuple[str, ...], ignored: str | None, failed: str) -> tuple[str, str]:
+    """The folder of the cache that holds a repository's files of these patterns, and why the hub was not asked, if so: what it
+    does not give now is taken if it is there from before. Raises UsageError, which begins with `failed`."""
     repository = {"repo_id": uri.id, "repo_type": uri.type, "revision": uri.revision}
     refusal = None
     try:  # first, for snapshot_download waits for ever where the network swallows what is sent
@@ -43,9 +43,10 @@ def fetch(uri: HfUri, allowed: tuple[str, ...], ignored: str | None, failed: str
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         enable_progress_bars()  # which transformers' own switch turns off as well
     try:
-        return snapshot_download(
+        folder = snapshot_download(
             **repository, allow_patterns=[*allowed], ignore_patterns=ignored, local_files_only=refusal is not None
         )
+        return folder, "" if refusal is None else f"{failed} {constants.ENDPOINT}: {first_line(refusal)}; {OTHERWISE}"
     except Exception as error:
         cause = refusal or error
         reason = next((text for kind, text in REASONS.items() if isinstance(cause, kind)), f"{first_line(cause)}; {OTHERWISE}")
@@ -64,10 +65,11 @@ def folder_of(path: str | Path, weights: bool = True) -> Path:
         return Path(path)
     name = Path(path).as_posix()
     failed = f"{name}: no file or folder of that name in {os.getcwd()}, and no repository could be fetched from"
-    folder = Path(fetch(parse_hf_uri(f"hf://models/{name}"), (*TEXTS, *WEIGHTS) if weights else TEXTS, None, failed))
+    folder, refusal = fetch(parse_hf_uri(f"hf://models/{name}"), (*TEXTS, *WEIGHTS) if weights else TEXTS, None, failed)
+    folder = Path(folder)
     if weights and not any(folder.glob(WEIGHTS[0])):
         raise UsageError(
-            f"{name} on {constants.ENDPOINT} has no model.safetensors, and pickles are not fetched by name. Often a pull"
+            refusal or f"{name} on {constants.ENDPOINT} has no model.safetensors, and pickles are not fetched by name. Often a pull"
             f" request of the repository has it: {name.partition('@')[0]}@refs/pr/1, with its number. Or name a folder:\n"
             f"    hf download {name.partition('@')[0]} --local-dir FOLDER"
         )
@@ -79,15 +81,15 @@ def fetch_data(entry: str) -> str:
     folder ("data/") or a pattern. Raises UsageError."""
     try:
         uri = parse_hf_uri(entry)
-        if not uri.path_in_repo:
-            raise HfUriError(entry, "It names no file.")
+        if uri.type != "dataset" or not uri.path_in_repo:
+            raise HfUriError(entry, "It names no file of a data set.")
     except HfUriError as error:
         raise UsageError(f"{error} Data are named hf://datasets/ORG/NAME/FILE or hf://datasets/ORG/NAME@REVISION/FILE, where"
                          " FILE may be a pattern (*.parquet)") from error  # fmt: skip
     deeper = None if "**" in uri.path_in_repo else "*/" * (uri.path_in_repo.count("/") + 1) + "*"  # for the hub, * means / too
     wanted = (uri.path_in_repo, uri.path_in_repo.replace("**/", ""))  # ** may mean no folder at all
-    folder = fetch(uri, wanted, deeper, f"{entry} cannot be fetched from")
+    folder, refusal = fetch(uri, wanted, deeper, f"{entry} cannot be fetched from")
     path = os.path.join(folder, uri.path_in_repo)
     if not os.path.exists(path) and not glob.glob(path := os.path.join(glob.escape(folder), uri.path_in_repo), recursive=True):
-        raise UsageError(f"{entry}: the repository has no such file; its files: {HfUri(uri.type, uri.id).to_url()}/tree/main")
+        raise UsageError(refusal or f"{entry}: the repository has no such file; its files: {HfUri(uri.type, uri.id).to_url()}/tree/main")
     return path

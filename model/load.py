@@ -15,18 +15,17 @@ from .errors import UsageError, check_fetched, first_line
 from .hub_names import folder_of
 from .minimind3 import settings_for
 from .model_vlm import MiniMindVLM, VLMConfig
+from .vision import patches_per_image
 from .weights import (
-    CLIP_FOLDER,
     VISION_FOLDER,
     check_fingerprints,
+    find_vision_encoder,
     fingerprints,
     load_state,
     load_tokenizer,
-    load_vision_encoder,
     load_weights,
     read_sidecar,
     read_state,
-    recorded,
     tokenizer_folder,
     weight_files,
     weight_name,
@@ -54,13 +53,6 @@ def find_weights(folder: Path, weight: str, hidden_size: int | None, use_moe: in
         raise UsageError(f"--weight {weight}: there are several in {folder}: {', '.join(path.name for path in fitting)};"
                          " choose one by --hidden_size and --use_moe")  # fmt: skip
     return fitting[0] if len(fitting) == 1 else published
-
-
-def find_vision_encoder(path: str | Path | None, record: dict) -> PreTrainedModel | None:
-    """The vision encoder in the folder at `path`; None: the one that the weights were trained with; "none": none. Raises
-    UsageError."""
-    folder = path or recorded(record, "vision_model_path", "config.json", CLIP_FOLDER)
-    return None if str(folder) == "none" else load_vision_encoder(folder)
 
 
 def build_model(source: Path, settings: Any) -> MiniMindVLM:
@@ -113,18 +105,21 @@ def assemble(
 def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
     """Native weights at `path`, with the tokenizer and vision encoder of the training, as the sidecar tells, where none are
     given. Raises UsageError for anything missing or not fitting."""
-    sidecar = read_sidecar(path)
+    sidecar, encoder = read_sidecar(path), None
     if "config" in sidecar:
         model = build_model(path.with_suffix(".json"), sidecar["config"])
     else:
-        model = build_model(path, settings_of(read_state(path)) if path.is_file() else {})  # load_weights says it is missing
+        settings = settings_of(read_state(path)) if path.is_file() else {}  # load_weights says it is missing
+        if "vision_hidden_size" in settings and (encoder := find_vision_encoder(vision_model_path, sidecar)):
+            settings["image_tokens"] = patches_per_image(encoder) * encoder.config.hidden_size // settings["vision_hidden_size"]
+        model = build_model(path, settings)
     if missing := load_weights(path, model):
         raise UsageError(f"{path} holds a language model without projector ({', '.join(missing)} missing)")
     record = {key: value for key, value in sidecar.items() if key not in ("config", "weights")}
     folder = tokenizer_folder(path, sidecar, tokenizer_path)
     if not sidecar:
         print(f"{path} has no sidecar; its tokenizer: {folder}", file=sys.stderr)
-    return assemble(path, model, load_tokenizer(folder), find_vision_encoder(vision_model_path, record), record)
+    return assemble(path, model, load_tokenizer(folder), encoder or find_vision_encoder(vision_model_path, record), record)
 
 
 def read_folder(source: str | Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
@@ -145,9 +140,12 @@ def read_folder(source: str | Path, tokenizer_path: str | Path | None = None, vi
     tokenizer = load_tokenizer(folder if brings["tokenizer"] else tokenizer_folder(folder, record, tokenizer_path))
     encoder = find_vision_encoder(folder / VISION_FOLDER if brings["vision_encoder"] else vision_model_path, record)
     loaded = assemble(folder, model, tokenizer, encoder, record)
-    if "fingerprints" not in record:  # published: what it brings along is what it was made with
-        used = fingerprints(model, tokenizer)
-        record["fingerprints"] = {kind: value for kind, value in used.items() if brings[kind]}
+    if "fingerprints" not in record:  # published: what it is read with now is what it was made with
+        record |= {"fingerprints": fingerprints(model, tokenizer), "training": {"tokenizer_path": tokenizer.name_or_path}}
+        if vision_model_path and not brings["vision_encoder"]:
+            record["training"]["vision_model_path"] = str(vision_model_path)
+        if not brings["tokenizer"]:
+            print(f"{folder} brings no tokenizer; its tokenizer: {tokenizer.name_or_path}", file=sys.stderr)
     return loaded
 
 

@@ -9,6 +9,10 @@ import math
 RENAMED = {"image_hidden_size": "vision_hidden_size", "image_token_len": "image_tokens", "num_experts": "n_routed_experts",
            "router_aux_loss_coef": "aux_loss_alpha"}  # fmt: skip
 
+# How SigLIP 2 (base, patch 32, 256 pixels), the family's vision encoder, wants its images; published folders do not say.
+SIGLIP2 = {"size": {"height": 256, "width": 256}, "do_center_crop": False, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SIGLIP2_TOKENS = 64
+
 
 def settings_for(hidden_size: int) -> dict:
     """The family's settings that are not this project's defaults."""

@@ -31,13 +31,15 @@ class PixelSettings:
     @classmethod
     def from_dict(cls, given: dict) -> "PixelSettings":
         """Those of a preprocessor_config.json. Raises ValueError for what cannot be done here."""
-        size, crop = (value if isinstance(value := given.get(name), dict) else {"shortest_edge": value or 0} for name in ("size", "crop_size"))
-        cropped, squeezed = bool(given.get("do_center_crop")), size.keys() == {"height", "width"}
-        crop = crop if cropped and given.get("crop_size") else size
-        edge, side = max(size.values()), max(crop.values())
-        fits = edge == side if squeezed else cropped and edge >= side and "shortest_edge" in size
-        if not (fits and side > 0 and {edge, side} == {*size.values(), *crop.values()}):
-            raise ValueError(f"size {given.get('size')} with crop_size {given.get('crop_size') if cropped else None} gives no squares")
+        size, crop = given.get("size") or 0, given.get("crop_size") if given.get("do_center_crop") else None
+        size = size if isinstance(size, dict) else {"shortest_edge": size}  # old files hold a number
+        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop} if crop else size
+        edge, side, squeezed = max(size.values()), max(crop.values()), size.keys() == {"height", "width"}
+        whole = len({*size.values()}) == len({*crop.values()}) == 1  # squares
+        fits = edge == side if squeezed else "shortest_edge" in size and edge >= side and given.get("do_center_crop")
+        if not (whole and fits and side > 0):
+            raise ValueError(f"size {given.get('size')}, do_center_crop {given.get('do_center_crop')}, crop_size"
+                             f" {given.get('crop_size')} give no squares")  # fmt: skip
         scaled = given.get("do_rescale", True) and math.isclose(given.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3)
         if not given.get("do_resize", True) or not scaled or given.get("resample", 3) not in FILTERS:
             raise ValueError(f"images are resized by one of {FILTERS}, and their bytes divided by 255")

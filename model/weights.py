@@ -98,7 +98,7 @@ def vision_encoder_fingerprint(encoder: PreTrainedModel) -> str:
     settings = pixel_settings_of(encoder)
     if settings == PixelSettings(settings.size, settings.size):
         return weights
-    return f"{weights}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+    return f"{weights}-{hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], config: dict, sidecar: dict, before: str | None = None) -> str:
@@ -196,7 +196,7 @@ def load_state(path: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
     if problems := [f"{len(names)} {kind} (first: {names[0]})" for kind, names in kinds.items() if names]:
         raise UsageError(
             f"{path} does not fit the model: weights {', '.join(problems)}. Give what it was trained with: --family,"
-            " --hidden_size, --num_hidden_layers, --use_moe, --projector, --tokenizer_path, --vision_model_path. If that is so,"
+            " --hidden_size, --num_hidden_layers, --use_moe, --projector, --image_tokens, --tokenizer_path, --vision_model_path. If so,"
             " fetch or make it again"
         )
     if model.config.tie_word_embeddings and not torch.equal(*(state[name] for name in TIED)):
@@ -259,10 +259,11 @@ def load_vision_encoder(folder: str | Path) -> PreTrainedModel:
     """
     from .hub_names import folder_of  # with huggingface_hub
 
-    folder = folder_of(folder)
+    name, folder = str(folder), folder_of(folder)
     if not os.path.isfile(folder / "config.json"):  # False, not an error, for the odd paths a sidecar may name
         raise UsageError(
-            f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 with\n"
+            f"no vision encoder at {folder} (config.json not found there). Fetch CLIP ViT-B/16 (of minimind3:"
+            " jingyaogong/siglip2-base-p32-256-ve) with\n"
             f"    hf download openai/clip-vit-base-patch16 --local-dir {folder}\n"
             f"or   modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir {folder}\n"
             f"or name another encoder's folder with --vision_model_path; the demo's own is {CLIP_FOLDER.parent / 'tiny-clip'}."
@@ -283,6 +284,7 @@ def load_vision_encoder(folder: str | Path) -> PreTrainedModel:
         check_fetched(folder)
         raise UsageError(f"the vision encoder in {folder} cannot be used: {type(error).__name__}: {first_line(error)}. Fetch the"
                          " folder again, or name another with --vision_model_path") from error  # fmt: skip
+    encoder.name_or_path = name  # by which it is recorded
     return encoder.eval().requires_grad_(False)
 
 
@@ -300,6 +302,13 @@ def read_pixel_settings(folder: Path, encoder: PreTrainedModel) -> PixelSettings
     if settings.size % patch >= patch / 2:
         raise ValueError(f"patches of {patch} pixels do not divide images of {settings.size}: {settings.size % patch} are left over")
     return settings
+
+
+def find_vision_encoder(path: str | Path | None, record: dict) -> PreTrainedModel | None:
+    """The vision encoder in the folder at `path`; None: the one that the weights were trained with; "none": none. Raises
+    UsageError."""
+    folder = path or recorded(record, "vision_model_path", "config.json", CLIP_FOLDER)
+    return None if str(folder) == "none" else load_vision_encoder(folder)
 
 
 def recorded(record: dict, name: str, file: str, default: Path) -> str | Path:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval_vlm
 import model.hub  # noqa: F401  (teaches transformers the family)
+from dataset.vlm_dataset import collate
 from model.conversation import Turn
 from model.convert import main as convert
 from model.errors import UsageError
@@ -23,8 +24,10 @@ from model.load import read_folder, read_native
 from model.pixels import CLIP, grid_of, normalize, preprocess, tile_grid, views_of
 from model.vision import encode_images, patches_per_image, pixel_settings_of, pool_patches
 from model.weights import load_vision_encoder, read_sidecar, vision_encoder_fingerprint
-from tests.conftest import make_data
-from tests.test_training import assert_same, train, weights
+from tests.conftest import REPOSITORY, make_data, training_flags, write_jsonl
+from tests.test_training import assert_same, make_trainer, run_training, train, weights
+from trainer.loop import encode
+from trainer.main import main
 
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**SMALL, "vocab_size": 64, "max_position_embeddings": 16}
@@ -99,8 +102,8 @@ BAD = {
     "Expecting": ("clip", lambda f: (f / "config.json").write_text("{")),
     "preprocessor_config.json is missing": ("siglip", lambda f: (f / "preprocessor_config.json").unlink()),
     "asks for images of 48 pixels, config.json for 64": ("siglip", lambda f: edit(f, "preprocessor_config.json", size=dict.fromkeys(("height", "width"), 48))),
-    "gives no squares": ("siglip", lambda f: edit(f, "preprocessor_config.json", size={"height": 64, "width": 48})),
-    "crop_size None gives no squares": ("clip", lambda f: edit(f, "preprocessor_config.json", do_center_crop=False)),
+    "give no squares": ("siglip", lambda f: edit(f, "preprocessor_config.json", size={"height": 64, "width": 48})),
+    "do_center_crop False, crop_size": ("clip", lambda f: edit(f, "preprocessor_config.json", do_center_crop=False)),
     "size None": ("dinov2", lambda f: edit(f, "preprocessor_config.json", size=None)),
     "images are resized by": ("siglip", lambda f: edit(f, "preprocessor_config.json", resample=0)),
     "8 are left over": ("dinov2", lambda f: edit(f, "preprocessor_config.json", crop_size=dict.fromkeys(("height", "width"), 50))),
@@ -203,3 +206,38 @@ def test_train_resume_answer_export_and_back(encoders, shapes, tmp_path, capsys,
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "folder", dtype=torch.float32)
     [ids] = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert native.text(ids[inputs["input_ids"].shape[1] :].tolist()) == answer
+
+
+def test_the_encoder_of_the_weights_is_taken_where_none_is_named_and_shapes_tell_pooling(encoders, shapes, tmp_path):
+    train(shapes, encoders["clip"], tmp_path, hidden_size=64, image_tokens=4)
+    flags = training_flags(shapes, "", tmp_path, hidden_size=64, num_workers=0, from_weight="sft_vlm", save_weight="more")
+    at = flags.index("--vision_model_path")
+    assert main("", {}, flags[:at] + flags[at + 2 :]) == 0
+    path = tmp_path / "out" / "more_64.pth"
+    assert read_sidecar(path)["training"]["vision_model_path"] == str(encoders["clip"])
+    path.with_suffix(".json").unlink()
+    assert read_native(path, REPOSITORY / "model", encoders["clip"]).model.config.image_tokens == 4
+
+
+def test_a_damaged_sidecar_is_named(encoders, shapes, tmp_path):
+    train(shapes, encoders["clip"], tmp_path, hidden_size=64)
+    edit(tmp_path / "out", "sft_vlm_64.json", config={"projector": "three"})
+    done = run_training(shapes, encoders["clip"], tmp_path, hidden_size=64, from_weight="sft_vlm", save_weight="more")
+    assert done.returncode == 2 and "sft_vlm_64.json holds no configuration of this model: projector 'three'" in done.stderr
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 9, 0x600])
+def test_tiles_are_the_same_from_the_cache(encoders, tmp_path, orientation):
+    (tmp_path / "pictures").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(200, 100).save(tmp_path / "pictures" / "a.jpg", exif=exif)
+    turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Noise."}]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns, "image": "a.jpg"}]), tmp_path / "pictures"
+    made = make_trainer(data, encoders["siglip"], tmp_path, tiles=2, cache_features=1)
+    first = made.run.dataset[0]
+    encode(made.run, collate([first], 0, 16))
+    made.run.cache.flush()
+    second = made.run.dataset[0]
+    assert [image.features is None for image in first.images + second.images] == [True] * 3 + [False] * 3
+    assert np.array_equal(first.ids, second.ids)

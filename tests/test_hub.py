@@ -183,7 +183,7 @@ CASES = {
     ("load_tokenizer", "org/clip"): "no tokenizer.json in org/clip",
     ("open_samples", "hf://datasets/org/nobody/a.jsonl"): "hf://datasets/org/nobody/a.jsonl cannot be fetched from {url}: there is no such",
     ("open_samples", "hf://datasets/org/talk/a.jsonl:2"): "a.jsonl: the repository has no such file; its files: {url}/datasets/org/talk/",
-    ("open_samples", "hf://datasets/org/talk"): "It names no file. Data are named hf://datasets/ORG/NAME/FILE",
+    ("open_samples", "hf://datasets/org/talk"): "It names no file of a data set. Data are named hf://datasets/ORG/NAME/FILE",
     ("open_samples", "hf://talk"): "Data are named hf://datasets/ORG/NAME/FILE",
 }  # fmt: skip
 FOLDER_OF = "from model.hub_names import folder_of\n"

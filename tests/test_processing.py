@@ -175,7 +175,7 @@ def test_a_processor_survives_saving(processor, tmp_path):
      (lambda p: p.apply_chat_template([{"role": "user", "content": "<image>"}], tokenize=True), "wait for an image"),
      (lambda p: p.apply_chat_template(SPECIAL, tools=[{}]), "tools: conversations"),
      (lambda p: p.apply_chat_template(SPECIAL, add_generation_prompt=True, continue_final_message=True), "not both"),
-     (lambda p: type(p.image_processor)(do_center_crop=False, size={"shortest_edge": 224}), "gives no squares")],
+     (lambda p: type(p.image_processor)(do_center_crop=False, size={"shortest_edge": 224}), "give no squares")],
 )  # fmt: skip
 def test_mistakes_are_named(processor, call, message):
     with pytest.raises(ValueError, match=message):

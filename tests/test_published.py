@@ -18,12 +18,14 @@ import torch
 
 from eval_vlm import main as eval_main
 from model import convert, weights
+from model.inference.assistant import load_assistant
 from model.minimind3 import settings_for
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.recipes import train_tokenizer
 from model.weights import half_weights, load_tokenizer, read_sidecar, tokenizer_fingerprint
 from tests.conftest import REPOSITORY, make_model, make_vision_encoder
+from tests.test_convert import publish
 from tests.test_eval import plain_image
 from tests.test_minimind3 import further_tokens, save_eye, standing_in
 from tests.test_readme import commands, read, run
@@ -122,3 +124,18 @@ def test_a_tokenizer_next_to_weights_or_published_or_given_is_taken(foreign, enc
     shutil.copy(REPOSITORY / "model" / "tokenizer.json", foreign / "out")
     shutil.copy(REPOSITORY / "model" / "tokenizer_config.json", foreign / "out")
     assert ask(foreign, encoder_folder) == 0 and f"tokenizer: {foreign / 'out'}\n" in capsys.readouterr().err
+
+
+def test_a_folder_read_with_another_tokenizer_keeps_it(published, tmp_path, capsys):
+    """Otherwise its weights would be taken for ours, which have this project's."""
+    encoder = make_vision_encoder(width=768)
+    encoder.save_pretrained(tmp_path / "clip")
+    model = make_model(encoder=encoder, hidden_size=32, num_attention_heads=8, vision_hidden_size=768)
+    publish(tmp_path / "original", model, "model.safetensors")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "original" / file).unlink()
+    assert convert.main([str(tmp_path / "original"), str(tmp_path / "mine_32.pth"), "--tokenizer_path", str(published)]) == 0
+    assert str(published) in capsys.readouterr().err
+    assert read_sidecar(tmp_path / "mine_32.pth")["training"]["tokenizer_path"] == str(published)
+    again = load_assistant("model", tmp_path / "mine_32.pth", "cpu", str(tmp_path / "clip"))
+    assert tokenizer_fingerprint(again.tokenizer) == tokenizer_fingerprint(load_tokenizer(published))

@@ -170,7 +170,7 @@ def test_defaults_are_the_published_ones():
         "save_dir": (str(REPOSITORY / "out"),) * 2, "tokenizer_path": (None, None),
         "data_path": (str(REPOSITORY / "dataset/pretrain_data.jsonl"), str(REPOSITORY / "dataset/sft_data.jsonl")),
         "images_path": (str(REPOSITORY / "dataset/pretrain_images"), str(REPOSITORY / "dataset/sft_images")),
-        "vision_model_path": (str(REPOSITORY / "model/vision_model/clip-vit-base-patch16"),) * 2,
+        "vision_model_path": (None,) * 2,  # of the weights started from, or model/vision_model/clip-vit-base-patch16
     }  # fmt: skip
     for name, values in expected.items():
         assert (getattr(pretrain, name), getattr(sft, name)) == values, name
@@ -618,6 +618,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 def test_resume_with_other_settings_is_refused_by_name(data, encoder_folder, tmp_path):
     train(data, encoder_folder, tmp_path)
     for flag, value in (("seed", 7), ("freeze_llm", 2)):
+        done = run_training(data, encoder_folder, tmp_path, from_resume=1, **{flag: value})
+        assert done.returncode == 2 and f"--{flag}" in done.stderr, done.stderr
+    state = tmp_path / "checkpoints" / f"{NAME}_resume.pth"
+    content = torch.load(state, weights_only=True)
+    for flag, value in (("tiles", 4), ("projector", "mlp"), ("image_tokens", 49), ("family", "minimind3")):
+        content["config"].pop(flag)  # as in a state from before there was a choice
+        torch.save(content, state)
         done = run_training(data, encoder_folder, tmp_path, from_resume=1, **{flag: value})
         assert done.returncode == 2 and f"--{flag}" in done.stderr, done.stderr
     done = train(data, encoder_folder, tmp_path, from_resume=1)  # a finished run has nothing left to do

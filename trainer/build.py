@@ -30,9 +30,9 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from model.vision import patches_per_image, pooling
 from model.weights import (
     OWN_TOKENIZER,
+    find_vision_encoder,
     fingerprints,
     load_tokenizer,
-    load_vision_encoder,
     load_weights,
     read_sidecar,
     read_state,
@@ -84,6 +84,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     # What the machine decided is recorded, for a resume to do the same.
     dtype = choose_dtype(config, ranks, saved, used["vision_encoder"])
     config = replace(config, dtype=dtype, device=str(ranks.device), tokenizer_path=tokenizer.name_or_path,
+                     vision_model_path=config.vision_model_path or model.vision_encoder.name_or_path,
                      family=family_of(vars(model.config)), projector=model.config.projector, image_tokens=model.config.image_tokens,
                      tiles=model.config.tiles)  # fmt: skip
     freeze(model, config.freeze_llm)
@@ -127,10 +128,13 @@ def load_parts(
 
     scratch = config.from_resume or config.from_weight == "none"
     start = None if scratch else config.weights_of(config.from_weight)
-    model = samples = images = random = None
-    tokenizer, encoder = attempt(find_tokenizer, config, start, saved), attempt(load_vision_encoder, config.vision_model_path)
-    if tokenizer and encoder and (known := attempt(settings_before, start, saved)) is not None:
-        model = attempt(build_model, config, tokenizer, encoder, known)
+    model = tokenizer = samples = images = random = None
+    known = attempt(settings_before, start, saved)
+    if known is not None:
+        tokenizer = attempt(find_tokenizer, config, start, known["record"])
+        encoder = attempt(find_vision_encoder, config.vision_model_path, known["record"])
+        if tokenizer and encoder:
+            model = attempt(build_model, config, tokenizer, encoder, known)
     try:
         samples, images = open_samples(config.data_path), open_images(config.images_path)
         if fraction and not len(samples.hold_out(fraction, config.seed)):
@@ -152,26 +156,35 @@ def load_parts(
     return tokenizer, model, samples, images
 
 
-def find_tokenizer(config: TrainConfig, start: Path | None, saved: tuple[dict, str | None] | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of --tokenizer_path, or that of the `saved` state or of the weights that a run starts from; this
-    project's own for random weights. Raises UsageError."""
-    sidecar = {"training": saved[0]["config"]} if saved else read_sidecar(start) if start else {}
-    unknown = not config.tokenizer_path and not sidecar and (start is None or not start.is_file())
-    return load_tokenizer(OWN_TOKENIZER if unknown else tokenizer_folder(start, sidecar, config.tokenizer_path))
+def find_tokenizer(config: TrainConfig, start: Path | None, record: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_path, or that of the state or of the weights that a run starts from; this project's own for
+    random weights. Raises UsageError."""
+    unknown = not config.tokenizer_path and not record and (start is None or not start.is_file())
+    return load_tokenizer(OWN_TOKENIZER if unknown else tokenizer_folder(start, record, config.tokenizer_path))
 
 
 def settings_before(start: Path | None, saved: tuple[dict, str | None] | None) -> dict:
-    """What the `saved` state or the weights that a run starts from tell of the model that flags would else have to say."""
-    if saved or start is None or not start.is_file():
-        return saved[0]["config"] if saved else {}
-    if (settings := read_sidecar(start).get("config")) is None:
+    """What the `saved` state or the weights that a run starts from tell of the model that flags would else have to say, and
+    their `record`, which names tokenizer and vision encoder. Raises UsageError for a broken one."""
+    if saved:
+        return {**saved[0]["config"], "record": {"training": saved[0]["config"]}}
+    if start is None or not start.is_file():
+        return {"record": {}}
+    record = read_sidecar(start)
+    if (settings := record.get("config")) is None:
         from model.load import settings_of  # not needed with a sidecar
 
         settings = settings_of(read_state(start))
-        if "vision_hidden_size" not in settings:  # a language model: no images yet
-            return {"family": family_of(settings), "image_token_id": settings.get("image_token_id", 34)}
-    config = VLMConfig.from_dict(settings)
-    return {"family": family_of(settings)} | {name: getattr(config, name) for name in ("image_token_id", "projector", "image_tokens", "tiles")}
+    try:
+        config = VLMConfig.from_dict(settings)
+    except Exception as error:  # of a damaged one, all kinds
+        raise UsageError(f"{start.with_suffix('.json')} holds no configuration of this model: {first_line(error)}") from error
+    known = {"record": record, "family": family_of(settings)}
+    if "config" in record or "vision_hidden_size" in settings:  # else a language model, for which all is open
+        known |= {name: getattr(config, name) for name in ("image_token_id", "projector", "image_tokens", "tiles")}
+    elif known["family"] == "minimind3":
+        known["image_token_id"] = config.image_token_id
+    return known
 
 
 def family_of(settings: dict) -> str:

@@ -77,9 +77,9 @@ class TrainConfig:
         " swanlab[dashboard]; offline needs no account)")  # fmt: skip
     wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
-    vision_model_path: str = setting(
-        inside("model", "vision_model", "clip-vit-base-patch16"), "folder of a vision encoder in transformers format, or org/name"
-        " on a hub: CLIP, SigLIP or SigLIP 2 of fixed size, DINOv2")  # fmt: skip
+    vision_model_path: str | None = setting(
+        None, "folder of a vision encoder in transformers format, or org/name on a hub: CLIP, SigLIP or SigLIP 2 of fixed"
+        " size, DINOv2; by default that of the weights started from, or model/vision_model/clip-vit-base-patch16")  # fmt: skip
     family: str | None = setting(
         None, "the decoder's: that of the original's weights of 2025 (MiniMind2-V) or of 2026 (minimind-3v); by default"
         " that of the weights started from, or minimind2", ("minimind2", "minimind3"))  # fmt: skip
@@ -119,6 +119,7 @@ class TrainConfig:
         for name in ("num_workers", "eval_interval", "seed", "tiles"):
             require((getattr(self, name) or 0) >= 0, name, "must not be negative")
         require(self.image_tokens is None or self.image_tokens > 0, "image_tokens", "must be greater than 0")
+        require(self.tiles != 1, "tiles", "a single tile would be the image once more; 2 or more, or 0")
         require(math.isfinite(self.learning_rate), "learning_rate", "must be finite")
         for name in ("save_weight", "from_weight"):
             value = getattr(self, name)

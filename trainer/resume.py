@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.errors import UsageError
+from model.vision import patches_per_image
 from model.weights import check_fingerprints, read_tensors
 
 from .checkpoint import STATE_VERSION, TrainState, previous_state
@@ -75,9 +76,12 @@ def restore(run: "Run") -> TrainState:
 
 def check_settings(run: "Run", content: dict) -> None:
     """Raises UsageError when a setting that must stay is another than in the saved state."""
-    config, then, path = run.config, content["config"], run.config.resume_file
+    config, path = run.config, run.config.resume_file
+    # What older states do not hold.
+    then = {"family": "minimind2", "projector": "linear", "image_tokens": patches_per_image(run.model.vision_encoder), "tiles": 0}
+    then |= content["config"]
     for name in FIXED:
-        if getattr(config, name) != then.get(name, getattr(config, name)):  # older states do not hold all
+        if getattr(config, name) != then[name]:
             raise UsageError(f"{path} was saved with --{name} {then[name]}, now it is {getattr(config, name)}:"
                              " no exact resume is possible")  # fmt: skip
     if fraction_of(config.eval_data_path) != fraction_of(then["eval_data_path"]):

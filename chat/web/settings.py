@@ -20,7 +20,7 @@ def parse_flags(argv: list[str], description: str = "") -> Namespace:
     add("--save_dir", type=Path, default=REPOSITORY / "out", help="folder of weights and metrics files")
     add("--weight", default="sft_vlm", help="prefix of the weights to begin with (default: sft_vlm)")
     add("--load_from", type=Path, help="a transformers folder, or org/name on a hub, to begin with; those in --save_dir are found, too")
-    add("--vision_model_path", help="CLIP folder, or org/name on a hub (default: that of the weights' training)")
+    add("--vision_model_path", help="folder of the vision encoder, or org/name on a hub (default: that of the weights' training)")
     add("--tokenizer_path", help="folder of the tokenizer, or org/name on a hub (default: that of the weights' training)")
     add("--device", help="default: cuda:0, mps or cpu, the best there is")
     add("--max_seq_len", type=int, default=2048, help="tokens of a chat that are remembered")
@@ -35,7 +35,8 @@ def parse_flags(argv: list[str], description: str = "") -> Namespace:
         if value and not Path(value).is_dir() and (flag.endswith("_dir") or not is_hub_name(value)):
             parser.error(f"--{flag} {value}: no such folder")
     try:
-        args.load_from and folder_of(args.load_from)
+        if args.load_from:
+            folder_of(args.load_from)
     except UsageError as error:
         parser.error(f"--load_from {error}")
     return args

@@ -40,7 +40,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--weight", default="sft_vlm", help="prefix of the weight file (default: %(default)s)")
     command.add_argument("--hidden_size", type=int, help="width, where there are several weight files of that name")
     command.add_argument("--use_moe", type=int, choices=(0, 1), help="likewise")
-    command.add_argument("--vision_model_path", help="CLIP folder (default: that of the weights' training)")
+    command.add_argument("--vision_model_path", help="folder of the vision encoder (default: that of the weights' training)")
     for name, command in commands.choices.items():
         command.add_argument("--out", type=Path, default=REPOSITORY / "images" / f"{name}.png", help="default: %(default)s")
     return parser.parse_args(home_for_tilde(argv))

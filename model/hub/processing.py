@@ -16,14 +16,17 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
 from model.conversation import (
+    IMAGE_PAD,
     IMAGE_PLACEHOLDER,
     TYPED_PLACEHOLDER,
     Rendered,
     Renderer,
+    image_token_of,
     mark_tiles,
     parse_turns,
     with_tiles,
 )
+from model.minimind3 import SIGLIP2, SIGLIP2_TOKENS
 from model.model_minimind import IGNORE_INDEX
 from model.pixels import CLIP, PixelSettings, grid_of, normalize, preprocess, views_of
 
@@ -158,6 +161,8 @@ class MiniMindVProcessor(ProcessorMixin):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 196, chat_template: str | None = None,
                  pixels: dict | None = None):  # fmt: skip
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        if pixels is None and image_token_of(tokenizer) == IMAGE_PAD:
+            image_tokens, pixels = SIGLIP2_TOKENS, SIGLIP2
         # Made here rather than read: folders of the original project bring no settings.
         self.image_processor, self.image_tokens, self.pixels = MiniMindVImageProcessor(**pixels or {}), image_tokens, pixels
         self.renderer = Renderer(tokenizer, image_tokens)

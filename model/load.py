@@ -123,12 +123,17 @@ def read_native(path: Path, tokenizer_path: str | Path | None = None, vision_mod
 
 
 def read_folder(source: str | Path, tokenizer_path: str | Path | None = None, vision_model_path: str | Path | None = None) -> Loaded:
-    """A folder in transformers format, also one that the original project published: code in it is not executed.
+    """A folder in transformers format, also a published one or a LLaVA of ours: code in it is not executed.
 
     The paths serve for what the folder does not bring along. Raises UsageError for anything missing or not fitting.
     """
     folder = folder_of(source)
-    model, record = build_model(folder / "config.json", read_config(folder)), read_sidecar(folder / SIDECAR)
+    settings, record = read_config(folder), read_sidecar(folder / SIDECAR)
+    if settings["model_type"] == "llava":
+        from .hub.llava import read_llava
+
+        return read_llava(folder, settings, record)
+    model = build_model(folder / "config.json", settings)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UsageError(f"{folder}: no model.safetensors and no pytorch_model.bin there; fetch the folder again")
@@ -163,6 +168,6 @@ def read_config(folder: Path) -> dict:
     except (ValueError, TypeError, KeyError) as error:
         check_fetched(file)
         raise UsageError(f"{file} is no configuration of this model: {type(error).__name__}: {first_line(error)}") from error
-    if kind != VLMConfig.model_type:
+    if kind not in (VLMConfig.model_type, "llava"):
         raise UsageError(f"{folder} holds a model of type {kind!r}, not {VLMConfig.model_type!r}")
     return settings

@@ -65,12 +65,12 @@ def fingerprints(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return prints
 
 
-def half_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A copy of the state dict on the CPU, in fp16.
+def half_weights(model: PreTrainedModel, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+    """A copy of the state dict on the CPU, in fp16 unless told otherwise.
 
-    Raises FloatingPointError when a weight does not fit into fp16, rather than giving infinity.
+    Raises FloatingPointError when a weight does not fit into it, rather than giving infinity.
     """
-    state = {name: tensor.detach().to("cpu", torch.float16, copy=True) for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in model.state_dict().items()}
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise FloatingPointError(f"weights beyond fp16's range or not finite: {', '.join(broken[:3])}; not saved")

@@ -54,7 +54,8 @@ def read_choice(path: Path) -> ModelChoice | None:
     is_native = re.fullmatch(r".+_\d+(_moe)?\.pth", path.name)
     weights = path if is_native else folder_of(path) / "config.json"
     record = read_json(path.with_suffix(".json") if is_native else weights)
-    if not weights.is_file() or not (is_native or record.get("model_type") == "minimind-v"):
+    exported = record.get("model_type") == "llava" and weights.with_name("sidecar.json").is_file()
+    if not weights.is_file() or not (is_native or exported or record.get("model_type") == "minimind-v"):
         return None
     changed = weights.stat().st_mtime_ns
     try:

@@ -2,6 +2,7 @@
 
     python -m model.convert out/sft_vlm_512.pth minimind-v                  # a folder for transformers, PEFT, the hub
     python -m model.convert out/sft_vlm_512.pth llava --to llava            # one that needs none of this project's code
+    python -m model.convert out/sft_vlm_512.pth minimind-v-gguf --to gguf   # for llama.cpp, Ollama, LM Studio
     python -m model.convert minimind-v out/mine_512.pth                     # and weights for training and eval_vlm.py
 
 Reads   weights with the sidecar next to them, or a folder, also one that the original project published
@@ -86,7 +87,7 @@ def count_rounded(model: MiniMindVLM, dtype: torch.dtype) -> int:
 
 
 def convert(source: Path, target: Path, tokenizer_path: str | None, vision_model_path: str | None, to: str = "minimind-v",
-            dtype: str = "float16") -> None:  # fmt: skip
+            dtype: str = "float16", class_token: str = "last") -> None:  # fmt: skip
     """Weights or a folder to a folder, or a folder to weights; a notice when numbers had to be rounded. Raises UsageError."""
     native, back = source.suffix == ".pth" or source.is_file(), target.suffix == ".pth"
     if native == back and (back or to == "minimind-v"):
@@ -98,6 +99,14 @@ def convert(source: Path, target: Path, tokenizer_path: str | None, vision_model
     if back:
         write_native(target, loaded)
         print(f"wrote {target} and {target.with_suffix('.json').name}")
+    elif to == "gguf":
+        from model.hub.gguf import write_gguf  # which needs an optional package
+
+        if vision_model_path == "none":
+            loaded.model.attach_vision_encoder(None)
+        with whole_folder(target) as folder:
+            words = write_gguf(folder, loaded, target.resolve().name, getattr(torch, dtype), class_token)
+        print(f"wrote {target}; {words}")
     else:
         with whole_folder(target) as folder:
             (write_llava if to == "llava" else write_folder)(folder, loaded, getattr(torch, dtype))
@@ -116,8 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer, when the source has none (default: that of the training)")
     parser.add_argument("--vision_model_path", help="folder of the vision encoder, or org/name on a hub, that goes into the folder; none: leaves it out"
                         " (default: that of the training)")  # fmt: skip
-    parser.add_argument("--to", choices=("minimind-v", "llava"), default="minimind-v", help="kind of folder (default: minimind-v)")
+    parser.add_argument("--to", choices=("minimind-v", "llava", "gguf"), default="minimind-v", help="kind of folder (default: minimind-v)")
     parser.add_argument("--dtype", choices=("float16", "float32", "bfloat16"), default="float16", help="of a folder (default: float16)")
+    parser.add_argument("--class_token", choices=["last", "first"], default="last", help="where gguf files have the position of CLIP's"
+                        " class token: last for released llama.cpp, first for builds with its issue 25814 mended")  # fmt: skip
     args = parser.parse_args(home_for_tilde(argv))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

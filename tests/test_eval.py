@@ -176,7 +176,7 @@ def trained(tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(repository / "model")
     monkeypatch.setattr("model.weights.OWN_TOKENIZER", repository / "model")
     monkeypatch.setattr("model.weights.REPOSITORY", repository)
-    monkeypatch.setattr("model.load.CLIP_FOLDER", repository / "model" / "vision_model" / "clip")
+    monkeypatch.setattr("model.weights.CLIP_FOLDER", repository / "model" / "vision_model" / "clip")
     plain_image("red").save(tmp_path / "a.png")
 
     def save(name: str, **training) -> None:

@@ -599,3 +599,12 @@ def test_states_of_another_version_are_refused(tmp_path):
     torch.save({"version": 1}, tmp_path / "s.pth")
     with pytest.raises(UsageError, match="no training state of version"):
         resume.load_training_state(tmp_path / "s.pth")
+
+
+def test_a_run_ends_though_something_still_holds_its_loader(data, encoder_folder, tmp_path):
+    """As the traceback of a failed save may: loader processes do not answer the signal by which Python's exit ends them."""
+    code = ("import sys; from trainer import loop, main; kept, train = [], loop.Trainer.train;"
+            " loop.Trainer.train = lambda self: (kept.append(self), train(self))[1]; sys.exit(main.main('', {}, sys.argv[1:]))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *training_flags(data, encoder_folder, tmp_path)], cwd=REPOSITORY,
+                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0 and "done. The weights are in" in done.stderr

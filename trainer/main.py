@@ -1,5 +1,6 @@
 """What both training scripts do: flags, start, training, and an exit code that says how it went."""
 
+import atexit
 import io
 import multiprocessing
 import os
@@ -78,6 +79,11 @@ def forget_loaders() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
+
+
+# Also of one that ended well, where something still holds the loader (an error's traceback): Python's exit would ask them by
+# SIGTERM, which is the trainer's to answer, and wait for ever. Registered after multiprocessing's own, so it comes before it.
+atexit.register(forget_loaders)
 
 
 def ending(trainer: Trainer, stopped_by: int) -> str:

@@ -11,7 +11,7 @@ from filelock import lock_descriptor
 from model.errors import DataError
 from model.storage import Write, remove_temporaries, write_temporary
 
-VERSION = 6  # raised when derived files are written otherwise than before
+VERSION = 7  # raised when derived files are written otherwise than before
 MAPPED = 2**20  # bytes from which an index is mapped: a map holds a file open, and a data set may have thousands
 
 

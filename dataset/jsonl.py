@@ -37,6 +37,7 @@ class Sample:
     images: tuple[str | bytes, ...] = ()
     where: str = ""
     kind: str = ""  # of the answers, for scoring; optional
+    answers: Any = ()  # references for the last one, for scoring, which checks them (answers.references); optional
 
 
 def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | None = None) -> Sample:
@@ -59,7 +60,7 @@ def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | No
         from .foreign import remedy  # for an error alone
 
         raise SampleError(error.problem + remedy(row, where), where) from error
-    return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]))
+    return Sample(turns, images, where, "" if row.get("kind") is None else str(row["kind"]), row.get("answers", ()))
 
 
 def parse_images(value: Any, where: str = "") -> tuple[str, ...]:

@@ -1,12 +1,15 @@
-"""Evaluation: describe a folder of images or a video, chat about them, or score answers.
+"""Evaluation: describe a folder of images or a video, chat about them, score answers, or compare scored ones.
 
     python eval_vlm.py --weight sft_vlm                     # asks which of the first two
     python eval_vlm.py --weight sft_vlm --mode folder       # describes every image of dataset/eval_images
     python eval_vlm.py --weight sft_vlm --video clip.mp4    # describes it; on a terminal: a chat about it
     python eval_vlm.py --weight sft_vlm --mode chat         # /help lists the commands
     python eval_vlm.py --weight sft_vlm --score test.jsonl --image_dir images --predictions out/predictions.jsonl
+    python eval_vlm.py --weight sft_vlm --score test.jsonl --image_dir images --blind   # and without seeing the images
+    python eval_vlm.py --compare out/a.jsonl out/b.jsonl    # two files of predictions, with intervals of the difference
 
-Reads   out/{weight}_{hidden}{_moe}.pth, or a transformers folder with --load_from; the vision encoder's folder
+Reads   out/{weight}_{hidden}{_moe}.pth, or a transformers folder with --load_from; the vision encoder's folder. --compare
+        needs neither
 Writes  nothing but the predictions of --score (default: next to the weights) and --report. All flags: --help.
 """
 
@@ -15,7 +18,7 @@ import sys
 from pathlib import Path
 
 from chat.chat import Chat
-from chat.scoring import score
+from chat.scoring import METRICS, compare_files, score
 from chat.terminal import Screen, TerminalChat
 from dataset.images import IMAGE_SUFFIXES, image_files, load_image
 from machine import ran_out_of_memory
@@ -56,9 +59,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     flag("--mode", choices=("folder", "chat"), help="default: asks on a terminal, otherwise folder")
     flag("--prompt", help=f"the question of folder mode (default: {FOLDER_QUESTION} Of a video: {VIDEO_QUESTION})")
     flag("--score", metavar="FILE.jsonl", help="conversations with reference answers, to score")
-    flag("--metrics", default="exact,rouge_l", help="of --score: exact, rouge_l, chrf, bleu, with commas between")
+    flag("--blind", action="store_true", help="--score also with blank images: what the questions alone tell")
+    flag("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="predictions of two models for the same questions")
+    flag("--metrics", default="exact,rouge_l", help=f"of --score and --compare: {', '.join(METRICS)}, with commas between")
     flag("--predictions", help="where --score writes every answer")
-    flag("--report", type=Path, metavar="FILE.json", help="where --score writes its figures")
+    flag("--report", type=Path, metavar="FILE.json", help="where --score and --compare write their figures")
     flag("--batch_size", type=int, default=64, help="questions at once in --score")
     args = parser.parse_args(home_for_tilde(argv))
     try:
@@ -70,6 +75,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--batch_size, --hidden_size, --num_hidden_layers and --video_frames are at least 1")
     if args.prompt is not None and (args.score or args.mode == "chat"):
         parser.error("--prompt goes with folder mode")
+    if (args.blind and not args.score) or (args.compare and args.score):
+        parser.error("--blind goes with --score, and --compare without: it reads what --score has written")
     if args.max_seq_len < 512:
         parser.error("--max_seq_len below 512 leaves no room for an image and an answer")
     return args
@@ -117,6 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
     args = parse_flags(argv)
     try:
+        if args.compare:
+            compare_files(args.compare, args.metrics, args.seed or 0, args.report)
+            return 0
         if args.load_from == "model":
             weight_file = find_weights(Path(args.save_dir), args.weight, args.hidden_size, args.use_moe)
         else:  # its name goes to the predictions
@@ -128,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.score:
             predictions = Path(args.predictions or weight_file.with_name(f"{weight_file.stem}_predictions.jsonl"))
             score(assistant, args.score, args.image_dir, predictions, args.report, args.metrics, args.seed or 0,
-                  args.batch_size, args.max_new_tokens)  # fmt: skip
+                  args.batch_size, args.max_new_tokens, args.blind)  # fmt: skip
         else:
             talk(assistant, weight_file, args, Screen(sys.stdout))
     except (UsageError, DataError, SampleError) as error:

@@ -148,3 +148,10 @@ def normalize(pixels: torch.Tensor, settings: PixelSettings = CLIP) -> torch.Ten
     # Numbers rather than tensors of three: bringing those to a GPU would make the host wait for it.
     channels = zip(pixels.unbind(1), settings.mean, settings.std, strict=True)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def blank(shape: tuple[int, ...], settings: PixelSettings = CLIP) -> torch.Tensor:
+    """uint8 pixels [..., 3, height, width] of the encoder's mean colour: nothing to see, `normalize` makes 0 of it all but for
+    rounding."""
+    mean = torch.tensor(settings.mean).mul(255).round().to(torch.uint8)
+    return mean.view(3, 1, 1).expand(shape).contiguous()

@@ -293,6 +293,8 @@ def test_questions_from_a_pipe(files, capsys, monkeypatch):
      (["--top_p", "3"], "--top_p lies in (0, 1], not 3.0"), (["--temperature", "nan"], "--temperature is at least 0, not nan"),
      (["--seed", "-1"], "--seed lies in"), (["--video_frames", "0"], "--video_frames are at least 1"),
      (["--device", "foo"], "--device foo"), (["--device", "cuda:77"], "--device cuda:77"),
+     (["--blind"], "--blind goes with --score"), (["--score", "x", "--compare", "a", "b"], "--compare without"),
+     (["--compare", "/nowhere.jsonl", "/nowhere.jsonl"], "--compare /nowhere.jsonl: No such file"),
      (["--tokenizer_path", "/nowhere"], "no tokenizer.json"), (["--video", "/nowhere.mp4"], "No such file"),
      (["--video", __file__], "cannot be read")],
 )  # fmt: skip

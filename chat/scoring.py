@@ -109,7 +109,7 @@ def compare_files(files: Sequence[str], metrics: str, seed: int = 0, report: Pat
     figures = compare(questions, {"a": ours, "b": theirs}, make_metrics(metrics, chain.from_iterable(question.references for question in questions)), seed)
     print(f"a: {files[0]}\nb: {files[1]}")
     print_comparison(figures)
-    print(f"[{LEVEL:.0%} intervals: bootstrap over images, seed {seed}; both answer the same draws]")
+    print(f"[difference: b - a; {LEVEL:.0%} intervals: bootstrap over images, the same draws for both, seed {seed}]")
     write_report(report, figures)
     return figures
 

@@ -30,8 +30,7 @@ BYTES_PER_TOKEN = 4  # of English in a vocabulary of 6,400; only lengths relativ
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked sample: turns, and the images they show in reading order, by name or as the bytes of an image file.
-    `where` is "file:line"."""
+    """A checked sample: turns, and the images they show in reading order, by name or as a file's bytes. `where` is "file:line"."""
 
     turns: tuple[Turn, ...]
     images: tuple[str | bytes, ...] = ()

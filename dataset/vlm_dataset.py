@@ -5,7 +5,7 @@ placeholders and patch vectors of an image, W width of the vision encoder. A til
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +48,7 @@ class Example:
     labels: np.ndarray  # int64 [T]
     image_starts: tuple[int, ...]
     images: tuple[ImageInput, ...]  # the same object where the same image is shown again in a batch
+    others: tuple[ImageInput, ...] = ()  # of other samples, as many (others.py)
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class VLMDataset(Dataset):
 class Batch:
     """A micro-batch. Rows are padded on the right to the longest of them, rounded up to a multiple of 8.
 
-    Its N images, flat in reading order, are U different ones that the encoder has yet to see and K that come from the
-    feature cache: image i is number `image_index[i]` of those U + K.
+    Its images are U different ones that the encoder has yet to see and K that come from the feature cache. N are shown, flat
+    in reading order: image i is number `image_index[i]` of those U + K.
     """
 
     ids: torch.Tensor  # int64 [B, T']
@@ -124,6 +125,7 @@ class Batch:
     pixels: torch.Tensor  # uint8 [U, 3, H, H]
     features: torch.Tensor  # bf16 [K, P, W]
     image_index: torch.Tensor  # int64 [N]
+    other_index: torch.Tensor  # int64 [N] likewise, of other samples' images in the places of these; else [0]
     image_positions: torch.Tensor  # int64 [N * P], indices into B * T'
     entries: tuple[tuple[int, int], ...] = ()  # of the U images, in the feature cache
     indices: tuple[int, ...] = ()  # the samples' numbers in the data set
@@ -133,8 +135,7 @@ class Batch:
     truncated: tuple[BadSample, ...] = ()  # good ones, with a truncated image of which nearly all is there
 
     def _map(self, function) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+        return replace(self, **{name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)})
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`; the transfer does not wait when the batch is pinned."""
@@ -166,7 +167,8 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         mask[row, :length] = 1
         positions += [torch.arange(image_tokens) + start + row * longest for start in example.image_starts]
     shown = [image for example in examples for image in example.images]
-    different = dict.fromkeys(shown)
+    others = [image for example in examples for image in example.others]
+    different = dict.fromkeys(shown + others)
     new = [image for image in different if image.features is None]
     cached = [image for image in different if image.features is not None]
     number = {image: number for number, image in enumerate(new + cached)}
@@ -176,6 +178,7 @@ def collate(items: list[Example | BadSample], pad_id: int, image_tokens: int) ->
         pixels=torch.stack([image.pixels for image in new]) if new else NO_PIXELS,
         features=torch.stack([image.features for image in cached]) if cached else NO_FEATURES,
         image_index=torch.tensor([number[image] for image in shown], dtype=torch.int64),
+        other_index=torch.tensor([number[image] for image in others], dtype=torch.int64),
         entries=tuple(image.entry for image in new),
         image_positions=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
         indices=tuple(example.index for example in examples),

@@ -151,7 +151,5 @@ def normalize(pixels: torch.Tensor, settings: PixelSettings = CLIP) -> torch.Ten
 
 
 def blank(shape: tuple[int, ...], settings: PixelSettings = CLIP) -> torch.Tensor:
-    """uint8 pixels [..., 3, height, width] of the encoder's mean colour: nothing to see, `normalize` makes 0 of it all but for
-    rounding."""
-    mean = torch.tensor(settings.mean).mul(255).round().to(torch.uint8)
-    return mean.view(3, 1, 1).expand(shape).contiguous()
+    """uint8 pixels of this shape, [..., 3, height, width], all of the encoder's mean colour: `normalize` makes nearly 0 of it."""
+    return torch.tensor(settings.mean).mul(255).round().to(torch.uint8).view(3, 1, 1).expand(shape).contiguous()

@@ -126,7 +126,7 @@ def test_the_loss_is_the_plain_mean_over_the_held_out_samples(data, encoder_fold
     held = set(range(22)) - trained
     assert len(held) == 7
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    loss, _ = trainer.validation.measure(StopRequest())
+    loss = trainer.validation.measure(StopRequest())[0]["eval_loss"]
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert abs(loss - plain_mean(trainer, held)) < 1e-5
     assert trainer.run.model.training and not trainer.run.model.vision_encoder.training
@@ -136,7 +136,7 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
     """Against transformers' generate, one question at a time."""
     trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=0.3)
     trainer.train_epochs(1, StopRequest())
-    (_, said), rows = trainer.validation.measure(StopRequest()), data[0].read_text().splitlines()
+    (_, said, _), rows = trainer.validation.measure(StopRequest()), data[0].read_text().splitlines()
     assert len(said) == 3
     model, dataset = trainer.run.model.eval(), trainer.run.dataset
     for answer in said:
@@ -187,14 +187,14 @@ def test_training_with_validation_is_training_without_it(data, held_out_data, en
 def test_cached_images_of_the_validation_are_encoded_once(data, held_out_data, encoder_folder, tmp_path, monkeypatch):
     trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=held_out_data[0], eval_images_path=held_out_data[1],
                            cache_features=1)  # fmt: skip
-    first = trainer.validation.loss(StopRequest())
+    first = trainer.validation.losses(StopRequest())
 
     def forbidden(*_):
         raise AssertionError("an image was read or encoded again")
 
     monkeypatch.setattr(trainer.run.model, "encode_images", forbidden)
     monkeypatch.setattr(ImageSource, "load", forbidden)
-    assert trainer.validation.loss(StopRequest()) == first
+    assert trainer.validation.losses(StopRequest()) == first
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_the_weights_of_the_lowest_loss_are_kept_apart(data, encoder_folder, tmp
     assert (last["update"], last["best_update"], last["best_loss"]) == (22, best, losses[best])
     trainer = make_trainer(data, encoder_folder, tmp_path, **EVERY | flags)
     load_weights(tmp_path / "out" / f"{BEST}.pth", trainer.run.model)
-    assert abs(trainer.validation.loss(StopRequest()) - losses[best]) < 1e-2, "but for fp16"
+    assert abs(trainer.validation.losses(StopRequest())["eval_loss"] - losses[best]) < 1e-2, "but for fp16"
     done = run_script("eval_vlm.py", "--save_dir", tmp_path / "out", "--weight", "sft_vlm_best", "--hidden_size", 32,
                       "--num_hidden_layers", 2, "--vision_model_path", encoder_folder, "--image_dir", data[1],
                       "--score", data[0], "--max_new_tokens", 2, "--device", "cpu")  # fmt: skip
@@ -353,6 +353,5 @@ def test_bad_samples_of_the_validation_are_named_and_too_many_end_the_run(data, 
         held = write_jsonl(tmp_path / "bad.jsonl", [*rows[:good], *['{"conversations": 3}'] * bad])
         trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=held)
         with pytest.raises(TrainingFailed, match=told) if told else contextlib.nullcontext():
-            loss = trainer.validation.loss(StopRequest())
-            assert np.isfinite(loss)
+            assert np.isfinite(list(trainer.validation.losses(StopRequest()).values())).all()
         assert f"bad.jsonl:{good + 1}: 'conversations' is missing" in capsys.readouterr().err

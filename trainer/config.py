@@ -67,6 +67,7 @@ class TrainConfig:
         " default no validation", several=True)  # fmt: skip
     eval_images_path: str | None = setting(None, "images of these files; by default --images_path", several=True)
     eval_interval: int = setting(0, "updates between two validations; 0: one after every epoch")
+    eval_blind: int = setting(1, "1: also the validation loss with blank images, and with other samples' images", (0, 1))
     from_weight: str = setting("llm", "prefix of the weights in save_dir to start from; none: random weights")
     from_resume: int = setting(0, "1: resume from the last training state of the same save_weight", (0, 1))
     freeze_llm: int = setting(

@@ -97,7 +97,7 @@ class Trainer:
         self.loader = Loader(run, workers)
         self.validation = None
         if self.config.eval_data_path:
-            from .validation import Validation  # it uses compute_loss, from here
+            from .validation import Validation  # it uses encode, from here
 
             self.validation = Validation(run, workers)
         self.logged = self.began = time.monotonic()
@@ -252,8 +252,8 @@ class Trainer:
         if self.validation is None or not self.validation.due(state, self.total):
             return
         begin = time.monotonic()
-        loss, answers = self.validation.measure(stop)  # stopped by a signal, a resume does it
-        best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        losses, answers, text = self.validation.measure(stop)  # stopped by a signal, a resume does it
+        best = (loss := losses["eval_loss"]) is not None and (state.best_loss is None or loss < state.best_loss)
         state.validated, self.saved_update, self.has_news = state.update, -1, True
         if best:
             state.best_loss, state.best_update = loss, state.update
@@ -261,8 +261,8 @@ class Trainer:
         self.logged += time.monotonic() - begin
         self.tracker.log_validation({
             "update": state.update, "epoch": state.epoch + state.samples / self.run.sampler.size,
-            "seconds": self.progress()["seconds"], "eval_loss": loss, "best": best, "samples": answers,
-        })  # fmt: skip
+            "seconds": self.progress()["seconds"], **losses, "best": best, "samples": answers,
+        }, text)  # fmt: skip
 
     def save_if_due(self, last: bool = False) -> None:
         """Saves every save_interval-th update and the last one, when there is something new to save."""

@@ -5,7 +5,6 @@ Whatever fails here is told in one warning, and training continues.
 
 import contextlib
 import json
-import math
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -83,13 +82,11 @@ class Tracker:
             self.message(f"epoch {values['epoch']:.3f} update {values['update']}/{self._total} {text}"
                          f" left {timedelta(seconds=round(values['seconds_left']))}")  # fmt: skip
 
-    def log_validation(self, values: dict[str, Any]) -> None:
-        """Writes a validation everywhere, the answers among it to the file alone."""
+    def log_validation(self, values: dict[str, Any], text: str) -> None:
+        """Writes a validation everywhere, the answers among it to the file alone; its `text` for the person watching."""
         best = ", the lowest so far: weights kept" if values["best"] else ""
-        self.message(f"update {values['update']}/{self._total} validation loss {values['eval_loss']:.4f}{best}")
-        if not math.isfinite(values["eval_loss"]):
-            values = {**values, "eval_loss": None}  # json knows no infinity
-        self._record(values, {name: values[name] for name in ("update", "epoch", "seconds", "eval_loss")})
+        self.message(f"update {values['update']}/{self._total} {text}{best}")
+        self._record(values, {name: value for name, value in values.items() if name not in ("best", "samples")})
 
     def message(self, text: str) -> None:
         """A line for the person watching, above the bar."""

@@ -1,27 +1,35 @@
-"""Loss on held-out data while a run trains, and what the model answers to a few questions of it.
+"""Loss on held-out data while a run trains, what seeing is worth of it, and what the model answers to a few questions.
 
 The data are files of their own, or a fraction of the training samples that no epoch takes. All ranks measure together; images
 are encoded as in training: again each time, or with --cache_features once.
+
+A low loss does not say that the model looks: questions alone may tell the answers (Goyal et al., arXiv 1612.00837). So the loss
+of samples with images is measured twice more, with a blank image in place of each, and with an image of another sample.
+
+Legend: B rows of T tokens in a batch, S of them supervised; N images, each P patch vectors of width W.
 """
 
+import math
 import signal
 from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dataset.images import open_images
 from dataset.sources import open_samples
-from dataset.vlm_dataset import BadSample, VLMDataset, collate
+from dataset.vlm_dataset import BadSample, Batch, VLMDataset, collate
 from model.conversation import IMAGE_PLACEHOLDER, count_images
 from model.errors import DataError, UsageError
 from model.model_minimind import IGNORE_INDEX
+from model.pixels import blank
 
 from .build import Loader, Run, make_sampler, open_cache
 from .checkpoint import TrainState
 from .config import fraction_of
 from .guards import BadSampleGuard, Stopped, StopRequest
-from .loop import compute_loss, encode
+from .loop import encode
 
 ASKED = 3  # questions answered at each validation
 ANSWER_TOKENS = 32
@@ -54,7 +62,15 @@ class Validation:
 
     def __init__(self, run: Run, workers: int):
         self.run, numbers = hold_out(run)
-        self.loader, self.interval = Loader(self.run, workers), run.config.eval_interval
+        seen, self.interval, self.blank = self.run, run.config.eval_interval, None
+        if run.config.eval_blind:
+            from dataset.others import WithOthers  # not needed without
+
+            seen = replace(self.run, dataset=WithOthers(self.run.dataset, numbers, run.config.seed))
+            settings = run.model.pixel_settings
+            pixels = blank((1, 3, settings.size, settings.size), settings).to(run.ranks.device)
+            self.blank = run.model.encode_images(pixels).to(torch.bfloat16).to(run.dtype)  # [1, P, W], as encode does it
+        self.loader = Loader(seen, workers)
         self.bad_samples = BadSampleGuard(run.ranks, run.config.on_bad_sample == "raise")
         self.asked = numbers[np.linspace(0, len(numbers) - 1, min(ASKED, len(numbers))).astype(int)].tolist()
         when = f"every {self.interval} updates and at the end" if self.interval else "after every epoch"
@@ -67,36 +83,69 @@ class Validation:
         return (regular or update == total) and update != state.validated
 
     @torch.no_grad()
-    def measure(self, stop: StopRequest) -> tuple[float, list[dict]]:
-        """The loss, and answers to a few questions. Raises Stopped when a signal comes meanwhile to any rank."""
+    def measure(self, stop: StopRequest) -> tuple[dict[str, float | None], list[dict], str]:
+        """The losses, answers to a few questions, and the losses in words. Raises Stopped when a signal comes meanwhile to any
+        rank."""
         self.run.model.eval()
         try:
-            loss, asked = self.loss(stop), self.asked if self.run.ranks.is_main else []
-            return loss, [answer for number in asked if (answer := self.ask(number))]
+            losses, asked = self.losses(stop), self.asked if self.run.ranks.is_main else []
+            answers = [answer for number in asked if (answer := self.ask(number))]
+            finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}  # json knows no infinity
+            return finite, answers, in_words(losses)
         finally:
             self.run.model.train()
 
     @torch.no_grad()
-    def loss(self, stop: StopRequest) -> float:
-        """Mean cross-entropy over the supervised tokens of all ranks' samples.
+    def losses(self, stop: StopRequest) -> dict[str, float]:
+        """Mean cross-entropy over the supervised tokens of all ranks' samples, in nats: `eval_loss`. With --eval_blind, where
+        samples have images, over these alone: with blank images `eval_loss_blank`, with others' images `eval_loss_shuffled`
+        unless a sample finds none, and with their own `eval_loss_seen` unless it is `eval_loss`, all samples having images.
 
         Raises Stopped, and BadData when too many samples are bad.
         """
-        total, supervised, read, bad = 0.0, 0, 0, 0
+        sums, read, bad = np.zeros(7), 0, 0
         for [batch] in self.loader.epoch(0):
             if stop.signum:
                 break
             self.bad_samples.report(list(batch.bad), list(batch.truncated))
-            loss, _ = compute_loss(self.run, self.run.model, batch)
-            total, supervised = total + loss.item() * batch.supervised, supervised + batch.supervised
+            sums += self.sums(batch.to(self.run.ranks.device))
             read, bad = read + len(batch.indices) + len(batch.bad), bad + len(batch.bad)
         if self.run.cache:
             self.run.cache.flush()
-        total, supervised, read, bad, signals = self.run.ranks.sum([total, supervised, read, bad, stop.signum])
+        *sums, read, bad, signals = self.run.ranks.sum([*sums.tolist(), read, bad, stop.signum])
         if signals:
             raise Stopped(stop.signum or signal.SIGTERM)
         self.bad_samples.judge(int(bad), int(bad), int(read), done=True)
-        return total / supervised
+        total, supervised, seen, looking, unseen, swapped, alone = sums
+        losses = {"eval_loss": total / supervised}
+        if looking and looking < supervised:
+            losses["eval_loss_seen"] = seen / looking
+        if looking:
+            losses["eval_loss_blank"] = unseen / looking
+        if looking and not alone:
+            losses["eval_loss_shuffled"] = swapped / looking
+        return losses
+
+    def sums(self, batch: Batch) -> list[float]:
+        """Of a batch: cross-entropies of all supervised tokens, and their number; both again of those in samples with images;
+        their cross-entropies with blank images, and with others' images; images without another."""
+        N, T = len(batch.image_index), batch.ids.shape[1]
+        features = encode(self.run, replace(batch, image_index=torch.cat([batch.image_index, batch.other_index])))
+        plain = self.cross_entropies(batch, features[:N])
+        if self.blank is None or not N:
+            return [plain.sum().item(), len(plain), 0, 0, 0, 0, 0]
+        looking = torch.isin(batch.loss_positions // T, batch.image_positions // T)
+        unseen = self.cross_entropies(batch, self.blank.expand(N, -1, -1))[looking].sum().item()
+        alone = N - len(batch.other_index)
+        swapped = 0 if alone else self.cross_entropies(batch, features[N:])[looking].sum().item()
+        return [plain.sum().item(), len(plain), plain[looking].sum().item(), int(looking.sum()), unseen, swapped, alone]
+
+    def cross_entropies(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
+        """fp32 [S], of each supervised token, with the patch vectors `features` [N, P, W] as its images."""
+        with self.run.autocast():
+            logits = self.run.model(batch.ids, loss_positions=batch.loss_positions, use_cache=False, image_features=features,
+                                    image_positions=batch.image_positions).logits  # fmt: skip
+        return F.cross_entropy(logits.float(), batch.labels.flatten()[batch.loss_positions + 1], reduction="none")
 
     def ask(self, number: int) -> dict | None:
         """What the model answers to the first question of a sample; None for a bad sample, and where nobody asks first."""
@@ -127,3 +176,14 @@ class Validation:
             "reference": sample.turns[at].content,
             "answer": tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd"),  # cut within a character
         }  # fmt: skip
+
+
+def in_words(losses: dict[str, float]) -> str:
+    """The figures of a validation as one line."""
+    text = f"validation loss {losses['eval_loss']:.4f}"
+    if "eval_loss_blank" not in losses:
+        return text
+    seen, unseen = losses.get("eval_loss_seen", losses["eval_loss"]), losses["eval_loss_blank"]
+    own = f"of samples with images {seen:.4f}, " if "eval_loss_seen" in losses else ""
+    others = f", others' images {losses['eval_loss_shuffled']:.4f}" if "eval_loss_shuffled" in losses else ""
+    return f"{text} ({own}blank images {unseen:.4f}{others}: images lower the loss by {unseen - seen:.2f} nats a token)"

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import replace
 
@@ -14,14 +15,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer
 
-from dataset.images import ImageSource
-from dataset.sources import Mixture
-from dataset.vlm_dataset import collate
+from dataset.images import ImageSource, open_images
+from dataset.others import WithOthers
+from dataset.sources import Mixture, open_samples
+from dataset.vlm_dataset import Example, VLMDataset, collate
+from model.conversation import Renderer
 from model.errors import UsageError
-from model.pixels import normalize
+from model.pixels import CLIP, CLIP_MEAN, normalize
 from model.weights import load_weights, save_weights
-from tests.conftest import make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
+from tests.conftest import REPOSITORY, make_data, make_model, read_metrics, run_script, training_flags, write_jsonl
 from tests.test_training import NAME, assert_same, make_trainer, train, weights
 from trainer import distributed, resume
 from trainer.build import build
@@ -31,6 +36,7 @@ from trainer.loop import Trainer
 from trainer.main import claim_outputs
 
 BEST = "sft_vlm_best_32"
+LOSSES = ("eval_loss", "eval_loss_seen", "eval_loss_blank", "eval_loss_shuffled")
 EVERY = {"save_weight": "sft_vlm", "eval_data_path": "0.3", "eval_interval": 3, "epochs": 3}
 
 
@@ -157,9 +163,132 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
 def test_two_processes_measure_the_loss_of_one(data, encoder_folder, tmp_path):
     train(data, encoder_folder, tmp_path / "one", batch_size=4, **EVERY)
     train(data, encoder_folder, tmp_path / "two", batch_size=2, processes=2, **EVERY)
-    one, two = ([(line["update"], line["eval_loss"]) for line in validations(tmp_path / name)] for name in ("one", "two"))
-    assert [update for update, _ in one] == [update for update, _ in two] == [3, 6, 9, 12]
+    one, two = ([[line[name] for name in ("update", *LOSSES)] for line in validations(tmp_path / name)] for name in ("one", "two"))
+    assert [update for update, *_ in one] == [update for update, *_ in two] == [3, 6, 9, 12]
     assert np.abs(np.array(one) - two).max() < 1e-4
+
+
+# --- what seeing is worth ---------------------------------------------------------------------------------------------
+
+
+def losses_of(data, encoder_folder, out, rows=None, folder=None, **flags) -> dict[str, float]:
+    """Validation losses of the same random weights on these rows and images."""
+    held = data[0] if rows is None else write_jsonl(out / "held.jsonl", rows)
+    trainer = make_trainer(data, encoder_folder, out, eval_data_path=held, eval_images_path=folder or data[1], **flags)
+    return trainer.validation.losses(StopRequest())
+
+
+def read_rows(data) -> list[dict]:
+    return [json.loads(line) for line in data[0].read_text().splitlines()]
+
+
+def with_others(data, tiles: int = 0, rows=None) -> WithOthers:
+    """The samples of a file with others' images."""
+    samples = open_samples(data[0])
+    renderer = Renderer(AutoTokenizer.from_pretrained(REPOSITORY / "model"))
+    dataset = VLMDataset(samples, open_images(data[1]), renderer, 4000, None, replace(CLIP, tiles=tiles))
+    return WithOthers(dataset, range(len(samples)), 42)
+
+
+@pytest.fixture(scope="module")
+def noise_data(tmp_path_factory):
+    """As `data`, with a colour of its own in every image, by which it is known; they have different shapes."""
+    folder = tmp_path_factory.mktemp("noise")
+    path, pictures = make_data(folder, 12, seed=3)
+    for number, file in enumerate(sorted(pictures.iterdir())):
+        Image.new("RGB", (60 + 25 * number, 60), (10 * number, 255 - 10 * number, 100)).save(file)
+    return path, pictures
+
+
+def test_blank_images_are_images_of_the_mean_colour(data, encoder_folder, tmp_path):
+    losses = losses_of(data, encoder_folder, tmp_path)
+    for name in os.listdir(data[1]):
+        (tmp_path / "blank").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), tuple(round(255 * mean) for mean in CLIP_MEAN)).save(tmp_path / "blank" / name)
+    blank = losses_of(data, encoder_folder, tmp_path, folder=tmp_path / "blank")
+    assert losses["eval_loss_blank"] == pytest.approx(blank["eval_loss_seen"], abs=1e-5)
+    assert abs(losses["eval_loss_blank"] - losses["eval_loss_seen"]) > 1e-3, "else the test tells nothing"
+    assert blank["eval_loss_blank"] == pytest.approx(blank["eval_loss_seen"], abs=1e-5)
+
+
+@pytest.mark.parametrize("tiles", [0, 4])
+def test_others_are_as_many_and_none_of_a_samples_own(noise_data, tiles):
+    rows, files = read_rows(noise_data), {}
+    for file in noise_data[1].iterdir():
+        with Image.open(file) as image:
+            files[image.getpixel((0, 0))] = file.name
+    dataset, shown, swapped = with_others(noise_data, tiles), [], []
+    views = {image.pixels[:, 0, 0].numpy().tobytes() for example in map(dataset.__getitem__, range(len(rows))) for image in example.images}
+    assert len(views) == len(files)
+    for number, row in enumerate(rows):
+        example, own = dataset[number], row["image"].split(", ") if row.get("image") else []
+        names = [files[tuple(image.pixels[:, 0, 0].tolist())] for image in example.others]
+        assert len(names) == len(example.images) == len(example.image_starts) and not set(names) & set(own), row
+        shown, swapped = shown + own, swapped + names
+    if not tiles:  # then each image has one view, and is the next of one or two others
+        assert len(set(swapped)) > len(set(shown)) / 2
+
+
+def test_the_loss_with_others_images_is_that_of_data_in_which_they_are_swapped(noise_data, encoder_folder, tmp_path):
+    rows, dataset, swapped = read_rows(noise_data), with_others(noise_data), []
+    files = {tuple(dataset.images.pixels(file.name, "")[:, 0, 0].tolist()): file.name for file in noise_data[1].iterdir()}
+    for number, row in enumerate(rows):
+        names = [files[tuple(image.pixels[:, 0, 0].tolist())] for image in dataset[number].others]
+        swapped.append(row | ({"image": names} if names else {}))
+    losses = losses_of(noise_data, encoder_folder, tmp_path)
+    other = losses_of(noise_data, encoder_folder, tmp_path, rows=swapped)
+    assert losses["eval_loss_shuffled"] == pytest.approx(other["eval_loss_seen"], abs=1e-5)
+    assert abs(losses["eval_loss_shuffled"] - losses["eval_loss_seen"]) > 1e-4 and losses.keys() == set(LOSSES)
+
+
+def test_samples_without_images_are_left_out(data, encoder_folder, tmp_path):
+    """And with images in all samples, what is seen is the whole loss."""
+    losses = losses_of(data, encoder_folder, tmp_path)
+    alone = losses_of(data, encoder_folder, tmp_path, rows=[row for row in read_rows(data) if row.get("image")])
+    assert alone.keys() == set(LOSSES) - {"eval_loss_seen"} and losses["eval_loss"] != losses["eval_loss_seen"]
+    assert alone["eval_loss"] == pytest.approx(losses["eval_loss_seen"], abs=1e-5)
+    for name in ("eval_loss_blank", "eval_loss_shuffled"):
+        assert alone[name] == pytest.approx(losses[name], abs=1e-5)
+
+
+def test_batches_and_the_feature_cache_change_nothing(data, encoder_folder, tmp_path):
+    losses = losses_of(data, encoder_folder, tmp_path, batch_size=1)
+    for flags in ({"batch_size": 5}, {"cache_features": 1}, {"cache_features": 1, "batch_size": 3}):
+        assert losses_of(data, encoder_folder, tmp_path, **flags) == pytest.approx(losses, abs=1e-5)
+
+
+def test_where_there_is_nothing_to_compare_with(data, encoder_folder, tmp_path):
+    rows = read_rows(data)
+    assert losses_of(data, encoder_folder, tmp_path, rows=[row for row in rows if not row.get("image")]).keys() == {"eval_loss"}
+    one = [row | {"image": "1_0.png"} for row in rows if row.get("image", "").count(",") == 0 and row.get("image")]
+    assert losses_of(data, encoder_folder, tmp_path, rows=one).keys() == {"eval_loss", "eval_loss_blank"}, "the same image everywhere"
+    assert losses_of(data, encoder_folder, tmp_path, eval_blind=0).keys() == {"eval_loss"}
+
+
+def test_an_image_that_cannot_be_read_is_no_others(noise_data, tmp_path):
+    """Nor one of a sample that cannot be read; those who would get it get the next."""
+    shutil.copytree(noise_data[1], tmp_path / "pictures")
+    broken = {name for row in read_rows(noise_data)[:5] for name in row.get("image", "").split(", ") if name}
+    for name in broken:
+        (tmp_path / "pictures" / name).write_bytes(b"no image")
+    path = write_jsonl(tmp_path / "data.jsonl", ["{", *read_rows(noise_data)])
+    examples = [item for item in map(with_others((path, tmp_path / "pictures")).__getitem__, range(13)) if isinstance(item, Example)]
+    assert len(examples) < 12 and broken
+    assert all(len(example.others) == len(example.images) for example in examples) and any(example.others for example in examples)
+
+
+def test_training_does_not_notice_the_blind_losses(data, encoder_folder, tmp_path, capsys):
+    """Bit for bit; and the loss of which the best weights are chosen is the same."""
+    for blind in (0, 1):
+        run_here(data, encoder_folder, tmp_path / str(blind), eval_blind=blind)
+    assert_same(weights(tmp_path / "0"), weights(tmp_path / "1"))
+    assert_same(weights(tmp_path / "0", BEST), weights(tmp_path / "1", BEST))
+    off, on = (validations(tmp_path / name) for name in "01")
+    assert [line["eval_loss"] for line in off] == [line["eval_loss"] for line in on]
+    assert not set(LOSSES[1:]) & set(off[-1]) and all(line[name] > 0 for line in on for name in LOSSES)
+    seen, unseen, swapped = (on[-1][name] for name in LOSSES[1:])
+    assert (f"update 24/24 validation loss {on[-1]['eval_loss']:.4f} (of samples with images {seen:.4f}, blank images {unseen:.4f},"
+            f" others' images {swapped:.4f}: images lower the loss by {unseen - seen:.2f} nats a token)") in capsys.readouterr().err
 
 
 # --- training does not notice -----------------------------------------------------------------------------------------

@@ -557,9 +557,11 @@ def test_training_page(page_of, browser, trained):
             assert charts.first.locator("svg").inner_html() == drawn, "and the chart is as it was"
             sample = {"question": "What colour?", "answer": "mauve", "reference": "red", "image": "red.png", "where": "x:1"}
             with open(other, "a") as file:
-                file.write(json.dumps(lines[-1] | {"update": 77_777, "eval_loss": 0.5, "aux_loss": 0.25, "samples": [sample]}) + "\n")
+                file.write(json.dumps(lines[-1] | {"update": 77_777, "eval_loss": 0.5, "eval_loss_blank": 0.9, "aux_loss": 0.25, "samples": [sample]}) + "\n")
             user.until(lambda: "77,777" in tables.first.text_content())
             user.page.get_by_text("MoE auxiliary loss").wait_for()
+            user.sees("with blank images")
+            assert user.page.get_by_text("with others' images").count() == 0, "only what there is"
             user.sees("Update 77,777: mauve")
             user.page.get_by_role("img", name="red.png").wait_for()
             user.page.get_by_role("radio", name="time").click()

@@ -8,6 +8,7 @@ from .runs import Run, curve
 UNITS = {"update": 1.0, "seconds": 1 / 60, "epoch": 1.0}  # from the files' units to those shown (minutes)
 HEIGHT = 300  # pixels
 # Ten hues that can be told apart on white and on black (those of Okabe and Ito, Color Universal Design, and four more).
+DASHES = {"──": [1, 0], "– –": [6, 3], "· · ·": [2, 2], "– · –": [8, 3, 2, 3]}  # of a chart's figures: in its title, in pixels
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c564b", "#7f7f7f", "#9467bd", "#bcbd22"]
 
 
@@ -24,7 +25,7 @@ def points(runs: dict[str, Run], names: tuple[str, ...], axis: str, smoothing: f
     parts = []
     for run_name, run in runs.items():
         for name in names:
-            part = curve(run, name, axis, 0.0 if name == "eval_loss" else smoothing)
+            part = curve(run, name, axis, 0.0 if name.startswith("eval_loss") else smoothing)
             parts.append(part.assign(run=run_name, kind=name, x=part["x"] * UNITS[axis]))
     return pd.concat(parts)
 
@@ -45,7 +46,7 @@ def chart(rows: pd.DataFrame, colours: dict[str, str], x_title: str, kinds: dict
     base = alt.Chart(table).encode(
         x=alt.X("x:Q", title=x_title),
         color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=list(colours), range=list(colours.values()))),
-        strokeDash=alt.StrokeDash("kind:N", legend=None, sort=list(kinds.values())),
+        strokeDash=alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=list(kinds.values()), range=list(DASHES.values()))),
     )
     y = alt.Y("y:Q", title=None, scale=scale, axis=axis)
     tooltip = [alt.Tooltip("run:N", title=" "), alt.Tooltip("kind:N", title="  "),

@@ -10,7 +10,7 @@ import streamlit as st
 from dataset.images import open_images
 from model.errors import DataError, SampleError
 
-from .charts import chart, give_colours, points, spans_decades
+from .charts import DASHES, chart, give_colours, points, spans_decades
 from .images import SessionImage, take
 from .runs import Run, find_runs, read_run
 from .settings import page_settings
@@ -18,7 +18,8 @@ from .texts import Labels, escape
 
 REFRESH = "2s"
 SHOWN_AT_FIRST = 4
-CHARTS = (("loss", "eval_loss"), ("aux_loss",), ("learning_rate",), ("tokens_per_second",), ("peak_memory_mb",))
+CHARTS = (("loss", "eval_loss"), ("eval_loss", "eval_loss_blank", "eval_loss_shuffled", "eval_loss_seen"), ("aux_loss",),
+          ("learning_rate",), ("tokens_per_second",), ("peak_memory_mb",))  # fmt: skip
 FIGURES = {"update": ",.0f", "epoch": ".2f", "loss": ".4f", "eval_loss": ".4f", "tokens_per_second": ",.0f"}
 AXES = {"update": "axis_update", "seconds": "axis_time", "epoch": "axis_epoch"}
 ANSWERS_SHOWN = 6  # of one question, as training went on
@@ -83,22 +84,22 @@ def show_charts(runs: dict[str, Run], axis: str, smoothing: float, log: bool, la
     give_colours(known, list(runs))
     colours = {name: known[name] for name in runs}
     legend = [f'<span style="color:{colour}">■ {html.escape(name)}</span>' for name, colour in colours.items()]
-    if any(run.last("eval_loss") is not None for run in runs.values()):
-        legend.append(f"<span>── {labels('loss')}</span><span>╌╌ {labels('eval_loss')}</span>")
     st.html(f'<div class="legend">{"".join(legend)}</div>')
     columns = st.columns(2)
     shown = 0
     for names in CHARTS:
         rows = points(runs, names, axis, smoothing)
-        if rows.empty or (names == ("aux_loss",) and not rows["raw"].any()):
+        there = [name for name in names if (rows["kind"] == name).any()]
+        if not there or (there == ["aux_loss"] and not rows["raw"].any()) or (there == ["eval_loss"]):  # beside the training loss
             continue
-        kinds = {name: labels(name) for name in names}
-        title = " · ".join(kinds[name] for name in names if (rows["kind"] == name).any())
+        kinds = {name: labels(name) for name in there}
+        dashes = DASHES if there[1:] else [""]
+        title = "\u2003".join(f"{dash} **{kind}**" for dash, kind in zip(dashes, kinds.values(), strict=False))
         unit = labels("minutes" if axis == "seconds" else AXES[axis])
-        figure = chart(rows, colours, unit, kinds, log and "loss" in names)
+        figure = chart(rows, colours, unit, kinds, log and "eval_loss" in names)
         with columns[shown % 2]:
-            st.markdown(f"**{title}**")
-            st.altair_chart(figure, key=f"chart_{names[0]}", alt=title)
+            st.markdown(title)
+            st.altair_chart(figure, key=f"chart_{names[-1]}", alt=", ".join(kinds.values()))
         shown += 1
 
 

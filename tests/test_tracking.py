@@ -237,8 +237,9 @@ def test_the_real_package_offline(data, encoder_folder, tmp_path, monkeypatch, c
     lines, runs = read_metrics(tmp_path, NAME), offline_runs(tmp_path / "out" / "swanlog")
     logged = [(r.scalar.step, r.scalar.value.number) for run in runs for r in run if r.HasField("scalar") and r.scalar.key == "loss"]
     assert logged == [(line["update"], pytest.approx(line["loss"])) for line in lines if "loss" in line] and len(logged) == 16
-    validated = [(r.scalar.step, r.scalar.value.number) for run in runs for r in run if r.HasField("scalar") and r.scalar.key == "eval_loss"]
-    assert validated == [(line["update"], pytest.approx(line["eval_loss"])) for line in lines if "eval_loss" in line]
+    for name in ("eval_loss", "eval_loss_blank"):
+        validated = [(r.scalar.step, r.scalar.value.number) for run in runs for r in run if r.HasField("scalar") and r.scalar.key == name]
+        assert validated == [(line["update"], pytest.approx(line[name])) for line in lines if name in line] and validated
     ids = {r.start.id for run in runs for r in run if r.HasField("start")}
     sidecar = json.loads((tmp_path / "out" / f"{NAME}.json").read_text())
     assert len(runs) == 2 and ids == {sidecar["progress"]["tracker_id"]}

@@ -253,7 +253,7 @@ def test_scoring_from_the_command_line(files, assistant, capsys):
     ]  # fmt: skip
     test = write_jsonl(folder / "test.jsonl", rows)
     assert main([*flags, "--score", str(test), "--predictions", str(folder / "p.jsonl"), "--batch_size", "3",
-                 "--report", str(folder / "r.json"), "--metrics", "exact, chrf"]) == 0  # fmt: skip
+                 "--report", str(folder / "r.json"), "--metrics", "exact, chrf", "--blind"]) == 0  # fmt: skip
     shown = capsys.readouterr().out
     assert re.search(r"kind +questions +exact +chrf\n", shown), shown
     assert re.search(r"a +2  0\.5000 \[0\.0000, 1\.0000\]", shown) and re.search(r"total +4  0\.2500 \[", shown), shown
@@ -264,6 +264,10 @@ def test_scoring_from_the_command_line(files, assistant, capsys):
     report = json.loads((folder / "r.json").read_text(encoding="utf-8"))
     assert report["total"]["exact"]["value"] == 0.25 and report["kinds"]["number"]["exact"]["value"] == 0.0
     assert report["total"]["questions"] == 4 and report["total"]["chrf"]["value"] < 1
+    assert ["blind" in line for line in lines] == [True, True, False, False] and report["blind"]["chrf"]["kinds"]["a"]["questions"] == 2
+    assert len(re.findall(r"(?m)^without seeing: 0\.\d\d of (?:exact|chrf); images are worth", shown)) == 2, shown
+    assert main(["--compare", str(folder / "p.jsonl"), str(folder / "p.jsonl")]) == 0, "without any weights"
+    assert re.search(r"total +4  0\.2500 .* 0\.0000 \[0\.0000, 0\.0000\]\n", capsys.readouterr().out)
 
 
 def test_a_video_is_described(files, capsys):

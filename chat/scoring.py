@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,14 +99,13 @@ def compare_files(files: Sequence[str], metrics: str, seed: int = 0, report: Pat
     if report is not None:
         check_output("--report", report)
     (questions, ours), (others, theirs) = map(read_predictions, files)
-    for number, (question, other) in enumerate(zip(questions, others, strict=False), start=1):
-        if (asked := told(question)) != told(other):
-            raise UsageError(f"--compare: question {number} of {files[0]} is {asked}, of {files[1]} {told(other)}; score both"
-                             " on the same file")  # fmt: skip
-    if len(questions) != len(others):
-        raise UsageError(f"--compare: {files[0]} answers {len(questions)} questions, {files[1]} {len(others)}; score both on"
-                         " the same file")  # fmt: skip
-    figures = compare(questions, {"a": ours, "b": theirs}, make_metrics(metrics, chain.from_iterable(question.references for question in questions)), seed)
+    for number, pair in enumerate(zip_longest(questions, others), start=1):
+        first, second = (question and (question.turns[0].content, *question.images, *question.references) for question in pair)
+        if first != second:
+            raise UsageError(f"--compare: question {number} of {files[0]} is {shown(first)}, of {files[1]} {shown(second)}; score"
+                             " both on the same file")  # fmt: skip
+    chosen = make_metrics(metrics, chain.from_iterable(question.references for question in questions))
+    figures = compare(questions, {"a": ours, "b": theirs}, chosen, seed)
     print(f"a: {files[0]}\nb: {files[1]}")
     print_comparison(figures)
     print(f"[difference: b - a; {LEVEL:.0%} intervals: bootstrap over images, the same draws for both, seed {seed}]")
@@ -236,11 +235,6 @@ def read_predictions(path: str) -> tuple[list[Question], list[str]]:
     if not questions:
         raise UsageError(f"--compare {path}: it holds no predictions")
     return questions, predictions
-
-
-def told(question: Question) -> str:
-    """A question of `read_predictions` as messages show it, with all that makes it another one."""
-    return shown((question.turns[0].content, *question.images, *question.references))
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

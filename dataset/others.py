@@ -1,7 +1,7 @@
 """Samples that bring along the images of others, to measure what a model owes to seeing its own."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -43,17 +43,13 @@ class WithOthers(VLMDataset):
             refs = self.samples[index].images
         except SampleError as error:  # a disk may fail at any time
             return BadSample(index, str(error))
-        own, others = {int(hash_of(ref)) for ref in refs}, []
+        own, M, others = {int(hash_of(ref)) for ref in refs}, len(self.circle), []
         for ref in refs:
-            views = next((views for at in self._after(int(hash_of(ref)), own) if (views := self._read(*at, images))), [])
-            others += islice(cycle(views), len(images[ref]))
+            start = self.places.get(int(hash_of(ref)), 0)  # an image that could not be read at the start is not in the circle
+            following = (self.circle[(start + step) % M] for step in range(M))
+            found = (views for key, at in following if key not in own and (views := self._read(*at, images)))
+            others += islice(cycle(next(found, [])), len(images[ref]))
         return replace(example, others=tuple(others)) if len(others) == len(example.images) else example
-
-    def _after(self, key: int, own: set[int]) -> Iterator[tuple[int, int]]:
-        """Where the images stand that come after one in the circle, without a sample's own."""
-        M, place = len(self.circle), self.places.get(key, 0)  # it was unreadable at the start, and is none of the circle
-        following = (self.circle[(place + step) % M] for step in range(M))
-        return (at for other, at in following if other not in own)
 
     def _read(self, number: int, place: int, images: dict[Ref, list[ImageInput]]) -> list[ImageInput]:
         """An image and its tiles; nothing where it cannot be read, which its own sample reports."""

@@ -288,7 +288,8 @@ def test_files_are_compared_by_several_references_and_images(tmp_path, capsys):
     [([said("?", "2", "2"), said("else", "3", "3")], r"question 2 of .*a\.jsonl is \('!', 'a\.png', '3'\), of .*b\.jsonl \('else', .*same file"),
      ([said("?", "2", "2"), said("!", "3", "3", images=["b.png"])], r"question 2 of .*'b\.png'"),
      ([said("?", "2", "2"), said("!", "3", "3", answers=["3", "three"])], r"question 2 of .*'three'"),
-     ([said("?", "2", "2")], r"a\.jsonl answers 2 questions, .*b\.jsonl 1;"), ([], "holds no predictions"), (["", " "], "holds no predictions"),
+     ([said("?", "2", "2")], r"question 2 of .*a\.jsonl is \('!', .*, of .*b\.jsonl None;"),
+     ([said("?", "2", "2"), said("!", "3", "3"), said("more", "4", "4")], r"question 3 of .*a\.jsonl is None, of"), ([], "holds no predictions"), (["", " "], "holds no predictions"),
      ([said("?", "2", None)], r"b\.jsonl:1: no line of --predictions: wanted are texts.*'prediction' \(an empty one where nothing was said"),
      ([{"conversations": []}], r"b\.jsonl:1: no line of --predictions"), ([["?"]], r"b\.jsonl:1: no line of"), (["{"], r"b\.jsonl:1: not json"),
      ([said("?", "2", "2", images="a.png")], r"b\.jsonl:1: no line of .* lists 'images'"), (None, r"--compare .*b\.jsonl: No such file")],
@@ -299,3 +300,9 @@ def test_files_that_cannot_be_compared(tmp_path, lines, message):
         write_jsonl(tmp_path / "b.jsonl", lines)
     with pytest.raises((UsageError, SampleError), match=message):
         compare_files([str(a), str(tmp_path / "b.jsonl")], "exact")
+
+
+def test_a_difference_in_the_middle_of_a_long_question_is_seen(tmp_path):
+    files = [str(write_jsonl(tmp_path / f"{name}.jsonl", [said("long " * 99 + name + " long" * 99, "2", "2")])) for name in "ab"]
+    with pytest.raises(UsageError, match="question 1 of"):
+        compare_files(files, "exact")

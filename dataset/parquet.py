@@ -27,7 +27,7 @@ from .jsonl import LINE, JsonlSamples, Sample, describe, parse_json, parse_sampl
 
 # The first of each that is there counts.
 CONVERSATION_COLUMNS, IMAGE_COLUMNS = ("conversations", "messages"), ("image_bytes", "images", "image")
-FURTHER = ("kind", "answers", "more")  # what training needs besides; `more` is convert's: json text of a line's further fields
+FURTHER = ("kind", "answers", "more")  # what is read besides; `more` is convert's: json text of a line's further fields
 BATCH_ROWS = 256  # to read at a time: Arrow holds no list of more than 2 GB
 
 

@@ -7,8 +7,8 @@ from .runs import Run, curve
 
 UNITS = {"update": 1.0, "seconds": 1 / 60, "epoch": 1.0}  # from the files' units to those shown (minutes)
 HEIGHT = 300  # pixels
-# Ten hues that can be told apart on white and on black (those of Okabe and Ito, Color Universal Design, and four more).
 DASHES = {"──": [1, 0], "– –": [6, 3], "· · ·": [2, 2], "– · –": [8, 3, 2, 3]}  # of a chart's figures: in its title, in pixels
+# Ten hues that can be told apart on white and on black (those of Okabe and Ito, Color Universal Design, and four more).
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c564b", "#7f7f7f", "#9467bd", "#bcbd22"]
 
 

@@ -89,8 +89,9 @@ def show_charts(runs: dict[str, Run], axis: str, smoothing: float, log: bool, la
     shown = 0
     for names in CHARTS:
         rows = points(runs, names, axis, smoothing)
-        there = [name for name in names if (rows["kind"] == name).any()]
-        if not there or (there == ["aux_loss"] and not rows["raw"].any()) or (there == ["eval_loss"]):  # beside the training loss
+        there = tuple(name for name in names if (rows["kind"] == name).any())
+        alone = there == names[:1] == ("eval_loss",)  # it stands beside the training loss
+        if not there or alone or (names == ("aux_loss",) and not rows["raw"].any()):
             continue
         kinds = {name: labels(name) for name in there}
         dashes = DASHES if there[1:] else [""]

@@ -21,7 +21,7 @@ from model.weights import weight_name
 
 DTYPES = ("bfloat16", "float16", "float32")
 POSITIVE = ("epochs", "batch_size", "learning_rate", "accumulation_steps", "grad_clip", "log_interval", "save_interval",
-            "hidden_size", "num_hidden_layers", "max_seq_len")  # fmt: skip
+            "hidden_size", "num_hidden_layers", "max_seq_len", "temperature", "max_new_tokens", "updates_per_batch", "clip")  # fmt: skip
 
 
 def setting(default, help_text: str, choices: tuple | None = None, several: bool = False):
@@ -115,7 +115,7 @@ class TrainConfig:
             choices, value = item.metadata["choices"], getattr(self, item.name)
             if choices and value is not None:
                 require(value in choices, item.name, f"choose from {', '.join(map(str, choices))}")
-        for name in POSITIVE:
+        for name in filter(self.__dict__.__contains__, POSITIVE):  # the last ones are of a subclass
             require(getattr(self, name) > 0, name, "must be greater than 0")
         for name in ("num_workers", "eval_interval", "seed", "tiles"):
             require((getattr(self, name) or 0) >= 0, name, "must not be negative")
@@ -172,10 +172,10 @@ def fraction_of(eval_data_path: str | None) -> float | None:
         return None
 
 
-def parse_config(description: str, defaults: dict, argv: list[str] | None = None) -> TrainConfig:
-    """Command-line flags over `defaults` over the dataclass's own. Ends the process with code 2 for bad flags."""
+def parse_config(description: str, defaults: dict, argv: list[str] | None = None, kind: type[TrainConfig] = TrainConfig) -> TrainConfig:
+    """Command-line flags over `defaults` over those of the dataclass `kind`. Ends the process with code 2 for bad flags."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for item in dataclasses.fields(TrainConfig):
+    for item in dataclasses.fields(kind):
         default = defaults.get(item.name, item.default)
         shown = "" if default is None else f" (default: {default})"
         options = {"default": default, "help": item.metadata["help"] + shown}
@@ -188,6 +188,6 @@ def parse_config(description: str, defaults: dict, argv: list[str] | None = None
         parser.add_argument(f"--{item.name}", **options)
     values = vars(parser.parse_args(home_for_tilde(argv)))
     try:
-        return TrainConfig(**{name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()})
+        return kind(**{name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()})
     except UsageError as error:
         parser.error(str(error))

@@ -13,6 +13,7 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ from .build import Loader, Run, worker_count
 from .checkpoint import Saver, TrainState, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
+
+if TYPE_CHECKING:
+    from .validation import Validation
 
 MOST_UNREAD = 100  # updates whose outcome may wait on the device
 
@@ -97,13 +101,17 @@ class Trainer:
         self.loader = Loader(run, workers)
         self.validation = None
         if self.config.eval_data_path:
-            from .validation import Validation  # it uses encode, from here
-
-            self.validation = Validation(run, workers)
+            self.validation = self.make_validation(workers)
         self.logged = self.began = time.monotonic()
         self.began_update = self.state.update
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
         self.state.tracker_id = self.tracker.run_id
+
+    def make_validation(self, workers: int) -> "Validation":
+        """What measures the model on held-out data."""
+        from .validation import Validation  # it uses encode, from here
+
+        return Validation(self.run, workers)
 
     def train(self) -> int:
         """Trains to the end, or until a signal asks to stop: then returns its number, else 0. Everything is saved."""
@@ -122,11 +130,8 @@ class Trainer:
                 self.state.epoch_bad = 0  # a resume counts bad samples from here on
                 self.save_if_due(last=True)
                 self.saver.wait()
-                raise TrainingFailed(
-                    f"{error}. What was trained until update {self.state.update} is saved. Mend the data, a line for a line, and"
-                    " continue with --from_resume 1; where lines are added or removed, start from the saved weights:"
-                    f" --from_weight {self.config.save_weight} without --from_resume"
-                ) from error
+                remedy = error.remedy.format(weight=self.config.save_weight)
+                raise TrainingFailed(f"{error}. What was trained until update {self.state.update} is saved. {remedy}") from error
             self.save_if_due(last=True)
             self.saver.wait()
         return stopped_by
@@ -177,8 +182,7 @@ class Trainer:
         loss_sum = aux_sum = torch.zeros((), device=self.ranks.device)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            # Gradients are exchanged between ranks once an update, during the backward of the last micro-batch.
-            with contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync():
+            with self.exchange(last):
                 loss, aux_loss = compute_loss(self.run, self.model, batch)
                 # The mean of micro-batches' means is not the mean over tokens: sum first, then divide by all.
                 loss = loss * batch.supervised
@@ -192,6 +196,10 @@ class Trainer:
             self.finite.read()
         counts = [loss_sum.new_full((), value) for value in (supervised, 1, tokens)]  # made on the device, not copied
         self.interval += torch.where(broken > 0, 0.0, torch.stack([loss_sum, aux_sum, *counts]))
+
+    def exchange(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are exchanged between ranks once an update, during the backward of the last micro-batch."""
+        return contextlib.nullcontext() if last or self.ranks.size == 1 else self.model.no_sync()
 
     def step(self, loss: torch.Tensor) -> torch.Tensor:
         """Clips and steps. A loss or gradient that is not finite changes nothing; returns a tensor that is then 1.
@@ -221,27 +229,34 @@ class Trainer:
         if update not in (1, self.total) and update % self.config.log_interval:
             return
         self.finite.read()
-        loss, aux_loss, supervised, updates, tokens = self.interval.tolist()
-        loss, aux_loss = self.ranks.sum([loss, aux_loss])
+        values, tokens, text = self.figures()
         now = time.monotonic()
         per_update = (now - self.began) / (update - self.began_update)
         memory = torch.accelerator.max_memory_allocated() if self.ranks.device.type == "cuda" else peak_memory()
         self.tracker.log({
             "update": update, "epoch": self.state.epoch + self.state.samples / self.run.sampler.size,
-            # None: nothing was trained on, all samples were bad or no loss was finite.
-            "loss": loss / supervised if supervised else None, "aux_loss": aux_loss / updates if updates else None,
-            "learning_rate": learning_rate, "tokens_per_second": tokens / max(now - self.logged, 1e-9),
+            **values, "learning_rate": learning_rate, "tokens_per_second": tokens / max(now - self.logged, 1e-9),
             "seconds": self.progress()["seconds"], "seconds_left": per_update * (self.total - update),
             "peak_memory_mb": memory / 2**20, "bad_samples": self.state.bad,
             "truncated_images": self.state.truncated,
-        })  # fmt: skip
+        }, text)  # fmt: skip
         self.logged = now
-        self.interval.zero_()
-        if update == 1 and supervised:
+        if update == 1 and values.get("loss"):
             # To guess evenly among V tokens costs ln(V): a first loss far above that means that something is wrong.
             vocabulary = self.run.model.config.vocab_size
-            self.tracker.message(f"first loss {loss / supervised:.2f}; a model that knows nothing has"
+            self.tracker.message(f"first loss {values['loss']:.2f}; a model that knows nothing has"
                                  f" ln({vocabulary}) = {math.log(vocabulary):.2f}")  # fmt: skip
+
+    def figures(self) -> tuple[dict[str, float | None], float, str]:
+        """What was measured since the last log line: losses, None where nothing was trained on (all samples were bad or no loss
+        was finite); tokens of all ranks; the losses in words."""
+        loss, aux_loss, supervised, updates, tokens = self.interval.tolist()
+        loss, aux_loss = self.ranks.sum([loss, aux_loss])
+        self.interval.zero_()
+        if not supervised:
+            return {"loss": None, "aux_loss": None}, tokens, "nothing trained"
+        values = {"loss": loss / supervised, "aux_loss": aux_loss / updates}
+        return values, tokens, f"loss {values['loss']:.4f}" + (f" aux {values['aux_loss']:.4f}" if aux_loss else "")
 
     def validate_if_due(self, stop: StopRequest) -> None:
         """Measures the loss on held-out data and keeps the weights when it is the lowest so far.
@@ -274,7 +289,11 @@ class Trainer:
         if self.ranks.is_main:
             if self.run.cache:
                 self.run.cache.flush()
-            self.save_weights(self.config.weight_file, snapshot(self.run, self.progress()))
+            self.save_weights(self.config.weight_file, self.snapshot())
+
+    def snapshot(self) -> dict:
+        """The content of a training state."""
+        return snapshot(self.run, self.progress())
 
     def save_weights(self, weight_file: Path, content: dict | None = None) -> None:
         """Weights and sidecar, and before them the training state with this content, if any; by the first rank.

@@ -26,11 +26,12 @@ from .guards import TrainingFailed
 from .loop import Trainer
 
 
-def main(description: str, defaults: dict, argv: list[str] | None = None) -> int:
-    """Runs a training script. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
+def main(description: str, defaults: dict, argv: list[str] | None = None, kind: type[TrainConfig] = TrainConfig,
+         trainer: type[Trainer] = Trainer) -> int:  # fmt: skip
+    """Runs a training script with settings and loop of these kinds. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
     keep_talking()
-    config = parse_config(description, defaults, argv)
-    code = run(config)
+    config = parse_config(description, defaults, argv, kind)
+    code = run(config, trainer)
     if config.use_wandb:
         from .swanlab_thread import end_process_if_stuck
 
@@ -38,7 +39,7 @@ def main(description: str, defaults: dict, argv: list[str] | None = None) -> int
     return code
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, kind: type[Trainer] = Trainer) -> int:
     """A whole training run; returns the process's exit code."""
     began, ranks = time.time(), None
     try:
@@ -48,7 +49,7 @@ def run(config: TrainConfig) -> int:
             from .torchrun import resume_after_restart
 
             config = resume_after_restart(config, ranks)
-        trainer = Trainer(build(config, ranks))
+        trainer = kind(build(config, ranks))
         stopped_by = trainer.train()
         ranks.print(ending(trainer, stopped_by))
         # DDP goes before the process group: as its last owner it would wait, holding Python's lock, for gloo's threads,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # which imports this module
 # Flags that a resumed run must not change, and those that it may, at the price of another result.
 FIXED = ("seed", "freeze_llm", "hidden_size", "num_hidden_layers", "use_moe", "family", "projector", "image_tokens", "tiles")
 SHAPING = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "dtype", "device", "use_compile", "grad_clip",
-           "max_seq_len", "data_path")  # fmt: skip
+           "max_seq_len", "data_path", "reward", "group_size", "temperature", "max_new_tokens", "normalize", "kl", "updates_per_batch",
+           "clip")  # fmt: skip
 
 
 def load_training_state(path: Path) -> tuple[dict, str | None]:
@@ -80,6 +81,8 @@ def check_settings(run: "Run", content: dict) -> None:
     # What older states do not hold.
     then = {"family": "minimind2", "projector": "linear", "image_tokens": patches_per_image(run.model.vision_encoder), "tiles": 0}
     then |= content["config"]
+    if ("reward" in then) != hasattr(config, "reward"):
+        raise UsageError(f"{path} was saved by another training script: give this run another --save_weight, or resume with that one")
     for name in FIXED:
         if getattr(config, name) != then[name]:
             raise UsageError(f"{path} was saved with --{name} {then[name]}, now it is {getattr(config, name)}:"
@@ -100,7 +103,7 @@ def check_settings(run: "Run", content: dict) -> None:
 def differences(run: "Run", content: dict) -> list[str]:
     """What will make the run's result another than that of an uninterrupted one."""
     now, then = asdict(run.config), content["config"]
-    changes = [f"--{name} {then[name]} -> {now[name]}" for name in SHAPING if then[name] != now[name]]
+    changes = [f"--{name} {then[name]} -> {now[name]}" for name in SHAPING if name in now and then[name] != now[name]]
     if run.ranks.device.type == "cpu" and content["threads"] != torch.get_num_threads():  # sums are rounded otherwise
         changes.append(f"{content['threads']} -> {torch.get_num_threads()} threads")
     if content["data"] != run.dataset.samples.fingerprint():

@@ -70,12 +70,11 @@ class Tracker:
         """One update is done."""
         self._bar.update()
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Writes the figures of an update everywhere; for the person watching, on the bar or as a line."""
-        self._record(values, values)
-        loss, aux_loss = values["loss"], values["aux_loss"]
-        text = (("nothing trained" if loss is None else f"loss {loss:.4f}") + (f" aux {aux_loss:.4f}" if aux_loss else "")
-                + f" lr {values['learning_rate']:.3e} {values['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    def log(self, values: dict[str, Any], text: str) -> None:
+        """Writes the figures of an update everywhere, answers among them to the file alone; for the person watching, on the bar
+        or as a line, those that `text` tells."""
+        self._record(values)
+        text += f" lr {values['learning_rate']:.3e} {values['tokens_per_second']:,.0f} tokens/s"
         if self._on_terminal:
             self._bar.set_postfix_str(text)
         else:
@@ -86,7 +85,7 @@ class Tracker:
         """Writes a validation everywhere, the answers among it to the file alone; its `text` for the person watching."""
         best = ", the lowest so far: weights kept" if values["best"] else ""
         self.message(f"update {values['update']}/{self._total} {text}{best}")
-        self._record(values, {name: value for name, value in values.items() if name not in ("best", "samples")})
+        self._record(values)
 
     def message(self, text: str) -> None:
         """A line for the person watching, above the bar."""
@@ -103,9 +102,9 @@ class Tracker:
         if self._swanlab:
             self._swanlab.close(first_line(error) if error else None)
 
-    def _record(self, values: dict[str, Any], figures: dict[str, Any]) -> None:
+    def _record(self, values: dict[str, Any]) -> None:
         if self._metrics:
             self._metrics.log(values)
         if self._swanlab:
-            points = {name: value for name, value in figures.items() if name != "update" and value is not None}
+            points = {name: value for name, value in values.items() if name not in ("update", "best", "samples") and value is not None}
             self._swanlab.log(points, values["update"])

@@ -11,6 +11,7 @@ Legend: B rows of T tokens in a batch, S of them supervised; N images, each P pa
 
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -100,23 +101,8 @@ class Validation:
         """Mean cross-entropy over the supervised tokens of all ranks' samples, in nats: `eval_loss`. With --eval_blind, where
         samples have images, over these alone: with blank images `eval_loss_blank`, with others' images `eval_loss_shuffled`
         unless a sample finds none, and with their own `eval_loss_seen` unless it is `eval_loss`, all samples having images.
-
-        Raises Stopped, and BadData when too many samples are bad.
         """
-        sums, read, bad = np.zeros(7), 0, 0
-        for [batch] in self.loader.epoch(0):
-            if stop.signum:
-                break
-            self.bad_samples.report(list(batch.bad), list(batch.truncated))
-            sums += self.sums(batch.to(self.run.ranks.device))
-            read, bad = read + len(batch.indices) + len(batch.bad), bad + len(batch.bad)
-        if self.run.cache:
-            self.run.cache.flush()
-        *sums, read, bad, signals = self.run.ranks.sum([*sums.tolist(), read, bad, stop.signum])
-        if signals:
-            raise Stopped(stop.signum or signal.SIGTERM)
-        self.bad_samples.judge(int(bad), int(bad), int(read), done=True)
-        total, supervised, seen, looking, unseen, swapped, alone = sums
+        total, supervised, seen, looking, unseen, swapped, alone = self.total(self.sums, stop)
         losses = {"eval_loss": total / supervised}
         if looking and looking < supervised:
             losses["eval_loss_seen"] = seen / looking
@@ -126,9 +112,27 @@ class Validation:
             losses["eval_loss_shuffled"] = swapped / looking
         return losses
 
+    def total(self, figures: Callable[[Batch], list[float]], stop: StopRequest) -> list[float]:
+        """Sums of a batch's figures over all batches of all ranks. Raises Stopped, and BadData when too many samples are bad."""
+        sums, read, bad = [], 0, 0
+        for [batch] in self.loader.epoch(0):
+            if stop.signum:
+                break
+            self.bad_samples.report(list(batch.bad), list(batch.truncated))
+            sums.append(figures(batch))
+            read, bad = read + len(batch.indices) + len(batch.bad), bad + len(batch.bad)
+        if self.run.cache:
+            self.run.cache.flush()
+        if self.run.ranks.sum([stop.signum])[0]:
+            raise Stopped(stop.signum or signal.SIGTERM)
+        *sums, read, bad = self.run.ranks.sum([*np.sum(sums, axis=0).tolist(), read, bad])
+        self.bad_samples.judge(int(bad), int(bad), int(read), done=True)
+        return sums
+
     def sums(self, batch: Batch) -> list[float]:
         """Of a batch: cross-entropies of all supervised tokens, and their number; both again of those in samples with images;
         their cross-entropies with blank images, and with others' images; images without another."""
+        batch = batch.to(self.run.ranks.device)
         N, T = len(batch.image_index), batch.ids.shape[1]
         features = encode(self.run, replace(batch, image_index=torch.cat([batch.image_index, batch.other_index])))
         plain = self.cross_entropies(batch, features[:N])

@@ -8,7 +8,7 @@ vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -178,6 +178,13 @@ def generate_stream(
         history = torch.cat((history, token[:, None]), dim=1)
 
 
+def different(keys: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Places of the different ones among the keys, and for each key which of those it is."""
+    numbers: dict[bytes, int] = {}
+    rows = [numbers.setdefault(key.tobytes(), len(numbers)) for key in keys]
+    return [rows.index(number) for number in range(len(numbers))], rows
+
+
 def read_prompts(
     decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features
 ) -> tuple[torch.Tensor, KeyValueCache, torch.Tensor, torch.Tensor]:
@@ -189,11 +196,9 @@ def read_prompts(
     """
     model, device = decoder.model, decoder.model.device
     shared = [min(p.image_starts[-1] + p.image_tokens, len(p.ids) - 1) if p.image_starts else 0 for p in prompts]
-    groups: dict[bytes, int] = {}  # key of a shared beginning -> its row
-    rows = [groups.setdefault(p.key()[:end].tobytes(), len(groups)) for p, end in zip(prompts, shared, strict=True)]
+    first, rows = different([p.key()[:end] for p, end in zip(prompts, shared, strict=True)])
     cache, width = decoder.new_cache(), max(shared)
     if width:
-        first = [rows.index(number) for number in range(len(groups))]
         decoder(embed(model, [prompts[i] for i in first], [(0, shared[i]) for i in first], features), cache)
         if rows != list(range(len(prompts))):
             cache.select(torch.tensor(rows, device=device))
@@ -209,19 +214,26 @@ def read_prompts(
 
 @torch.inference_mode()
 def generate_batch(
-    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features, sampling: Sampling, stop: int
-) -> list[list[int]]:
+    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features, sampling: Sampling, stop: int,
+    choose: Callable[[torch.Tensor, list[int]], torch.Tensor] | None = None,
+) -> list[list[int]]:  # fmt: skip
     """The tokens that follow each of B prompts, up to `stop` or `max_new_tokens`: the same as one by one.
 
-    A prompt that is given several times gets as many samples. Rows that have ended leave the batch.
+    A prompt that is given several times gets as many samples, and is read once. Rows that have ended leave the batch.
+    `choose`, if given, chooses the tokens int64 [B'] in place of `sampling`, from logits [B', V] and the rows' numbers.
     """
-    logits, cache, held, lengths = read_prompts(decoder, prompts, features)
+    first, copies = different([prompt.key() for prompt in prompts])
+    logits, cache, held, lengths = read_prompts(decoder, [prompts[place] for place in first], features)
+    if len(first) < len(prompts):
+        copies = torch.tensor(copies, device=logits.device)
+        cache.select(copies)
+        logits, held, lengths = logits[copies], held[copies], lengths[copies]
     chooser, history = Chooser(sampling, logits.device), histories(prompts, logits.device)
     held = F.pad(held, (0, sampling.max_new_tokens), value=True)
     answers: list[list[int]] = [[] for _ in prompts]
     rows, going = list(range(len(prompts))), [True] * len(prompts)  # whose answer a row is, and whether it continues
     for number in range(1, sampling.max_new_tokens + 1):
-        tokens = chooser(logits, history)
+        tokens = choose(logits, rows) if choose else chooser(logits, history)
         for place, token in enumerate(tokens.tolist()):
             going[place] = going[place] and token != stop
             if going[place]:

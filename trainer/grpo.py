@@ -1,0 +1,352 @@
+"""Learning from marks: GRPO (Shao et al., DeepSeekMath, arXiv 2402.03300), without a text to imitate.
+
+Of each question G answers are sampled and marked. What a mark is worth, the others of its group tell; answers above their
+group's mean become likelier, those below it less likely:
+
+    advantage A = mark - mean of the group's marks
+    loss        = -1/n sum of A * log p(token | question, tokens before), over all n tokens of all answers of an update
+
+A group of equal marks has A = 0: nobody can tell from it what to do better. --normalize 1 divides A by the group's standard
+deviation, as the paper does. The default does not: it would make the questions count most that are nearly always or nearly
+never answered right (Liu et al., arXiv 2503.20783). With --updates_per_batch K, the answers serve for K steps; p then is a
+ratio to what it was before the first, clipped as in PPO (arXiv 1707.06347). --kl adds that much of the distance to the weights
+at the start.
+
+Which answers are sampled is a function of (seed, update, sample), not of processes or batches, so a run can be resumed.
+
+Legend: G answers of a question, S tokens of the answers in a batch, P patch vectors of an image, V vocabulary.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from dataset.jsonl import Sample
+from dataset.vlm_dataset import BadSample, Batch, Example, ImageInput, collate
+from model.conversation import IMAGE_PLACEHOLDER, Conversation, Rendered, Renderer, count_images
+from model.errors import SampleError, UsageError, first_line
+from model.inference.generation import Prompt, Sampling, generate_batch
+from model.inference.packed import PackedDecoder
+from model.model_minimind import IGNORE_INDEX
+from model.model_vlm import MiniMindVLM
+
+from .build import Run
+from .checkpoint import copy_to_cpu
+from .config import TrainConfig, setting
+from .guards import BadData, StopRequest
+from .loop import Trainer, encode
+from .rewards import find_rewarder, mark
+from .validation import ASKED, Validation
+
+
+@dataclass(frozen=True)
+class GRPOConfig(TrainConfig):
+    """The settings of a training run, and those of sampling and marking."""
+
+    reward: str = setting("exact", "what marks an answer: exact, vqa, choice, format:PATTERN, or my_module:function of one's own, which"
+                          " is given (answer, sample) and returns a number from 0 to 1")  # fmt: skip
+    group_size: int = setting(8, "answers sampled of each question")
+    temperature: float = setting(1.0, "of sampling: above 1, answers differ more")
+    max_new_tokens: int = setting(64, "longest answer in tokens; it is cut there")
+    normalize: int = setting(0, "1: divide a group's advantages by the standard deviation of its marks", (0, 1))
+    kl: float = setting(0.0, "weight of the distance to the weights at the start; 0: none")
+    updates_per_batch: int = setting(1, "steps of the optimizer that a batch of answers serves for")
+    clip: float = setting(0.2, "with several such steps: how far a token's probability may move by them, as a fraction")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group_size < 2:
+            raise UsageError(f"--group_size {self.group_size}: at least 2, for an answer is compared with the others of its group")
+        if not 0 <= self.kl < float("inf"):
+            raise UsageError(f"--kl {self.kl}: a number from 0 on")
+        if self.eval_blind:
+            raise UsageError("--eval_blind 1 measures losses; here answers are validated by their marks")
+        find_rewarder(self.reward)
+
+
+class BadMarks(BadData):
+    """The rewarder failed."""
+
+    remedy = "Mend it, and continue with --from_resume 1"
+
+
+class QuestionRenderer(Renderer):
+    """Renders a sample up to where its last answer begins; <|im_end|> in that place is the one supervised token."""
+
+    def __init__(self, renderer: Renderer, room: int):
+        super().__init__(renderer.tokenizer, renderer.image_tokens)
+        self.room = room  # tokens that an answer may take
+
+    def render(self, sample: Conversation, max_length: int | None = None) -> Rendered:
+        """Raises SampleError for a sample whose last answer follows no question, and for a question that leaves no room."""
+        at = max(place for place, turn in enumerate(sample.turns) if turn.role == "assistant")
+        if not at or sample.turns[at - 1].role != "user" or count_images(sample.turns[at:]):
+            raise SampleError("the last answer follows no question, or images follow it: nothing to sample answers to", sample.where)
+        prompt = self.render_prompt(sample.turns[:at])
+        if max_length is not None and len(prompt) + self.room > max_length:
+            raise SampleError(f"the question takes {len(prompt)} tokens, which leaves no --max_new_tokens {self.room} of --max_seq_len"
+                              f" {max_length}", sample.where)  # fmt: skip
+        ids = np.append(prompt.ids, self.im_end)
+        return Rendered(ids, np.append(prompt.labels, self.im_end), prompt.image_starts)
+
+
+class Chooser:
+    """Chooses tokens by uniform numbers [answers, tokens] in [0, 1): a token where the probabilities of those before it add up
+    to no more. Keeps log-probability and entropy of each choice, in nats."""
+
+    def __init__(self, uniforms: torch.Tensor, temperature: float):
+        self.uniforms, self.temperature = uniforms, temperature
+        self.chosen: list[list[tuple[float, float]]] = [[] for _ in uniforms]
+
+    def __call__(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """logits [B, V] of the answers `rows` -> tokens int64 [B]."""
+        log_p = (logits.float() / self.temperature).log_softmax(-1)
+        sums = log_p.exp().cumsum(-1)
+        wanted = self.uniforms[rows, len(self.chosen[rows[0]])] * sums[:, -1]  # rows go on together; sums end near 1
+        tokens = torch.searchsorted(sums, wanted[:, None], right=True).clamp(max=logits.shape[1] - 1)
+        figures = torch.cat([log_p.gather(1, tokens), -(log_p.exp() * log_p).sum(-1, keepdim=True)], dim=1)
+        for row, pair in zip(rows, figures.tolist(), strict=True):
+            self.chosen[row].append(tuple(pair))
+        return tokens.squeeze(1)
+
+
+@dataclass
+class Answer:
+    """One of the different answers to a question, ready to learn from."""
+
+    example: Example  # question and answer, its end included where it ended
+    log_probabilities: list[float]  # of its tokens when it was sampled
+    advantage: float
+    count: int  # how often it was sampled
+    before: torch.Tensor | None = None  # log-probabilities [S] before the first of several steps
+
+
+def read_questions(run: Run, batch: Batch) -> tuple[list[Prompt], dict[int, torch.Tensor]]:
+    """The questions of a batch, and the patch vectors [P, W] of their images by number."""
+    P, T, numbers = run.model.config.image_tokens, batch.ids.shape[1], batch.image_index.tolist()
+    features = dict(zip(numbers, encode(run, batch.to(run.ranks.device)), strict=True))
+    starts, left, prompts = batch.image_positions[::P], iter(numbers), []
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()[: len(batch.indices)]):
+        own = (starts[starts // T == row] - row * T).tolist()
+        prompts.append(Prompt(batch.ids[row, : length - 1].numpy(), tuple(own), tuple(islice(left, len(own))), P))
+    return prompts, features
+
+
+class GRPOTrainer(Trainer):
+    """The loop of the other trainings, with another update: sample, mark, step."""
+
+    def __init__(self, run: Run):
+        saved, self.settings, self.sums = run.saved, run.config, Counter()
+        self.renderer = run.dataset.renderer = QuestionRenderer(run.dataset.renderer, self.settings.max_new_tokens)
+        self.rewarder = find_rewarder(self.settings.reward)
+        self.policy = self.twin(run, run.dtype)  # what answers are sampled from: the model in the format in which it computes
+        self.start = None  # the weights at the start
+        super().__init__(run)
+        if self.settings.kl:
+            self.start = self.twin(run, torch.float32)
+            content = saved[0] if saved else {"start": run.model.state_dict()}
+            if "start" not in content:
+                raise UsageError(f"--kl {self.settings.kl}: {self.config.resume_file} was saved without --kl, and so without the weights"
+                                 " at the start: no resume is possible. Leave the flag out")  # fmt: skip
+            self.start.load_state_dict(content["start"])
+        self.asked = np.linspace(0, len(run.dataset) - 1, min(ASKED, len(run.dataset))).astype(int).tolist()
+
+    @staticmethod
+    def twin(run: Run, dtype: torch.dtype) -> MiniMindVLM:
+        """A model of the run's kind without vision encoder, for inference."""
+        return MiniMindVLM(run.model.config).to(run.ranks.device, dtype).eval().requires_grad_(False)
+
+    def make_validation(self, workers: int) -> "MarkValidation":
+        """Validation by marks."""
+        return MarkValidation(self, workers)
+
+    def snapshot(self) -> dict:
+        """As of other trainings, and with --kl the weights at the start."""
+        return super().snapshot() | ({"start": copy_to_cpu(self.start.state_dict())} if self.start else {})
+
+    # --- sampling and marking -----------------------------------------------------------------------------------------
+
+    def decoder(self) -> PackedDecoder:
+        """The model as it is now, laid out for sampling."""
+        self.policy.load_state_dict(self.run.model.state_dict())
+        return PackedDecoder(self.policy)
+
+    def sample(self, decoder: PackedDecoder, batch: Batch) -> list[Answer]:
+        """Answers to the questions of a batch from which something can be learned, each different one once."""
+        settings, G = self.settings, self.settings.group_size
+        if not batch.indices:
+            return []
+        prompts, features = read_questions(self.run, batch)
+        images = {number: ImageInput(features=vectors) for number, vectors in features.items()}
+        keys = [(settings.seed, self.state.update, index) for index in batch.indices]
+        uniforms = np.concatenate([np.random.default_rng(key).random((G, settings.max_new_tokens), np.float32) for key in keys])
+        chooser = Chooser(torch.from_numpy(uniforms).to(self.ranks.device), settings.temperature)
+        limit = Sampling(max_new_tokens=settings.max_new_tokens)
+        texts = generate_batch(decoder, [prompt for prompt in prompts for _ in range(G)], features, limit, self.renderer.im_end, chooser)
+        found = []
+        for number, (prompt, index) in enumerate(zip(prompts, batch.indices, strict=True)):
+            rows = range(number * G, (number + 1) * G)
+            answers = [tuple(texts[row]) + (self.renderer.im_end,) * (len(texts[row]) < settings.max_new_tokens) for row in rows]
+            counts, sample = Counter(answers), self.run.dataset.samples[index]
+            marks = {answer: self.mark(answer, sample) for answer in counts}
+            mean = sum(marks[answer] * count for answer, count in counts.items()) / G
+            deviation = (sum((marks[answer] - mean) ** 2 * count for answer, count in counts.items()) / G) ** 0.5
+            same = len(set(marks.values())) == 1
+            for row, answer in zip(rows, answers, strict=True):
+                self.sums["entropy"] += sum(entropy for _, entropy in chooser.chosen[row][: len(answer)])
+            self.sums.update(groups=1, same=same, answers=G, reward=mean * G, tokens=sum(map(len, answers)))
+            for answer, count in counts.items() if self.start or not same else ():
+                ids = np.concatenate([prompt.ids, answer])
+                labels = np.where(np.arange(len(ids)) < len(prompt.ids), IGNORE_INDEX, ids)
+                shown = tuple(images[number] for number in prompt.images)
+                advantage = 0.0 if same else (marks[answer] - mean) / (deviation if settings.normalize else 1.0)
+                chances = [chance for chance, _ in chooser.chosen[rows[answers.index(answer)]][: len(answer)]]
+                found.append(Answer(Example(index, ids, labels, prompt.image_starts, shown), chances, advantage, count))
+        return found
+
+    def mark(self, answer: tuple[int, ...], sample: Sample) -> float:
+        """A rewarder's mark; raises BadMarks."""
+        try:
+            return mark(self.rewarder, self.text(answer), sample)
+        except Exception as error:  # of a user's function, all kinds
+            raise BadMarks(f"--reward {self.settings.reward} failed at {sample.where}: {type(error).__name__}: {first_line(error)}") from error
+
+    def text(self, answer: tuple[int, ...]) -> str:
+        """Tokens as text, without half a character at its end."""
+        return self.renderer.tokenizer.backend_tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
+
+    # --- learning -----------------------------------------------------------------------------------------------------
+
+    def update(self, micro_batches: list[Batch], learning_rate: float, supervised: float, tokens: float) -> None:
+        """Samples, marks, and does one step or several; none where no group of any rank tells anything."""
+        self.has_news, before, failed = True, self.sums["tokens"], None
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = learning_rate
+        try:
+            decoder = self.decoder()
+            answers = [answer for batch in micro_batches for answer in self.sample(decoder, batch)]
+        except BadMarks as error:
+            answers, failed = [], error
+        useful, sampled, failures = self.ranks.sum([len(answers), self.sums["tokens"] - before, failed is not None])
+        if failures:  # of any rank: all of them end, and what was trained before is saved
+            raise failed or BadMarks(f"--reward {self.settings.reward} failed; another rank says why")
+        self.sums["read"] += tokens
+        if not useful:
+            return
+        answers.sort(key=lambda answer: len(answer.example.ids))
+        size = self.config.batch_size
+        chunks = [answers[at : at + size] for at in range(0, len(answers), size)] or [[]]  # DDP wants a backward of every rank
+        for _ in range(self.settings.updates_per_batch):
+            loss = torch.zeros((), device=self.ranks.device)
+            for number, chunk in enumerate(chunks, start=1):
+                with self.exchange(number == len(chunks)):
+                    part, aux_loss = self.loss(chunk)
+                    part = part / sampled + aux_loss / (len(chunks) * self.ranks.size)
+                    self.run.scaler.scale(part * self.ranks.size).backward()
+                loss += part.detach()
+            broken = self.step(loss)
+            self.finite.add(broken, [index for batch in micro_batches for index in batch.indices])
+            self.finite.read()
+
+    def loss(self, chunk: list[Answer]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of some answers, summed over their tokens, and the routers' auxiliary loss."""
+        settings = self.settings
+        pad, image_tokens = self.run.model.config.pad_token_id, self.run.model.config.image_tokens
+        batch = collate([answer.example for answer in chunk], pad, image_tokens).to(self.ranks.device)
+        log_p, aux_loss = self.log_probabilities(self.model, batch)
+        lengths = [len(answer.log_probabilities) for answer in chunk]
+        for answer, own in zip(chunk, log_p.detach().split(lengths), strict=True):
+            if answer.before is None:
+                sampled = own.new_tensor(answer.log_probabilities)
+                self.sums.update(trained=len(own), difference=float((own - sampled).abs().sum()))
+                answer.before = own
+
+        def spread(values: list[float]) -> torch.Tensor:
+            return log_p.new_tensor(values).repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=log_p.device))
+
+        if not chunk:
+            return log_p.sum(), aux_loss
+        advantage, count = spread([answer.advantage for answer in chunk]), spread([answer.count for answer in chunk])
+        ratio = (log_p - torch.cat([answer.before for answer in chunk])).exp()  # 1 in the first step, with the gradient of log p
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - settings.clip, 1 + settings.clip) * advantage)
+        if self.start:
+            with torch.no_grad():
+                start, _ = self.log_probabilities(self.start, batch)
+            # An unbiased estimate of the divergence that is never below 0 (DeepSeekMath, equation 4).
+            distance = (start - log_p).exp() - (start - log_p) - 1
+            self.sums.update(kl=float((distance.detach() * count).sum()), kl_tokens=float(count.sum()))
+            gain = gain - settings.kl * distance
+        return -(gain * count).sum(), aux_loss
+
+    def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a batch's supervised tokens, [S], at the temperature of sampling; and the routers' auxiliary loss."""
+        with self.run.autocast():
+            out = model(batch.ids, loss_positions=batch.loss_positions, use_cache=False, image_features=encode(self.run, batch),
+                        image_positions=batch.image_positions, token_mask=batch.attention_mask if self.config.use_moe else None)  # fmt: skip
+        log_p = (out.logits.float() / self.settings.temperature).log_softmax(-1)
+        targets = batch.labels.flatten()[batch.loss_positions + 1]
+        return log_p.gather(1, targets[:, None]).squeeze(1), out.aux_loss if out.aux_loss is not None else log_p.new_zeros(())
+
+    # --- telling ------------------------------------------------------------------------------------------------------
+
+    def figures(self) -> tuple[dict, float, str]:
+        """Means since the last log line: marks, fraction of groups with equal ones, tokens of an answer, entropy of a token, and
+        of the tokens learned from how far their log-probabilities were from those when they were sampled."""
+        names = ("reward", "answers", "same", "groups", "tokens", "entropy", "kl", "kl_tokens", "difference", "trained")
+        sums = dict(zip(names, self.ranks.sum([float(self.sums[name]) for name in names]), strict=True)) | {"read": self.sums["read"]}
+        self.sums.clear()
+
+        def mean(name: str, of: str) -> float | None:
+            return sums[name] / sums[of] if sums[of] else None
+
+        values = {"reward": mean("reward", "answers"), "useless_groups": mean("same", "groups"), "length": mean("tokens", "answers"),
+                  "entropy": mean("entropy", "tokens"), "kl": mean("kl", "kl_tokens"), "difference": mean("difference", "trained")}  # fmt: skip
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in values.items() if value is not None)
+        return values | {"samples": self.answer_some(self.run, self.asked)}, sums["read"] + sums["tokens"], text
+
+    def answer_some(self, run: Run, numbers: list[int]) -> list[dict]:
+        """Greedy answers to these of the run's questions, by the first rank."""
+        items = [item for item in run.dataset.__getitems__(numbers) if not isinstance(item, BadSample)] if self.ranks.is_main else []
+        batch = collate(items, run.model.config.pad_token_id, run.model.config.image_tokens)
+        return self.answer(run, self.decoder(), batch)
+
+    @torch.no_grad()
+    def answer(self, run: Run, decoder: PackedDecoder, batch: Batch) -> list[dict]:
+        """Greedy answers to a batch of the run's questions, with their marks."""
+        if not batch.indices:
+            return []
+        prompts, features = read_questions(run, batch)
+        limit, told = Sampling(max_new_tokens=self.settings.max_new_tokens, temperature=0.0), []
+        texts = generate_batch(decoder, prompts, features, limit, self.renderer.im_end)
+        for index, answer in zip(batch.indices, texts, strict=True):
+            sample = run.dataset.samples[index]
+            at = max(place for place, turn in enumerate(sample.turns) if turn.role == "assistant")
+            told.append({"question": sample.turns[at - 1].content.replace(IMAGE_PLACEHOLDER, "").strip(), "where": sample.where,
+                         "image": ", ".join(ref for ref in sample.images if isinstance(ref, str)),
+                         "reference": sample.turns[at].content, "answer": self.text(tuple(answer)),
+                         "reward": self.mark(tuple(answer), sample)})  # fmt: skip
+        return told
+
+
+class MarkValidation(Validation):
+    """Measures the mean mark of greedy answers; as a loss, 1 minus that."""
+
+    def __init__(self, trainer: GRPOTrainer, workers: int):
+        super().__init__(trainer.run, workers)
+        self.trainer = trainer
+
+    def measure(self, stop: StopRequest) -> tuple[dict[str, float | None], list[dict], str]:
+        """As of losses."""
+        decoder = self.trainer.decoder()
+
+        def marks(batch: Batch) -> list[float]:
+            told = self.trainer.answer(self.run, decoder, batch)
+            return [sum(answer["reward"] for answer in told), len(told)]
+
+        total, count = self.total(marks, stop)
+        reward = total / count
+        return ({"eval_loss": 1 - reward, "eval_reward": reward}, self.trainer.answer_some(self.run, self.asked),
+                f"validation reward {reward:.4f}")  # fmt: skip

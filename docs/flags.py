@@ -1,4 +1,4 @@
-"""The table of docs/flags.md, from the settings of training.
+"""The tables of docs/flags.md, from the settings of training.
 
     python -m docs.flags
 """
@@ -8,6 +8,7 @@ import os
 
 from train_sft_vlm import DEFAULTS
 from trainer.config import TrainConfig, inside
+from trainer.grpo import GRPOConfig
 
 
 def flags_table() -> str:
@@ -17,9 +18,12 @@ def flags_table() -> str:
         return "" if value is None else "off" if value is False else str(value).removeprefix(inside() + os.sep)
 
     rows = ["| flag | default | meaning |", "|---|---|---|"]
-    for item in dataclasses.fields(TrainConfig):
+    common = dataclasses.fields(TrainConfig)
+    for item in (*common, *dataclasses.fields(GRPOConfig)[len(common) :]):
         other = DEFAULTS.get(item.name, item.default)
         default = shown(item.default) + (f" ({shown(other)})" if other != item.default else "")
+        if item.name == "reward":
+            rows += ["", "Of `train_grpo_vlm.py` alone:", "", *rows[:2]]
         rows.append(f"| --{item.name} | {default} | {item.metadata['help'].replace('%%', '%')} |")
     return "\n".join(rows)
 

@@ -34,7 +34,7 @@ from train_grpo_vlm import DEFAULTS
 from trainer import distributed
 from trainer.build import build
 from trainer.config import parse_config
-from trainer.grpo import Chooser, GRPOConfig, GRPOTrainer
+from trainer.grpo import Chooser, GRPOConfig, GRPOTrainer, pack
 from trainer.guards import TrainingFailed
 from trainer.main import main
 from trainer.rewards import choice, find_rewarder, mark
@@ -112,6 +112,9 @@ def test_the_gradient_is_that_of_cross_entropy_weighted_by_hand(data, encoder_fo
     trainer = make_trainer(data, encoder_folder, tmp_path, group_size=2, accumulation_steps=2, **flags)
     firsts, batches = {}, [first_batch(trainer), first_batch(trainer, 1)]
     trainer.rewarder = lambda answer, sample: float(firsts.setdefault(sample.where, answer) == answer)
+    for module in trainer.run.model.modules():
+        if hasattr(module, "alpha"):  # the routers' own loss is another for other rows
+            module.alpha = 0
     monkeypatch.setattr(trainer, "step", lambda loss: torch.zeros(()))
     trainer.update(batches, 1e-3, 5, 0)
     model, temperature = trainer.run.model, trainer.settings.temperature
@@ -119,21 +122,19 @@ def test_the_gradient_is_that_of_cross_entropy_weighted_by_hand(data, encoder_fo
     model.zero_grad()
     assert found
     firsts.clear()
-    answers = [answer for batch in batches for answer in trainer.sample(trainer.decoder(), batch)]
-    assert len(answers) == 10 and sum(answer.advantage for answer in answers) == pytest.approx(0)
-    tokens, chunks = sum(len(answer.log_probabilities) for answer in answers), -(-len(answers) // trainer.config.batch_size)
-    assert {abs(answer.advantage) for answer in answers} == {1.0 if "normalize" in flags else 0.5}
-    answers.sort(key=lambda answer: len(answer.example.ids))
-    for at in range(0, len(answers), trainer.config.batch_size):  # the routers' loss is one of a micro-batch
-        chunk = answers[at : at + trainer.config.batch_size]
-        batch = collate([answer.example for answer in chunk], 0, 196)
-        out = model(batch.ids, image_features=batch.features[batch.image_index].float(), image_positions=batch.image_positions,
-                    token_mask=batch.attention_mask)  # fmt: skip
-        loss = out.aux_loss / chunks if out.aux_loss is not None else 0
-        for row, answer in enumerate(chunk):
-            logits, targets = out.logits[row, :-1] / temperature, batch.labels[row, 1:]
-            loss = loss + answer.advantage * F.cross_entropy(logits, targets, reduction="sum") / tokens
-        loss.backward()
+    groups = [group for batch in batches for group in trainer.sample(trainer.decoder(), batch)]
+    assert {abs(advantage) for group in groups for advantage in group.advantages} == {1.0 if "normalize" in flags else 0.5}
+    tokens, loss = sum(len(group.sampled) for group in groups), 0
+    for group in groups:  # each answer in a row of its own
+        assert len(group.answers) == 2 and sum(group.advantages) == pytest.approx(0)
+        for answer, advantage in zip(group.answers, group.advantages, strict=True):
+            ids = torch.tensor([[*group.prompt.ids, *answer]])
+            features = torch.stack([image.features for image in group.images]) if group.images else None
+            starts = torch.tensor(group.prompt.image_starts, dtype=torch.int64)
+            places = (starts[:, None] + torch.arange(196)).flatten()
+            logits = model(ids, image_features=features, image_positions=places).logits[0, -len(answer) - 1 : -1] / temperature
+            loss = loss + advantage * F.cross_entropy(logits, torch.tensor(answer), reduction="sum") / tokens
+    loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
@@ -143,14 +144,17 @@ def test_equal_answers_of_a_group_count_as_often_as_they_were_sampled(data, enco
     trainer = make_trainer(data, encoder_folder, tmp_path, group_size=32, max_new_tokens=1)
     with torch.no_grad():  # a model of few words
         trainer.run.model.lm_head.weight.mul_(6)
-    answers = trainer.sample(trainer.decoder(), first_batch(trainer))
-    by_question = {index: [answer for answer in answers if answer.example.index == index] for index in {a.example.index for a in answers}}
-    assert any(answer.count > 1 for answer in answers)
-    for own in by_question.values():
-        assert sum(answer.count for answer in own) == 32 and sum(a.advantage * a.count for a in own) == pytest.approx(0, abs=1e-9)
-    singly = [types.SimpleNamespace(**{**vars(answer), "count": 1}) for answer in answers for _ in range(answer.count)]
+    groups = trainer.sample(trainer.decoder(), first_batch(trainer))
+    assert groups and any(count > 1 for group in groups for count in group.counts)
+    for group in groups:
+        assert sum(group.counts) == 32 and np.dot(group.counts, group.advantages) == pytest.approx(0, abs=1e-9)
+    singly = [types.SimpleNamespace(**vars(group)) for group in groups]
+    for group in singly:
+        for name in ("answers", "sampled", "advantages"):  # of one token each
+            setattr(group, name, [value for value, count in zip(getattr(group, name), group.counts, strict=True) for _ in range(count)])
+        group.counts = [1] * 32
     head = trainer.run.model.lm_head.weight
-    together, apart = (torch.autograd.grad(trainer.loss(chunk)[0], head)[0] for chunk in (answers, singly))
+    together, apart = (torch.autograd.grad(trainer.loss(chunk)[0], head)[0] for chunk in (groups, singly))
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
 
 
@@ -158,11 +162,11 @@ def test_equal_answers_of_a_group_count_as_often_as_they_were_sampled(data, enco
 def test_sampling_and_training_agree_about_log_probabilities(data, encoder_folder, tmp_path, flags):
     trainer = make_trainer(data, encoder_folder, tmp_path, **flags)
     for _ in range(2):  # also after the weights have moved
-        answers = trainer.sample(trainer.decoder(), first_batch(trainer, 16))
-        assert {len(answer.example.images) for answer in answers} >= {0, 1, 2}
-        loss, _ = trainer.loss(answers)
-        for answer in answers:
-            torch.testing.assert_close(answer.before, torch.tensor(answer.log_probabilities), rtol=0, atol=1e-5)
+        groups = trainer.sample(trainer.decoder(), first_batch(trainer, 16))
+        assert {len(group.images) for group in groups} >= {0, 1, 2}
+        loss, _ = trainer.loss(groups)
+        for group in groups:
+            torch.testing.assert_close(group.before, torch.tensor(group.sampled), rtol=0, atol=1e-5)
         (loss / 100).backward()
         trainer.step(loss)
 
@@ -175,14 +179,15 @@ def test_in_bf16_the_difference_is_told(data, encoder_folder, tmp_path):
 
 def test_several_steps_are_clipped_as_in_ppo(data, encoder_folder, tmp_path):
     trainer = make_trainer(data, encoder_folder, tmp_path, clip=0.2)
-    answers = trainer.sample(trainer.decoder(), first_batch(trainer))
-    trainer.loss(answers)
-    now = [answer.before for answer in answers]
+    groups = trainer.sample(trainer.decoder(), first_batch(trainer))
+    trainer.loss(groups)
+    now = [group.before for group in groups]
     for shift, kept in ((0.1, lambda a: np.exp(0.1) * a), (1.0, lambda a: 1.2 * a if a > 0 else np.e * a), (-1.0, lambda a: np.exp(-1) * a if a > 0 else 0.8 * a)):  # fmt: skip
-        for answer, own in zip(answers, now, strict=True):
-            answer.before = own - shift  # as if the token's probability had grown by this since
-        loss, _ = trainer.loss(answers)
-        expected = -sum(kept(answer.advantage) * answer.count * len(answer.before) for answer in answers)
+        for group, own in zip(groups, now, strict=True):
+            group.before = own - shift  # as if the tokens' probabilities had grown by this since
+        loss, _ = trainer.loss(groups)
+        expected = -sum(kept(advantage) * count * len(answer) for group in groups
+                        for answer, advantage, count in zip(group.answers, group.advantages, group.counts, strict=True))  # fmt: skip
         assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
@@ -195,22 +200,20 @@ def test_several_steps_go_further_than_one(data, encoder_folder, tmp_path):
 
 def test_the_distance_to_the_start_is_none_at_first_and_then_that_of_the_formula(data, encoder_folder, tmp_path):
     trainer = make_trainer(data, encoder_folder, tmp_path, kl=0.5)
-    answers = trainer.sample(trainer.decoder(), first_batch(trainer))
-    loss, _ = trainer.loss(answers)
+    groups = trainer.sample(trainer.decoder(), first_batch(trainer))
+    loss, _ = trainer.loss(groups)
     assert trainer.sums["kl"] == 0
     (loss / 10).backward()
     trainer.step(loss)
-    for answer in answers:
-        answer.before = None
-    own, start = [], []
-    for answer in answers:
-        batch = collate([answer.example], 0, 196)
-        own += trainer.log_probabilities(trainer.model, batch)[0].tolist() * answer.count
-        start += trainer.log_probabilities(trainer.start, batch)[0].tolist() * answer.count
-    apart = np.array(start) - own
-    distance = float((np.exp(apart) - apart - 1).sum())
-    gain = sum(answer.advantage * answer.count * len(answer.log_probabilities) for answer in answers)
-    assert distance > 0 and trainer.loss(answers)[0].item() == pytest.approx(0.5 * distance - gain, rel=1e-3, abs=1e-4)
+    for group in groups:
+        group.before = None
+    packed = pack(groups, 0, 196, torch.device("cpu"))
+    own, start = (trainer.log_probabilities(model, packed)[0].detach().numpy() for model in (trainer.model, trainer.start))
+    counts = [count for group in groups for answer, count in zip(group.answers, group.counts, strict=True) for _ in answer]
+    distance = float(((np.exp(start - own) - (start - own) - 1) * counts).sum())
+    gain = sum(advantage * count * len(answer) for group in groups
+               for answer, advantage, count in zip(group.answers, group.advantages, group.counts, strict=True))  # fmt: skip
+    assert distance > 0 and trainer.loss(groups)[0].item() == pytest.approx(0.5 * distance - gain, rel=1e-3, abs=1e-4)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -231,13 +234,13 @@ def test_tokens_come_as_often_as_their_probabilities_say():
 
 def test_answers_do_not_depend_on_who_shares_the_batch(data, encoder_folder, tmp_path):
     trainer = make_trainer(data, encoder_folder, tmp_path)
-    together = trainer.sample(trainer.decoder(), first_batch(trainer))
-    for index in range(4):
-        alone = trainer.sample(trainer.decoder(), collate([trainer.run.dataset[index]], 0, 196))
-        assert [answer.example.ids.tolist() for answer in alone] == [a.example.ids.tolist() for a in together if a.example.index == index]
+    def answers(batch) -> list[list[tuple]]:
+        return [group.answers for group in trainer.sample(trainer.decoder(), batch)]
+
+    together = answers(first_batch(trainer))
+    assert together == [own for index in range(4) for own in answers(collate([trainer.run.dataset[index]], 0, 196))]
     trainer.state.update += 1
-    others = trainer.sample(trainer.decoder(), first_batch(trainer))
-    assert {tuple(answer.example.ids) for answer in others} != {tuple(answer.example.ids) for answer in together}
+    assert answers(first_batch(trainer)) != together
 
 
 def test_the_question_is_rendered_as_it_is_asked(data, encoder_folder, tmp_path):

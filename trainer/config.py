@@ -44,9 +44,8 @@ class TrainConfig:
     batch_size: int = setting(16, "samples of a micro-batch, per process")
     learning_rate: float = setting(4e-4, "peak of the cosine, which falls to a tenth of it at the end")
     device: str | None = setting(None, "cuda:0, mps, cpu, ...; by default the best there is")
-    dtype: str | None = setting(
-        None, "number format; by default bfloat16, or float32 where the device is faster at it; a resume and the"
-        " feature cache keep theirs", DTYPES)  # fmt: skip
+    dtype: str | None = setting(None, "number format; by default bfloat16, or float32 where the device is faster at it; a resume"
+        " and the feature cache keep theirs", DTYPES)  # fmt: skip
     num_workers: int = setting(8, "loader processes, capped to the machine's cores; 0: none")
     accumulation_steps: int = setting(1, "micro-batches of an update: more, for a larger batch in the same memory")
     grad_clip: float = setting(1.0, "largest global norm of the gradient")
@@ -56,52 +55,41 @@ class TrainConfig:
     num_hidden_layers: int = setting(8, "blocks of the decoder")
     max_seq_len: int = setting(640, "longest sample in tokens, 196 of them an image; longer text is cut, no image")
     use_moe: int = setting(0, "1: Mixture of Experts in the decoder's feed-forward layers", (0, 1))
-    data_path: str = setting(
-        inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them, patterns,"
-        " hf://datasets/ORG/NAME/FILE; one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)  # fmt: skip
-    images_path: str = setting(
-        inside("dataset", "pretrain_images"), "folder, .zip or .tar of the images that the data name, one or several; unused"
-        " with parquet files that hold their images", several=True)  # fmt: skip
-    eval_data_path: str | None = setting(
-        None, "validation data: files as for --data_path, or a fraction of the training samples to hold out (0.01); by"
-        " default no validation", several=True)  # fmt: skip
+    data_path: str = setting(inside("dataset", "pretrain_data.jsonl"), "training data: jsonl and parquet files, folders of them,"
+        " patterns, hf://datasets/ORG/NAME/FILE; one or several, each with a weight if wanted (a.jsonl:0.3)", several=True)  # fmt: skip
+    images_path: str = setting(inside("dataset", "pretrain_images"), "folder, .zip or .tar of the images that the data name, one"
+        " or several; unused with parquet files that hold their images", several=True)  # fmt: skip
+    eval_data_path: str | None = setting(None, "validation data: files as for --data_path, or a fraction of the training samples"
+        " to hold out (0.01); by default no validation", several=True)  # fmt: skip
     eval_images_path: str | None = setting(None, "images of these files; by default --images_path", several=True)
     eval_interval: int = setting(0, "updates between two validations; 0: one after every epoch")
     eval_blind: int = setting(1, "1: also the validation loss with blank images, and with other samples' images", (0, 1))
     from_weight: str = setting("llm", "prefix of the weights in save_dir to start from; none: random weights")
     from_resume: int = setting(0, "1: resume from the last training state of the same save_weight", (0, 1))
-    freeze_llm: int = setting(
-        1, "what is trained: 0: projector and decoder, 1: projector, 2: projector and the decoder's last"
+    freeze_llm: int = setting(1, "what is trained: 0: projector and decoder, 1: projector, 2: projector and the decoder's last"
         " block", (0, 1, 2))  # fmt: skip
-    use_wandb: bool = setting(
-        False, "track the run with SwanLab, in the mode of its own settings (SWANLAB_MODE=cloud; local needs"
+    use_wandb: bool = setting(False, "track the run with SwanLab, in the mode of its own settings (SWANLAB_MODE=cloud; local needs"
         " swanlab[dashboard]; offline needs no account)")  # fmt: skip
     wandb_project: str = setting("MiniMind-V-Pretrain", "project name for SwanLab")
     wandb_run_name: str | None = setting(None, "run name for SwanLab; by default made from the settings")
-    vision_model_path: str | None = setting(
-        None, "folder of a vision encoder in transformers format, or org/name on a hub: CLIP, SigLIP or SigLIP 2 of fixed"
-        " size, DINOv2; by default that of the weights started from, or model/vision_model/clip-vit-base-patch16")  # fmt: skip
-    family: str | None = setting(
-        None, "the decoder's: that of the original's weights of 2025 (MiniMind2-V) or of 2026 (minimind-3v); by default"
-        " that of the weights started from, or minimind2", ("minimind2", "minimind3"))  # fmt: skip
-    projector: str | None = setting(
-        None, "between vision encoder and decoder: a linear layer, or two with a norm before; by default that of the"
-        " weights started from, or the family's (linear, mlp)", ("linear", "mlp"))  # fmt: skip
-    image_tokens: int | None = setting(
-        None, "tokens of an image: fewer than the encoder's patches pool squares of these (196: 49 or 4), for shorter"
-        " sequences; by default those of the weights started from, or a token for every patch")  # fmt: skip
-    tiles: int | None = setting(
-        None, "show every image also in up to so many tiles of the encoder's size, each with its tokens: finer detail,"
-        " longer sequences; by default as the weights started from, or none")  # fmt: skip
-    tokenizer_path: str | None = setting(
-        None, "folder of the tokenizer, or org/name on a hub; by default that of the weights trained from: their sidecar's, one"
-        " next to them, or model/published_tokenizer; for random weights this project's, model")  # fmt: skip
+    vision_model_path: str | None = setting(None, "folder of a vision encoder in transformers format, or org/name on a hub: CLIP,"
+        " SigLIP or SigLIP 2 of fixed size, DINOv2; by default that of the weights started from, or"
+        " model/vision_model/clip-vit-base-patch16")  # fmt: skip
+    family: str | None = setting(None, "the decoder's: that of the original's weights of 2025 (MiniMind2-V) or of 2026"
+        " (minimind-3v); by default that of the weights started from, or minimind2", ("minimind2", "minimind3"))  # fmt: skip
+    projector: str | None = setting(None, "between vision encoder and decoder: a linear layer, or two with a norm before; by"
+        " default that of the weights started from, or the family's (linear, mlp)", ("linear", "mlp"))  # fmt: skip
+    image_tokens: int | None = setting(None, "tokens of an image: fewer than the encoder's patches pool squares of these (196: 49"
+        " or 4), for shorter sequences; by default those of the weights started from, or a token for every patch")  # fmt: skip
+    tiles: int | None = setting(None, "show every image also in up to so many tiles of the encoder's size, each with its tokens:"
+        " finer detail, longer sequences; by default as the weights started from, or none")  # fmt: skip
+    tokenizer_path: str | None = setting(None, "folder of the tokenizer, or org/name on a hub; by default that of the weights"
+        " trained from: their sidecar's, one next to them, or model/published_tokenizer; for random weights this project's,"
+        " model")  # fmt: skip
     checkpoint_dir: str = setting(inside("checkpoints"), "folder for training states and feature caches")
-    on_bad_sample: str = setting(
-        "skip", "skip: log a sample that cannot be used and continue, up to 10 an epoch or 1%% of what was read;"
-        " raise: stop at the first", ("skip", "raise"))  # fmt: skip
-    cache_features: int = setting(
-        0, "1: keep every image's output of the vision encoder on disk, for later epochs", (0, 1))  # fmt: skip
+    on_bad_sample: str = setting("skip", "skip: log a sample that cannot be used and continue, up to 10 an epoch or 1%% of what"
+        " was read; raise: stop at the first", ("skip", "raise"))  # fmt: skip
+    cache_features: int = setting(0, "1: keep every image's output of the vision encoder on disk, for later epochs", (0, 1))
     use_compile: int = setting(0, "1: compile the decoder's blocks (torch.compile)", (0, 1))
     gradient_checkpointing: int = setting(0, "1: less memory, a third more arithmetic", (0, 1))
     seed: int = setting(42, "of the order of samples, of random weights, and of what is held out")

@@ -14,7 +14,7 @@ at the start.
 
 Which answers are sampled is a function of (seed, update, sample), not of processes or batches, so a run can be resumed.
 
-Legend: G answers of a question, S tokens of the answers in a batch, P patch vectors of an image, V vocabulary.
+Legend: G answers of a question, Q tokens of a question, S tokens of the answers in a batch, P patch vectors of an image, V vocabulary.
 """
 
 from collections import Counter
@@ -114,14 +114,50 @@ class Chooser:
 
 
 @dataclass
-class Answer:
-    """One of the different answers to a question, ready to learn from."""
+class Group:
+    """A question and the different answers to it, ready to learn from."""
 
-    example: Example  # question and answer, its end included where it ended
-    log_probabilities: list[float]  # of its tokens when it was sampled
-    advantage: float
-    count: int  # how often it was sampled
+    prompt: Prompt
+    images: tuple[ImageInput, ...]
+    answers: list[tuple[int, ...]]  # with <|im_end|> where they ended
+    sampled: list[float]  # log-probabilities of all their tokens when they were sampled
+    advantages: list[float]
+    counts: list[int]  # how often each was sampled
     before: torch.Tensor | None = None  # log-probabilities [S] before the first of several steps
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Groups as rows: a question, read once, and after it its answers, each of which sees the question and itself alone."""
+
+    batch: Batch  # of B rows with T' tokens
+    positions: torch.Tensor  # int64 [B, T'], each answer's continuing the question's
+    mask: torch.Tensor  # bool [B, 1, T', T'], True where attention looks
+    predictors: torch.Tensor  # int64 [S], indices into B * T' of what predicts each answer token
+    targets: torch.Tensor  # int64 [S], these tokens
+
+
+def pack(groups: list[Group], pad_id: int, image_tokens: int, device: torch.device) -> Packed:
+    """The rows of some groups, on the device."""
+    examples, rows, predictors = [], [], []
+    for group in groups:
+        Q, lengths = len(group.prompt.ids), list(map(len, group.answers))
+        ids = np.concatenate([group.prompt.ids, *group.answers])
+        examples.append(Example(0, ids, np.full_like(ids, IGNORE_INDEX), group.prompt.image_starts, group.images))
+        number = np.repeat(np.arange(1 + len(lengths)), [Q, *lengths])  # 0: the question
+        position = np.concatenate([np.arange(Q), *(np.arange(Q, Q + length) for length in lengths)])
+        rows.append((position, number))
+        predictors.append(np.where(position == Q, Q - 1, np.arange(len(ids)) - 1)[Q:])  # the question's end predicts every first token
+    batch = collate(examples, pad_id, image_tokens)
+    B, T = batch.ids.shape
+    positions, numbers = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)  # padding sees some, to be no division by zero
+    for row, (position, number) in enumerate(rows):
+        positions[row, : len(position)], numbers[row, : len(number)] = torch.from_numpy(position), torch.from_numpy(number)
+    mask = ((numbers[:, None] == 0) | (numbers[:, None] == numbers[:, :, None])).tril()
+    predictors = [torch.from_numpy(places) + row * T for row, places in enumerate(predictors)]
+    targets = [token for group in groups for answer in group.answers for token in answer]
+    tensors = positions, mask[:, None], torch.cat(predictors or [batch.image_index]), torch.tensor(targets, dtype=torch.int64)
+    return Packed(batch.to(device), *(tensor.to(device) for tensor in tensors))
 
 
 def read_questions(run: Run, batch: Batch) -> tuple[list[Prompt], dict[int, torch.Tensor]]:
@@ -174,8 +210,8 @@ class GRPOTrainer(Trainer):
         self.policy.load_state_dict(self.run.model.state_dict())
         return PackedDecoder(self.policy)
 
-    def sample(self, decoder: PackedDecoder, batch: Batch) -> list[Answer]:
-        """Answers to the questions of a batch from which something can be learned, each different one once."""
+    def sample(self, decoder: PackedDecoder, batch: Batch) -> list[Group]:
+        """Marked answers to the questions of a batch from which something can be learned."""
         settings, G = self.settings, self.settings.group_size
         if not batch.indices:
             return []
@@ -198,13 +234,12 @@ class GRPOTrainer(Trainer):
             for row, answer in zip(rows, answers, strict=True):
                 self.sums["entropy"] += sum(entropy for _, entropy in chooser.chosen[row][: len(answer)])
             self.sums.update(groups=1, same=same, answers=G, reward=mean * G, tokens=sum(map(len, answers)))
-            for answer, count in counts.items() if self.start or not same else ():
-                ids = np.concatenate([prompt.ids, answer])
-                labels = np.where(np.arange(len(ids)) < len(prompt.ids), IGNORE_INDEX, ids)
-                shown = tuple(images[number] for number in prompt.images)
-                advantage = 0.0 if same else (marks[answer] - mean) / (deviation if settings.normalize else 1.0)
-                chances = [chance for chance, _ in chooser.chosen[rows[answers.index(answer)]][: len(answer)]]
-                found.append(Answer(Example(index, ids, labels, prompt.image_starts, shown), chances, advantage, count))
+            if same and not self.start:
+                continue
+            advantages = [0.0 if same else (marks[answer] - mean) / (deviation if settings.normalize else 1.0) for answer in counts]
+            sampled = [chance for answer in counts for chance, _ in chooser.chosen[rows[answers.index(answer)]][: len(answer)]]
+            shown = tuple(images[number] for number in prompt.images)
+            found.append(Group(prompt, shown, list(counts), sampled, advantages, list(counts.values())))
         return found
 
     def mark(self, answer: tuple[int, ...], sample: Sample) -> float:
@@ -227,18 +262,18 @@ class GRPOTrainer(Trainer):
             group["lr"] = learning_rate
         try:
             decoder = self.decoder()
-            answers = [answer for batch in micro_batches for answer in self.sample(decoder, batch)]
+            groups = [group for batch in micro_batches for group in self.sample(decoder, batch)]
         except BadMarks as error:
-            answers, failed = [], error
-        useful, sampled, failures = self.ranks.sum([len(answers), self.sums["tokens"] - before, failed is not None])
+            groups, failed = [], error
+        useful, sampled, failures = self.ranks.sum([len(groups), self.sums["tokens"] - before, failed is not None])
         if failures:  # of any rank: all of them end, and what was trained before is saved
             raise failed or BadMarks(f"--reward {self.settings.reward} failed; another rank says why")
         self.sums["read"] += tokens
         if not useful:
             return
-        answers.sort(key=lambda answer: len(answer.example.ids))
+        groups.sort(key=lambda group: len(group.prompt.ids) + len(group.sampled))
         size = self.config.batch_size
-        chunks = [answers[at : at + size] for at in range(0, len(answers), size)] or [[]]  # DDP wants a backward of every rank
+        chunks = [groups[at : at + size] for at in range(0, len(groups), size)] or [[]]  # DDP wants a backward of every rank
         for _ in range(self.settings.updates_per_batch):
             loss = torch.zeros((), device=self.ranks.device)
             for number, chunk in enumerate(chunks, start=1):
@@ -251,44 +286,40 @@ class GRPOTrainer(Trainer):
             self.finite.add(broken, [index for batch in micro_batches for index in batch.indices])
             self.finite.read()
 
-    def loss(self, chunk: list[Answer]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of some answers, summed over their tokens, and the routers' auxiliary loss."""
-        settings = self.settings
-        pad, image_tokens = self.run.model.config.pad_token_id, self.run.model.config.image_tokens
-        batch = collate([answer.example for answer in chunk], pad, image_tokens).to(self.ranks.device)
-        log_p, aux_loss = self.log_probabilities(self.model, batch)
-        lengths = [len(answer.log_probabilities) for answer in chunk]
-        for answer, own in zip(chunk, log_p.detach().split(lengths), strict=True):
-            if answer.before is None:
-                sampled = own.new_tensor(answer.log_probabilities)
-                self.sums.update(trained=len(own), difference=float((own - sampled).abs().sum()))
-                answer.before = own
-
-        def spread(values: list[float]) -> torch.Tensor:
-            return log_p.new_tensor(values).repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=log_p.device))
-
+    def loss(self, chunk: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of some groups, summed over their tokens, and the routers' auxiliary loss."""
+        settings, config = self.settings, self.run.model.config
+        packed = pack(chunk, config.pad_token_id, config.image_tokens, self.ranks.device)
+        log_p, aux_loss = self.log_probabilities(self.model, packed)
+        for group, own in zip(chunk, log_p.detach().split([len(group.sampled) for group in chunk]), strict=True):
+            if group.before is None:
+                group.before = own
+                self.sums.update(trained=len(own), difference=float((own - own.new_tensor(group.sampled)).abs().sum()))
         if not chunk:
             return log_p.sum(), aux_loss
-        advantage, count = spread([answer.advantage for answer in chunk]), spread([answer.count for answer in chunk])
-        ratio = (log_p - torch.cat([answer.before for answer in chunk])).exp()  # 1 in the first step, with the gradient of log p
+        answers = [values for group in chunk for values in zip(group.answers, group.advantages, group.counts, strict=True)]
+        spread = [(advantage, count) for answer, advantage, count in answers for _ in answer]
+        advantage, count = log_p.new_tensor(spread).unbind(1)
+        ratio = (log_p - torch.cat([group.before for group in chunk])).exp()  # 1 in the first step, with the gradient of log p
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - settings.clip, 1 + settings.clip) * advantage)
         if self.start:
             with torch.no_grad():
-                start, _ = self.log_probabilities(self.start, batch)
+                start, _ = self.log_probabilities(self.start, packed)
             # An unbiased estimate of the divergence that is never below 0 (DeepSeekMath, equation 4).
             distance = (start - log_p).exp() - (start - log_p) - 1
             self.sums.update(kl=float((distance.detach() * count).sum()), kl_tokens=float(count.sum()))
             gain = gain - settings.kl * distance
         return -(gain * count).sum(), aux_loss
 
-    def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a batch's supervised tokens, [S], at the temperature of sampling; and the routers' auxiliary loss."""
+    def log_probabilities(self, model: torch.nn.Module, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the answers' tokens, [S], at the temperature of sampling; and the routers' auxiliary loss."""
+        batch = packed.batch
         with self.run.autocast():
-            out = model(batch.ids, loss_positions=batch.loss_positions, use_cache=False, image_features=encode(self.run, batch),
-                        image_positions=batch.image_positions, token_mask=batch.attention_mask if self.config.use_moe else None)  # fmt: skip
+            out = model(batch.ids, packed.mask, packed.positions, loss_positions=packed.predictors, use_cache=False,
+                        image_features=encode(self.run, batch), image_positions=batch.image_positions,
+                        token_mask=batch.attention_mask if self.config.use_moe else None)  # fmt: skip
         log_p = (out.logits.float() / self.settings.temperature).log_softmax(-1)
-        targets = batch.labels.flatten()[batch.loss_positions + 1]
-        return log_p.gather(1, targets[:, None]).squeeze(1), out.aux_loss if out.aux_loss is not None else log_p.new_zeros(())
+        return log_p.gather(1, packed.targets[:, None]).squeeze(1), out.aux_loss if out.aux_loss is not None else log_p.new_zeros(())
 
     # --- telling ------------------------------------------------------------------------------------------------------
 

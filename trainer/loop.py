@@ -13,7 +13,6 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -27,9 +26,6 @@ from .build import Loader, Run, worker_count
 from .checkpoint import Saver, TrainState, snapshot
 from .guards import BadData, BadSampleGuard, FiniteGuard, Stopped, StopRequest, TrainingFailed
 from .tracking import Tracker
-
-if TYPE_CHECKING:
-    from .validation import Validation
 
 MOST_UNREAD = 100  # updates whose outcome may wait on the device
 
@@ -99,15 +95,13 @@ class Trainer:
         self.finite = FiniteGuard(self.ranks, run.dataset.samples.where, self.config.resume_file)
         workers = worker_count(self.config.num_workers, self.ranks)
         self.loader = Loader(run, workers)
-        self.validation = None
-        if self.config.eval_data_path:
-            self.validation = self.make_validation(workers)
+        self.validation = self.make_validation(workers) if self.config.eval_data_path else None
         self.logged = self.began = time.monotonic()
         self.began_update = self.state.update
         self.tracker = Tracker(self.config, self.ranks.is_main, self.state.update, self.total, self.state.tracker_id)
         self.state.tracker_id = self.tracker.run_id
 
-    def make_validation(self, workers: int) -> "Validation":
+    def make_validation(self, workers: int):
         """What measures the model on held-out data."""
         from .validation import Validation  # it uses encode, from here
 
@@ -243,20 +237,18 @@ class Trainer:
         self.logged = now
         if update == 1 and values.get("loss"):
             # To guess evenly among V tokens costs ln(V): a first loss far above that means that something is wrong.
-            vocabulary = self.run.model.config.vocab_size
-            self.tracker.message(f"first loss {values['loss']:.2f}; a model that knows nothing has"
-                                 f" ln({vocabulary}) = {math.log(vocabulary):.2f}")  # fmt: skip
+            V = self.run.model.config.vocab_size
+            self.tracker.message(f"first loss {values['loss']:.2f}; a model that knows nothing has ln({V}) = {math.log(V):.2f}")
 
     def figures(self) -> tuple[dict[str, float | None], float, str]:
-        """What was measured since the last log line: losses, None where nothing was trained on (all samples were bad or no loss
-        was finite); tokens of all ranks; the losses in words."""
+        """Losses since the last log line, None where all samples were bad or no loss was finite; tokens; the losses in words."""
         loss, aux_loss, supervised, updates, tokens = self.interval.tolist()
         loss, aux_loss = self.ranks.sum([loss, aux_loss])
         self.interval.zero_()
         if not supervised:
             return {"loss": None, "aux_loss": None}, tokens, "nothing trained"
-        values = {"loss": loss / supervised, "aux_loss": aux_loss / updates}
-        return values, tokens, f"loss {values['loss']:.4f}" + (f" aux {values['aux_loss']:.4f}" if aux_loss else "")
+        loss, aux_loss = loss / supervised, aux_loss / updates
+        return {"loss": loss, "aux_loss": aux_loss}, tokens, f"loss {loss:.4f}" + (f" aux {aux_loss:.4f}" if aux_loss else "")
 
     def validate_if_due(self, stop: StopRequest) -> None:
         """Measures the loss on held-out data and keeps the weights when it is the lowest so far.

@@ -26,8 +26,7 @@ from .guards import TrainingFailed
 from .loop import Trainer
 
 
-def main(description: str, defaults: dict, argv: list[str] | None = None, kind: type[TrainConfig] = TrainConfig,
-         trainer: type[Trainer] = Trainer) -> int:  # fmt: skip
+def main(description: str, defaults: dict, argv: list[str] | None = None, kind: type = TrainConfig, trainer: type = Trainer) -> int:
     """Runs a training script with settings and loop of these kinds. Returns 0 when all went well, 1 for a failure at run time, 2 for a user's mistake."""
     keep_talking()
     config = parse_config(description, defaults, argv, kind)

@@ -71,8 +71,7 @@ class Tracker:
         self._bar.update()
 
     def log(self, values: dict[str, Any], text: str) -> None:
-        """Writes the figures of an update everywhere, answers among them to the file alone; for the person watching, on the bar
-        or as a line, those that `text` tells."""
+        """Writes the figures of an update everywhere, answers to the file alone; `text` for the person watching, on the bar if any."""
         self._record(values)
         text += f" lr {values['learning_rate']:.3e} {values['tokens_per_second']:,.0f} tokens/s"
         if self._on_terminal:

@@ -25,7 +25,7 @@ def points(runs: dict[str, Run], names: tuple[str, ...], axis: str, smoothing: f
     parts = []
     for run_name, run in runs.items():
         for name in names:
-            part = curve(run, name, axis, 0.0 if name.startswith("eval_loss") else smoothing)
+            part = curve(run, name, axis, 0.0 if name.startswith("eval_") else smoothing)
             parts.append(part.assign(run=run_name, kind=name, x=part["x"] * UNITS[axis]))
     return pd.concat(parts)
 

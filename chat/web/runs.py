@@ -11,7 +11,7 @@ import pandas as pd
 from .models import read_json
 
 METRICS = ["update", "epoch", "seconds", "loss", "eval_loss", "eval_loss_seen", "eval_loss_blank", "eval_loss_shuffled", "aux_loss",
-           "learning_rate", "tokens_per_second", "peak_memory_mb", "seconds_left"]  # fmt: skip
+           "reward", "eval_reward", "useless_groups", "entropy", "length", "kl", "learning_rate", "tokens_per_second", "peak_memory_mb", "seconds_left"]  # fmt: skip
 SUFFIX = ".metrics.jsonl"
 MOST_POINTS = 1500  # of a curve on the screen
 

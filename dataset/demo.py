@@ -2,9 +2,11 @@
 
     python -m dataset.demo                 # data, three trainings, scoring; at the end accuracy and where things lie
     python -m dataset.demo --prepare_only  # the data alone
+    python -m dataset.demo --stage grpo    # afterwards: a short SFT, and what learning from marks makes of it
 
 Reads   the PyPI package `easy-vqa` (MIT): 5,000 images of one coloured shape each, 48,248 questions, official split
-Writes  dataset/demo/ (jsonl files, images), out/{llm,pretrain_vlm,sft_vlm}_256.*, out/demo_predictions.jsonl, out/demo_report.json
+Writes  dataset/demo/ (jsonl files, images), out/{llm,pretrain_vlm,sft_vlm}_256.*, out/demo_predictions.jsonl, out/demo_report.json;
+        out/{short,grpo}_vlm_256.* and out/grpo_report.json
 """
 
 import argparse
@@ -38,6 +40,15 @@ STAGES = (
      "projector and language model together, on questions about images", 5,
      "images are seen and words are known, but questions about images are new"),
     ("score", "test.jsonl", "eval_vlm.py", "--weight sft_vlm", "the answers to all test questions, about images that no stage has shown", 0.5, ""),
+)  # fmt: skip
+GRPO_STAGES = (
+    ("short_vlm", "short.jsonl", "train_sft_vlm.py", "--from_weight pretrain_vlm --epochs 1 --batch_size 16 --learning_rate 5e-4",
+     "a tenth of the demo's third stage, so that something is left to learn", 0.5, "as in the third stage"),
+    ("score", "test.jsonl", "eval_vlm.py", "--weight short_vlm", "what it answers by then", 0.5, ""),
+    ("grpo_vlm", "marks.jsonl", "train_grpo_vlm.py", "--from_weight short_vlm --epochs 1 --batch_size 32 --learning_rate 2e-4"
+     f" --group_size 16 --temperature 1.2 --max_new_tokens 8 --cache_features 1 --eval_data_path {FOLDER / 'held_out.jsonl'} --eval_interval 25",
+     "from marks alone: 16 answers to each training question, right or wrong; it is never told what is right", 6, ""),
+    ("score", "test.jsonl", "eval_vlm.py", "--weight grpo_vlm", "what it answers now", 0.5, ""),
 )  # fmt: skip
 
 
@@ -111,6 +122,21 @@ def question_rows(train: dict, rng: random.Random, questions: int, count: int) -
     return rng.sample(rows, count)
 
 
+def marked_rows(train: dict, rng: random.Random, count: int) -> list[dict]:
+    """`count` single questions for learning from marks, as many of each kind and, of yes/no questions, of each answer.
+
+    In the data nine of ten negated questions about colours are answered "yes": a model that always says so is marked right nine
+    times of ten, and where all answers of a group are alike, nothing tells it better.
+    """
+    pools: dict[tuple, list[dict]] = {}
+    for number, turns in train.items():
+        for question, answer in turns:
+            yes_no = kind_of(answer) == "yes/no" and (answer, is_negated(question), bool(set(SHAPES) & set(question.rstrip("?").split())))
+            pools.setdefault((kind_of(answer), yes_no), []).append(conversation([(question, answer)], f"train/{number}.png"))
+    rows = [row for _, pool in sorted(pools.items()) for row in rng.sample(pool, count // len(pools))]
+    return rng.sample(rows, len(rows))
+
+
 def read_split(questions: tuple[list, list, list], paths: dict[int, str], folder: Path) -> dict[int, list[tuple[str, str]]]:
     """Questions and answers of each image of a split; copies its images to `folder`."""
     images: dict[int, list[tuple[str, str]]] = {}
@@ -138,12 +164,14 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     sft = question_rows(train, rng, questions=4, count=7000) + rng.sample(captions, 400)
     one_by_one = [conversation([(question, answer)], f"test/{number}.png", kind=kind_of(answer))
                   for number, turns in test.items() for question, answer in turns]  # fmt: skip
-    for name, rows in {"llm": texts, "captions": captions, "sft": rng.sample(sft, len(sft)), "test": one_by_one}.items():
+    files = {"llm": texts, "captions": captions, "sft": rng.sample(sft, len(sft)), "test": one_by_one}
+    files |= {"short": files["sft"][:700], "marks": marked_rows(train, rng, 8000), "held_out": one_by_one[::24]}
+    for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{folder / name}.jsonl: {len(rows)} conversations", flush=True)
 
 
-def run_stage(number: int, name: str, data: str, script: str, flags: str, teaches: str, minutes: float, first_loss: str) -> None:
+def run_stage(number: int, of: int, name: str, data: str, script: str, flags: str, teaches: str, minutes: float, first_loss: str) -> None:
     """Runs one of the project's scripts and says what for, how long, and what came of it; ends the demo when it fails."""
     command, data, images = [script, *flags.split(), "--hidden_size", "256"], str(FOLDER / data), str(FOLDER / "images")
     if name == "score":
@@ -151,14 +179,33 @@ def run_stage(number: int, name: str, data: str, script: str, flags: str, teache
     else:
         command += ["--num_hidden_layers", "4", "--save_weight", name, "--data_path", data, "--images_path", images,
                     "--vision_model_path", str(REPOSITORY / "model" / "vision_model" / "tiny-clip"), "--num_workers", "1", "--log_interval", "50"]  # fmt: skip
-    print(f"\nstage {number} of {len(STAGES)}: {teaches}; about {minutes} minutes on two cores\n$ python {' '.join(command)}", flush=True)
+    print(f"\nstage {number} of {of}: {teaches}; about {minutes} minutes on two cores\n$ python {' '.join(command)}", flush=True)
     done = subprocess.run([sys.executable, str(REPOSITORY / script), *command[1:]], check=False)
     if done.returncode:
         raise SystemExit(f"demo: {script} ended with exit code {done.returncode}")
-    if name != "score":
+    if first_loss:
         first, *_, last = map(json.loads, (OUT / f"{name}_256.metrics.jsonl").read_bytes().splitlines())
         print(f"first loss {first['loss']:.2f}: {first_loss}. Last loss {last['loss']:.3f}\n"
               f"saved: {OUT / name}_256.pth (weights), .json (how they were made), .metrics.jsonl (losses)", flush=True)  # fmt: skip
+
+
+def accuracy() -> float:
+    """Of the last scoring."""
+    return mean(json.loads(line)["correct"] for line in PREDICTIONS.read_bytes().splitlines())
+
+
+def run_grpo() -> None:
+    """A short SFT and GRPO, both scored: out/grpo_report.json, and a line of it."""
+    if not (OUT / "pretrain_vlm_256.pth").is_file():
+        raise SystemExit(f"--stage grpo continues the demo's second stage, and {OUT / 'pretrain_vlm_256.pth'} is not there: make demo")
+    figures, names = {}, ("sft_seconds", "accuracy_before", "grpo_seconds", "accuracy_after")
+    for number, (stage, name) in enumerate(zip(GRPO_STAGES, names, strict=True), start=1):
+        start = time.monotonic()
+        run_stage(number, len(GRPO_STAGES), *stage)
+        figures[name] = accuracy() if stage[0] == "score" else time.monotonic() - start
+    (OUT / "grpo_report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print("\ndemo: accuracy {accuracy_before:.3f} after {sft_seconds:.0f} s of SFT, {accuracy_after:.3f} after {grpo_seconds:.0f} s of"
+          " learning from marks".format(**figures))  # fmt: skip
 
 
 def report(seconds: float, timings: dict[str, float]) -> None:
@@ -185,13 +232,16 @@ def main() -> None:
     print_anything()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prepare_only", action="store_true", help="make the data and stop")
-    prepare_only, began, timings = parser.parse_args().prepare_only, time.monotonic(), {}
+    parser.add_argument("--stage", choices=("grpo",), help="continue the demo by learning from marks")
+    args, began, timings = parser.parse_args(), time.monotonic(), {}
     prepare()
-    if prepare_only:
+    if args.prepare_only:
         return
+    if args.stage:
+        return run_grpo()
     for number, stage in enumerate(STAGES, start=1):
         start = time.monotonic()
-        run_stage(number, *stage)
+        run_stage(number, len(STAGES), *stage)
         timings[stage[0]] = time.monotonic() - start
     report(time.monotonic() - began, timings)
 

@@ -137,7 +137,7 @@ def after_the_demo(tmp_path, tokenizer, monkeypatch) -> Path:
     """A folder in which things lie where they lie in the repository after `make demo`, the model untrained and the data small."""
     (tmp_path / "model").symlink_to(REPOSITORY / "model")
     encoder = load_vision_encoder(REPOSITORY / "model" / "vision_model" / "tiny-clip")
-    for weight in ("llm", "pretrain_vlm", "sft_vlm"):
+    for weight in ("llm", "pretrain_vlm", "sft_vlm", "short_vlm"):
         config = VLMConfig(hidden_size=256, num_hidden_layers=1, vision_hidden_size=encoder.config.hidden_size)
         model = MiniMindVLM(config, encoder)
         record = {"fingerprints": fingerprints(model, tokenizer), "training": {"vision_model_path": "model/vision_model/tiny-clip"}}
@@ -145,7 +145,7 @@ def after_the_demo(tmp_path, tokenizer, monkeypatch) -> Path:
     demo = tmp_path / "dataset" / "demo"
     (demo / "images" / "test").mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(demo / "images" / "test" / "0.png")
-    for file, count in (("test", 8), ("captions", 8)):
+    for file, count in (("test", 8), ("captions", 8), ("marks", 25)):
         turns = [{"role": "user", "content": "<image>\nwhat color is the shape?"}, {"role": "assistant", "content": "red"}]
         row = {"conversations": turns, "image": "test/0.png", "kind": "colour"}
         (demo / f"{file}.jsonl").write_text(count * (json.dumps(row) + "\n"))
@@ -175,10 +175,11 @@ def test_the_experiments_run_as_written(after_the_demo, capsys):
     for block in blocks("docs/how-it-works.md", "python"):
         if "get_peft_model" in block:
             continue  # tests/test_processing.py
-        compiled = compile(block.replace("min(200,", "min(8,"), "how-it-works.md", "exec")
+        compiled = compile(block.replace("min(200,", "min(25," if "learn(" in block else "min(8,"), "how-it-works.md", "exec")
         exec(compiled, scope)
     printed = capsys.readouterr().out
     assert len(re.findall(r"(?m)^[\w' ]+ \{'all': \d", printed)) >= 6, printed
+    assert re.search(r"mean mark of the last 25 questions 0\.", printed), printed
     assert scope["rows"] and (after_the_demo / "dataset" / "demo" / "pairs.jsonl").stat().st_size
 
 

@@ -1,6 +1,7 @@
 """The plots of the README, from what `make demo` leaves in out/.
 
     python -m docs.figures loss        # loss curves of the demo, or of the metrics files named
+    python -m docs.figures grpo        # marks over time, from what `python -m dataset.demo --stage grpo` leaves
     python -m docs.figures attention   # where the demo's model looked, or another one
 
 Writes images/{name}.png, or --out. Needs requirements-dev.txt. The diagrams of the same folder come from structure.svg and
@@ -31,6 +32,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     demo = [REPOSITORY / "out" / f"{weight_name(stage, 256, False)}.metrics.jsonl" for stage in STAGES]
     command.add_argument("files", nargs="*", type=Path, default=demo, help="metrics files of runs (default: those of the demo)")
 
+    command = commands.add_parser("grpo", help="marks of a run that learned from them")
+    command.add_argument("file", nargs="?", type=Path, default=REPOSITORY / "out" / "grpo_vlm_256.metrics.jsonl", help="its metrics file (default: %(default)s)")
+
     command = commands.add_parser("attention", help="where a model looked for each token of its answers")
     command.add_argument("images", nargs="*", type=Path, default=sorted(IMAGES.glob("easy_vqa_*.png")), help="images to ask about (default: easy-VQA's in dataset/eval_images)")
     command.add_argument("--question", default="Describe the image.", help="default: %(default)s")
@@ -48,10 +52,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> None:
     """Makes the plot."""
-    if args.plot == "loss":
-        from .loss import draw_loss  # only here is matplotlib needed
+    if args.plot in ("loss", "grpo"):
+        from .loss import draw_loss, draw_marks  # only here is matplotlib needed
 
-        draw_loss(args.out, args.files)
+        draw_loss(args.out, args.files) if args.plot == "loss" else draw_marks(args.out, args.file)
     else:
         from model.inference.assistant import load_assistant
 

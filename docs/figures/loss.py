@@ -36,6 +36,24 @@ def read_curves(file: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+def draw_marks(path: Path, file: Path) -> None:
+    """Mean marks of a run that learned from marks, of the answers that it sampled and of greedy ones in validation, over minutes."""
+    if not file.is_file():
+        raise UsageError(f"no metrics file {file}; python -m dataset.demo --stage grpo makes one")
+    rows = [json.loads(line) for line in file.read_bytes().splitlines()]
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    for name, label in (("reward", "sampled answers to training questions"), ("eval_reward", "greedy answers to test questions"),
+                        ("useless_groups", "groups whose marks are all equal")):  # fmt: skip
+        points = [(row["seconds"] / 60, row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            raise UsageError(f"{file} holds no {name}: a run of train_grpo_vlm.py with --eval_data_path is wanted")
+        axis.plot(*zip(*points, strict=True), "o-" if name == "eval_reward" else "-", markersize=4, label=label)
+    axis.set(xlabel="minutes", ylabel="mean mark, fraction of groups", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
+    save(figure, path)
+
+
 def draw_loss(path: Path, files: list[Path]) -> None:
     """A panel a run, all with the same logarithmic scale."""
     runs, vocabulary = [read_curves(file) for file in files], VLMConfig().vocab_size

@@ -24,11 +24,13 @@ from model.conversation import Renderer
 from model.device import check_compile
 from model.errors import UsageError
 from model.inference.assistant import Assistant
+from model.layers import attend, causal_attention
 from model.load import read_native
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.moe import MOEFeedForward
 from model.storage import REPOSITORY
+from model.vision import patches_per_image
 from model.weights import load_tokenizer
 from trainer import distributed
 from trainer.build import build
@@ -38,14 +40,14 @@ from trainer.loop import Trainer
 
 from .inference import QUESTION, Real, ask_plain, seconds_of
 from .synthetic import Size, make_encoder, write_data
-from .train import STAGES, product_speed, run_script
+from .train import STAGES, measure_loader, product_speed, run_script
 
 SIZES = {"512x8": (512, 8), "768x16": (768, 16)}
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCHES = (1, 32, 256)  # of questions
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
-ROWS = (*(f"equal_{name}" for name in FORMATS), "equal_experts", "equal_answers",
-        *(f"{stage}_{size}" for size in SIZES for stage in STAGES), "host_waits", "memory_768x16", "compiled_sft", "resume",
+ROWS = (*(f"equal_{name}" for name in FORMATS), "equal_attention", "equal_experts", "equal_cache", "equal_answers",
+        *(f"{stage}_{size}" for size in SIZES for stage in STAGES), "loader", "host_waits", "memory_768x16", "compiled_sft", "resume",
         *(f"decode_{count}" for count in BATCHES), "torchrun")  # fmt: skip
 
 
@@ -105,8 +107,37 @@ class Bench:
             logits = self.plain.lm_head(hidden[own.labels[:, 1:] != minimal_vlm.IGNORE])
         theirs = {key: one.grad for key, one in self.plain.named_parameters() if one.grad is not None}
         gradients = max(float((one.grad - theirs[key]).norm() / theirs[key].norm()) for key, one in real.named_parameters() if key in theirs)
-        return {"logits": float((out.logits.float() - logits).abs().max() / logits.std()), "loss": abs(float(out.loss / loss) - 1),
+        return {"logits": float((out.logits.float() - logits).abs().max() / logits.std()), "loss": abs(float(out.loss.detach() / loss.detach()) - 1),
                 "gradients": gradients}  # fmt: skip
+
+    def equal_attention(self) -> dict:
+        """Attention, causal and under a mask, by number format: the largest difference from the formula in fp32, relative."""
+        q, k, v = (torch.randn(2, heads, 96, 64, device=self.device) for heads in (8, 2, 2))
+        keys, values = (x.repeat_interleave(4, dim=1) for x in (k, v))
+        causal = torch.ones(96, 96, dtype=torch.bool, device=self.device).tril()
+        masks = {"causal": causal, "masked": causal & (torch.arange(96, device=self.device) % 7 > 0) | torch.eye(96, device=self.device).bool()}
+        found = {}
+        for name, dtype in FORMATS.items():
+            for kind, mask in masks.items():
+                plain = ((q @ keys.mT / 8).masked_fill(~mask, -torch.inf)).softmax(-1) @ values
+                theirs = (x.to(dtype) for x in (q, k, v))
+                own = causal_attention(*theirs) if kind == "causal" else attend(*theirs, mask[None, None].expand(2, -1, -1, -1))
+                found[f"{kind}_{name}"] = float((own.float() - plain).abs().max() / plain.abs().max())
+        return found
+
+    def equal_cache(self) -> dict:
+        """Logits in fp32 of tokens read one by one, after a cache, relative to those read at once."""
+        model, ids = self.real().eval(), torch.randint(100, 6000, (2, 24), generator=torch.Generator().manual_seed(0)).to(self.device)
+        with torch.no_grad():
+            whole, out, parts = model(ids, use_cache=False).logits, None, []
+            for token in ids.split(1, dim=1):
+                out = model(token, past_key_values=out and out.past_key_values, use_cache=True)
+                parts.append(out.logits)
+        return {"difference": float((torch.cat(parts, dim=1) - whole).abs().max() / whole.std())}
+
+    def loader(self, _: str) -> dict:
+        """Captions a second that one core prepares: as many as the device takes in a first epoch, or it waits."""
+        return {"samples_per_second": measure_loader(self.folder, self.tokenizer)["samples_per_second"]}
 
     def equal_experts(self) -> dict:
         """A Mixture-of-Experts layer in bf16, its experts in one product and one by one: the largest relative difference."""
@@ -145,9 +176,11 @@ class Bench:
         # 2 FLOPs a parameter and token forward, as many for gradients of inputs, as many for those of weights.
         with torch.device("meta"):
             parameters = MiniMindVLM(VLMConfig(**self.shape(shape), vision_hidden_size=self.vision.config.hidden_size)).num_parameters()
-        flops = 2 * (3 if stage == "sft" else 2) * parameters * cached["tokens_per_second"]
-        return {"first_samples_per_second": first["samples_per_second"], "cached_samples_per_second": cached["samples_per_second"],
-                "tokens_per_second": cached["tokens_per_second"], "of_peak": flops / product_speed(self.device, torch.bfloat16), "memory_mb": cached["peak_memory_mb"]}  # fmt: skip
+        flops, peak = 2 * (3 if stage == "sft" else 2) * parameters * cached["tokens_per_second"], product_speed(self.device, torch.bfloat16)
+        encoding = 2 * self.vision.num_parameters() * patches_per_image(self.vision)  # an image, forward alone
+        first_flops = first["samples_per_second"] * (flops / cached["samples_per_second"] + encoding)
+        return {"first_of_peak": first_flops / peak, "first_samples_per_second": first["samples_per_second"], "cached_samples_per_second": cached["samples_per_second"],
+                "tokens_per_second": cached["tokens_per_second"], "of_peak": flops / peak, "memory_mb": cached["peak_memory_mb"]}  # fmt: skip
 
     def host_waits(self) -> dict:
         """How often the host waited for the device in ten updates between two log lines, which should be never."""

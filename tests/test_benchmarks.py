@@ -59,14 +59,14 @@ def test_mistakes_are_told_before_the_work(flags, message, tmp_path, monkeypatch
 
 def test_the_device_suite_compares_trains_resumes_and_says_what_it_cannot(tmp_path, monkeypatch, capsys):
     """On a CPU and tiny, so that the program is sound where there is a GPU."""
-    names = ["equal_fp32", "equal_bf16", "equal_attention", "equal_experts", "equal_cache", "equal_answers", "sft_768x16", "loader", "host_waits",
+    names = ["equal_fp32", "equal_bf16", "equal_attention", "equal_experts", "equal_cache", "equal_answers", "sft_768x16", "batches_a_core", "host_waits",
              "memory_768x16", "resume", "decode_32", "torchrun"]
     assert run(monkeypatch, "gpu", "--tiny", "--rows", ",".join(names), "--device", "cpu", "--json", tmp_path / "a.json") == 0
     rows = {row.pop("name"): row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
     assert [*rows] == [name for name in names if name != "host_waits"]
     assert "host_waits" in (said := capsys.readouterr().out) and "only CUDA tells" in said
     assert max(rows["equal_fp32"].values()) < 1e-4 and rows["equal_fp32"]["gradients"] < rows["equal_bf16"]["gradients"] < 0.2
-    assert rows["equal_cache"]["difference"] < 1e-4 and max(rows["equal_attention"].values()) < 0.02 and rows["loader"]["samples_per_second"] > 0
+    assert rows["equal_cache"]["difference"] < 1e-4 and max(rows["equal_attention"].values()) < 0.02 and rows["batches_a_core"]["samples_per_second"] > 0
     assert max(rows["equal_attention"][f"{kind}_fp32"] for kind in ("causal", "masked")) < 1e-5
     assert rows["equal_answers"]["same_tokens"] == rows["equal_answers"]["of"] and rows["equal_experts"]["difference"] < 0.02
     assert rows["resume"]["difference"] == 0 and rows["memory_768x16"]["batch_24gb"] > rows["memory_768x16"]["batch_8gb"]

@@ -151,7 +151,7 @@ def read_questions(samples: Mixture, images: ImageSource) -> list[Question]:
     questions = []
     for number in range(len(samples)):
         sample, before = samples[number], len(questions)
-        several = references(sample) if sample.answers else ()
+        several = references(sample) if sample.answers not in (None, ()) else ()
         last = max(at for at, turn in enumerate(sample.turns) if turn.role == "assistant")
         names = tuple(ref if isinstance(ref, str) else int(hash_of(ref)) for ref in sample.images)
         for name in filter(lambda name: isinstance(name, str), names):
@@ -199,7 +199,7 @@ def write_predictions(questions: list[Question], answers: Iterable[tuple[str, st
             for question, (prediction, unseen) in pairs:
                 predictions.append((prediction, unseen))
                 row = {
-                    "images": [name if isinstance(name, str) else f"of {question.where}" for name in question.images],
+                    "where": question.where, "images": [name if isinstance(name, str) else f"of {question.where}" for name in question.images],
                     "question": question.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
                     "answer": question.answer, **({"answers": question.answers} if question.answers else {}),
                     "prediction": prediction, **({} if unseen is None else {"blind": unseen}), "kind": question.kind,
@@ -230,7 +230,7 @@ def read_predictions(path: str) -> tuple[list[Question], list[str]]:
             raise SampleError("no line of --predictions: wanted are texts 'question', 'answer' and 'prediction' (an empty one where"
                               f" nothing was said) and lists 'images' and 'answers': {shown(row)}", where)  # fmt: skip
         turn, images, answers = Turn("user", texts[0]), *(tuple(map(str, one)) for one in lists)
-        questions.append(Question((turn,), images, texts[1], str(row["kind"]), where=f"line {number}", answers=answers))
+        questions.append(Question((turn,), images, texts[1], str(row["kind"]), where=str(row.get("where", number)), answers=answers))
         predictions.append(texts[2])
     if not questions:
         raise UsageError(f"--compare {path}: it holds no predictions")

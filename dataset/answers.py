@@ -38,7 +38,8 @@ def references(sample: "Sample") -> tuple[str, ...]:
     Raises SampleError for `answers` that are no list of texts.
     """
     if sample.answers in (None, ()):
-        return ([turn.content for turn in sample.turns if turn.role == "assistant"][-1],)
+        said = [turn.content for turn in sample.turns if turn.role == "assistant"][-1]
+        return (said.split("</think>")[-1].lstrip("\n") if "</think>" in said else said,)  # what was thought is no part of it
     given = sample.answers
     if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) for text in given):
         raise SampleError(f"'answers' must be a list of one or more texts, references for the last answer: {shown(given)}", sample.where)
@@ -73,6 +74,8 @@ def anls(prediction: str, references: Sequence[str]) -> float:
     ours, best = " ".join(prediction.lower().split()), 0.0
     for reference in references:
         theirs = " ".join(reference.lower().split())
+        if 2 * min(len(ours), len(theirs)) < max(len(ours), len(theirs)):  # so many letters to insert
+            continue
         best = max(best, 1 - edit_distance(ours, theirs) / max(1, len(ours), len(theirs)))
     return best if best > ANLS_THRESHOLD else 0.0
 

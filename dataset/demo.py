@@ -46,7 +46,7 @@ GRPO_STAGES = (
      "a tenth of the demo's third stage, so that something is left to learn", 0.5, "as in the third stage"),
     ("score", "test.jsonl", "eval_vlm.py", "--weight short_vlm", "what it answers by then", 0.5, ""),
     ("grpo_vlm", "marks.jsonl", "train_grpo_vlm.py", "--from_weight short_vlm --epochs 1 --batch_size 32 --learning_rate 2e-4"
-     f" --group_size 16 --temperature 1.2 --normalize 1 --max_new_tokens 8 --cache_features 1 --eval_data_path {FOLDER / 'held_out.jsonl'} --eval_interval 25",
+     f" --group_size 16 --temperature 1.2 --normalize 1 --max_new_tokens 8 --cache_features 1 --eval_data_path {FOLDER / 'held_out.jsonl'} --eval_interval 50",
      "from marks alone: 16 answers to each training question, right or wrong; it is never told what is right", 6, ""),
     ("score", "test.jsonl", "eval_vlm.py", "--weight grpo_vlm", "what it answers now", 0.5, ""),
 )  # fmt: skip
@@ -165,7 +165,7 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     one_by_one = [conversation([(question, answer)], f"test/{number}.png", kind=kind_of(answer))
                   for number, turns in test.items() for question, answer in turns]  # fmt: skip
     files = {"llm": texts, "captions": captions, "sft": rng.sample(sft, len(sft)), "test": one_by_one}
-    files |= {"short": files["sft"][:700], "marks": marked_rows(train, rng, 9600), "held_out": one_by_one[::24]}
+    files |= {"short": files["sft"][:700], "marks": marked_rows(train, rng, 10_400), "held_out": one_by_one[::24]}
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{folder / name}.jsonl: {len(rows)} conversations", flush=True)

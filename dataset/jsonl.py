@@ -36,7 +36,7 @@ class Sample:
     images: tuple[str | bytes, ...] = ()
     where: str = ""
     kind: str = ""  # of the answers, for scoring; optional
-    answers: Any = ()  # references for the last one, for scoring, which checks them (answers.references); optional
+    answers: Any = ()  # references for the last one, for scoring and rewards, which check them (answers.references); optional
 
 
 def parse_sample(row: Any, where: str = "", images: tuple[str | bytes, ...] | None = None) -> Sample:

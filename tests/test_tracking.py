@@ -148,7 +148,7 @@ def test_lines_say_the_first_loss_and_a_time_that_exists(data, encoder_folder, t
 
 def test_a_run_says_at_its_end_where_its_weights_are(data, encoder_folder, tmp_path):
     said = train(data, encoder_folder, tmp_path, eval_data_path=0.2).stderr.splitlines()[-1]
-    assert said == f"done. The weights are in {tmp_path}/out/{NAME}.pth, those of the lowest validation loss in {tmp_path}/out/sft_vlm_best_32.pth"
+    assert said == f"done. The weights are in {tmp_path}/out/{NAME}.pth, those of the best validation in {tmp_path}/out/sft_vlm_best_32.pth"
 
 
 # --- SwanLab ----------------------------------------------------------------------------------------------------------

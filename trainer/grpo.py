@@ -12,18 +12,21 @@ never answered right (Liu et al., arXiv 2503.20783). With --updates_per_batch K,
 ratio to what it was before the first, clipped as in PPO (arXiv 1707.06347). --kl adds that much of the distance to the weights
 at the start.
 
-Which answers are sampled is a function of (seed, update, sample), not of processes or batches, so a run can be resumed.
+What is drawn depends on (seed, update, sample) beside the weights, not on processes or batches, so a run can be resumed.
 
 Legend: G answers of a question, Q tokens of a question, S tokens of the answers in a batch, P patch vectors of an image, V vocabulary.
 """
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 
+from dataset.answers import references
 from dataset.jsonl import Sample
 from dataset.vlm_dataset import BadSample, Batch, Example, ImageInput, collate
 from model.conversation import IMAGE_PLACEHOLDER, Conversation, Rendered, Renderer, count_images
@@ -36,7 +39,7 @@ from model.model_vlm import MiniMindVLM
 from .build import Run
 from .checkpoint import copy_to_cpu
 from .config import TrainConfig, setting
-from .guards import BadData, StopRequest
+from .guards import BadData, StopRequest, TrainingFailed
 from .loop import Trainer, encode
 from .rewards import find_rewarder, mark
 from .validation import ASKED, Validation
@@ -85,6 +88,7 @@ class QuestionRenderer(Renderer):
         at = max(place for place, turn in enumerate(sample.turns) if turn.role == "assistant")
         if not at or sample.turns[at - 1].role != "user" or count_images(sample.turns[at:]):
             raise SampleError("the last answer follows no question, or images follow it: nothing to sample answers to", sample.where)
+        references(sample)  # malformed ones are found here
         prompt = self.render_prompt(sample.turns[:at])
         if max_length is not None and len(prompt) + self.room > max_length:
             raise SampleError(f"the question takes {len(prompt)} tokens, which leaves no --max_new_tokens {self.room} of --max_seq_len"
@@ -93,7 +97,7 @@ class QuestionRenderer(Renderer):
         return Rendered(ids, np.append(prompt.labels, self.im_end), prompt.image_starts)
 
 
-class Chooser:
+class TokenSampler:
     """Chooses tokens by uniform numbers [answers, tokens] in [0, 1): a token where the probabilities of those before it add up
     to no more. Keeps log-probability and entropy of each choice, in nats."""
 
@@ -175,19 +179,18 @@ class GRPOTrainer(Trainer):
     """The loop of the other trainings, with another update: sample, mark, step."""
 
     def __init__(self, run: Run):
-        saved, self.settings, self.sums = run.saved, run.config, Counter()
+        saved, self.settings, self.sums = run.saved and run.saved[0], run.config, Counter()
+        if self.settings.kl and saved and "reference" not in saved:
+            raise UsageError(f"--kl {self.settings.kl}: {run.config.resume_file} was saved without --kl, and so without the weights at the"
+                             " start: no resume is possible. Leave the flag out")  # fmt: skip
         self.renderer = run.dataset.renderer = QuestionRenderer(run.dataset.renderer, self.settings.max_new_tokens)
         self.rewarder = find_rewarder(self.settings.reward)
         self.policy = self.twin(run, run.dtype)  # what answers are sampled from: the model in the format in which it computes
-        self.start = None  # the weights at the start
+        self.reference = None  # the weights at the start
         super().__init__(run)
         if self.settings.kl:
-            self.start = self.twin(run, torch.float32)
-            content = saved[0] if saved else {"start": run.model.state_dict()}
-            if "start" not in content:
-                raise UsageError(f"--kl {self.settings.kl}: {self.config.resume_file} was saved without --kl, and so without the weights"
-                                 " at the start: no resume is possible. Leave the flag out")  # fmt: skip
-            self.start.load_state_dict(content["start"])
+            self.reference = self.twin(run, torch.float32)
+            self.reference.load_state_dict(saved["reference"] if saved else run.model.state_dict())
         self.asked = np.linspace(0, len(run.dataset) - 1, min(ASKED, len(run.dataset))).astype(int).tolist()
 
     @staticmethod
@@ -201,7 +204,7 @@ class GRPOTrainer(Trainer):
 
     def snapshot(self) -> dict:
         """As of other trainings, and with --kl the weights at the start."""
-        return super().snapshot() | ({"start": copy_to_cpu(self.start.state_dict())} if self.start else {})
+        return super().snapshot() | ({"reference": copy_to_cpu(self.reference.state_dict())} if self.reference else {})
 
     # --- sampling and marking -----------------------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class GRPOTrainer(Trainer):
         images = {number: ImageInput(features=vectors) for number, vectors in features.items()}
         keys = [(settings.seed, self.state.update, index) for index in batch.indices]
         uniforms = np.concatenate([np.random.default_rng(key).random((G, settings.max_new_tokens), np.float32) for key in keys])
-        chooser = Chooser(torch.from_numpy(uniforms).to(self.ranks.device), settings.temperature)
+        chooser = TokenSampler(torch.from_numpy(uniforms).to(self.ranks.device), settings.temperature)
         limit = Sampling(max_new_tokens=settings.max_new_tokens)
         texts = generate_batch(decoder, [prompt for prompt in prompts for _ in range(G)], features, limit, self.renderer.im_end, chooser)
         found = []
@@ -234,13 +237,24 @@ class GRPOTrainer(Trainer):
             for row, answer in zip(rows, answers, strict=True):
                 self.sums["entropy"] += sum(entropy for _, entropy in chooser.chosen[row][: len(answer)])
             self.sums.update(groups=1, same=same, answers=G, reward=mean * G, tokens=sum(map(len, answers)))
-            if same and not self.start:
+            if same and not self.reference:
                 continue
             advantages = [0.0 if same else (marks[answer] - mean) / (deviation if settings.normalize else 1.0) for answer in counts]
             sampled = [chance for answer in counts for chance, _ in chooser.chosen[rows[answers.index(answer)]][: len(answer)]]
             shown = tuple(images[number] for number in prompt.images)
             found.append(Group(prompt, shown, list(counts), sampled, advantages, list(counts.values())))
         return found
+
+    def together(self, act: Callable[[], list]) -> list:
+        """What `act` returns. Where marking fails on any rank, BadMarks on all: what was trained before is saved."""
+        result, failed = [], None
+        try:
+            result = act()
+        except (BadMarks, SampleError) as error:
+            failed = error
+        if self.ranks.sum([float(failed is not None)])[0]:
+            raise failed if isinstance(failed, BadMarks) else BadMarks(failed or "another rank failed, and says why")
+        return result
 
     def mark(self, answer: tuple[int, ...], sample: Sample) -> float:
         """A rewarder's mark; raises BadMarks."""
@@ -255,20 +269,27 @@ class GRPOTrainer(Trainer):
 
     # --- learning -----------------------------------------------------------------------------------------------------
 
+    def agree(self, micro_batches: list[Batch], stop: StopRequest) -> tuple[float, float]:
+        """As of other trainings; what it counts is forgotten where marking fails, and counted at the resume."""
+        self.counted = replace(self.state)
+        return super().agree(micro_batches, stop)
+
     def update(self, micro_batches: list[Batch], learning_rate: float, supervised: float, tokens: float) -> None:
         """Samples, marks, and does one step or several; none where no group of any rank tells anything."""
-        self.has_news, before, failed = True, self.sums["tokens"], None
+        before = self.sums["tokens"]
         for group in self.run.optimizer.param_groups:
             group["lr"] = learning_rate
+        decoder = self.decoder()
         try:
-            decoder = self.decoder()
-            groups = [group for batch in micro_batches for group in self.sample(decoder, batch)]
-        except BadMarks as error:
-            groups, failed = [], error
-        useful, sampled, failures = self.ranks.sum([len(groups), self.sums["tokens"] - before, failed is not None])
-        if failures:  # of any rank: all of them end, and what was trained before is saved
-            raise failed or BadMarks(f"--reward {self.settings.reward} failed; another rank says why")
-        self.sums["read"] += tokens
+            groups = self.together(lambda: [group for batch in micro_batches for group in self.sample(decoder, batch)])
+        except BadMarks:
+            self.state = self.counted
+            raise
+        broken = not math.isfinite(self.sums["entropy"])
+        useful, sampled, broken = self.ranks.sum([len(groups), self.sums["tokens"] - before, broken])
+        if broken:
+            raise TrainingFailed("probabilities of tokens are not finite: lower --learning_rate, or try --dtype float32")
+        self.has_news, self.sums["read"] = True, self.sums["read"] + tokens
         if not useful:
             return
         groups.sort(key=lambda group: len(group.prompt.ids) + len(group.sampled))
@@ -302,11 +323,11 @@ class GRPOTrainer(Trainer):
         advantage, count = log_p.new_tensor(spread).unbind(1)
         ratio = (log_p - torch.cat([group.before for group in chunk])).exp()  # 1 in the first step, with the gradient of log p
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - settings.clip, 1 + settings.clip) * advantage)
-        if self.start:
+        if self.reference:
             with torch.no_grad():
-                start, _ = self.log_probabilities(self.start, packed)
+                reference, _ = self.log_probabilities(self.reference, packed)
             # An unbiased estimate of the divergence that is never below 0 (DeepSeekMath, equation 4).
-            distance = (start - log_p).exp() - (start - log_p) - 1
+            distance = (reference - log_p).exp() - (reference - log_p) - 1
             self.sums.update(kl=float((distance.detach() * count).sum()), kl_tokens=float(count.sum()))
             gain = gain - settings.kl * distance
         return -(gain * count).sum(), aux_loss
@@ -334,15 +355,17 @@ class GRPOTrainer(Trainer):
             return sums[name] / sums[of] if sums[of] else None
 
         values = {"reward": mean("reward", "answers"), "useless_groups": mean("same", "groups"), "length": mean("tokens", "answers"),
-                  "entropy": mean("entropy", "tokens"), "kl": mean("kl", "kl_tokens"), "difference": mean("difference", "trained")}  # fmt: skip
+                  "entropy": mean("entropy", "tokens"), "kl": mean("kl", "kl_tokens"), "logp_difference": mean("difference", "trained")}  # fmt: skip
         text = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in values.items() if value is not None)
-        return values | {"samples": self.answer_some(self.run, self.asked)}, sums["read"] + sums["tokens"], text
+        samples = self.together(lambda: self.answer_some(self.run, self.decoder(), self.asked))
+        return values | {"samples": samples}, sums["read"] + sums["tokens"], text
 
-    def answer_some(self, run: Run, numbers: list[int]) -> list[dict]:
+    def answer_some(self, run: Run, decoder: PackedDecoder, numbers: list[int]) -> list[dict]:
         """Greedy answers to these of the run's questions, by the first rank."""
-        items = [item for item in run.dataset.__getitems__(numbers) if not isinstance(item, BadSample)] if self.ranks.is_main else []
-        batch = collate(items, run.model.config.pad_token_id, run.model.config.image_tokens)
-        return self.answer(run, self.decoder(), batch)
+        if not self.ranks.is_main:
+            return []
+        items = [item for item in run.dataset.__getitems__(numbers) if not isinstance(item, BadSample)]
+        return self.answer(run, decoder, collate(items, run.model.config.pad_token_id, run.model.config.image_tokens))
 
     @torch.no_grad()
     def answer(self, run: Run, decoder: PackedDecoder, batch: Batch) -> list[dict]:
@@ -363,21 +386,30 @@ class GRPOTrainer(Trainer):
 
 
 class MarkValidation(Validation):
-    """Measures the mean mark of greedy answers; as a loss, 1 minus that."""
+    """Measures the mean mark of greedy answers."""
 
     def __init__(self, trainer: GRPOTrainer, workers: int):
         super().__init__(trainer.run, workers)
         self.trainer = trainer
 
-    def measure(self, stop: StopRequest) -> tuple[dict[str, float | None], list[dict], str]:
-        """As of losses."""
-        decoder = self.trainer.decoder()
+    def measure(self, stop: StopRequest) -> tuple[dict[str, float | None], list[dict], str, float]:
+        """As of losses; the best weights are those of the highest mark."""
+        decoder, failed = self.trainer.decoder(), []
 
         def marks(batch: Batch) -> list[float]:
-            told = self.trainer.answer(self.run, decoder, batch)
+            try:
+                told = self.trainer.answer(self.run, decoder, batch)
+            except (BadMarks, SampleError) as error:  # told when all ranks have come to the end
+                failed.append(error)
+                return [0, 0]
             return [sum(answer["reward"] for answer in told), len(told)]
 
+        def ask() -> list[dict]:
+            if failed:
+                raise failed[0]
+            return self.trainer.answer_some(self.run, decoder, self.asked)
+
         total, count = self.total(marks, stop)
+        answers = self.trainer.together(ask)
         reward = total / count
-        return ({"eval_loss": 1 - reward, "eval_reward": reward}, self.trainer.answer_some(self.run, self.asked),
-                f"validation reward {reward:.4f}")  # fmt: skip
+        return {"eval_reward": reward}, answers, f"validation reward {reward:.4f}", -reward

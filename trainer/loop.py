@@ -120,7 +120,7 @@ class Trainer:
                 stopped_by = stopped.signum
             except BadData as error:
                 if not self.has_news:
-                    raise TrainingFailed(f"{error}. Nothing was trained since the start; mend the data and start again") from error
+                    raise TrainingFailed(f"{error}. Nothing was trained since the start; mend that and start as before") from error
                 self.state.epoch_bad = 0  # a resume counts bad samples from here on
                 self.save_if_due(last=True)
                 self.saver.wait()
@@ -259,8 +259,8 @@ class Trainer:
         if self.validation is None or not self.validation.due(state, self.total):
             return
         begin = time.monotonic()
-        losses, answers, text = self.validation.measure(stop)  # stopped by a signal, a resume does it
-        best = (loss := losses["eval_loss"]) is not None and (state.best_loss is None or loss < state.best_loss)
+        figures, answers, text, loss = self.validation.measure(stop)  # stopped by a signal, a resume does it
+        best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         state.validated, self.saved_update, self.has_news = state.update, -1, True
         if best:
             state.best_loss, state.best_update = loss, state.update
@@ -268,7 +268,7 @@ class Trainer:
         self.logged += time.monotonic() - begin
         self.tracker.log_validation({
             "update": state.update, "epoch": state.epoch + state.samples / self.run.sampler.size,
-            "seconds": self.progress()["seconds"], **losses, "best": best, "samples": answers,
+            "seconds": self.progress()["seconds"], **figures, "best": best, "samples": answers,
         }, text)  # fmt: skip
 
     def save_if_due(self, last: bool = False) -> None:

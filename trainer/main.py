@@ -1,4 +1,4 @@
-"""What both training scripts do: flags, start, training, and an exit code that says how it went."""
+"""What all training scripts do: flags, start, training, and an exit code that says how it went."""
 
 import atexit
 import io
@@ -92,7 +92,7 @@ def ending(trainer: Trainer, stopped_by: int) -> str:
     if stopped_by:
         saved = "saved. To continue, repeat the command with --from_resume 1" if trainer.has_news else "nothing new to save"
         return f"stopped by {signal.Signals(stopped_by).name} after update {state.update} of {trainer.total}; {saved}"
-    best = f", those of the lowest validation loss in {config.best_file}" if state.best_loss is not None else ""
+    best = f", those of the best validation in {config.best_file}" if state.best_loss is not None else ""
     bad = f", {state.bad} bad samples left out" if state.bad else ""
     return f"done{bad}. The weights are in {config.weight_file}{best}"
 

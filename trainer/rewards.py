@@ -8,7 +8,6 @@ my_module:function   a function of one's own, from the current folder or an inst
 """
 
 import importlib
-import math
 import os
 import re
 import sys
@@ -19,8 +18,9 @@ from dataset.jsonl import Sample
 from model.errors import UsageError, first_line
 
 Rewarder = Callable[[str, Sample], float]
-# A letter alone or set off from what follows ("A cat" names none), or one that is said to be the answer.
-LETTER = re.compile(r"\(?([a-z])(?:\)|\.|:|$)|.*\b(?:answer|option|choice)(?: is)?:? \(?([a-z])\b", re.IGNORECASE | re.DOTALL)
+# A letter alone or set off from what follows ("A cat" names none), or one that is said to be the answer, if small then at an end.
+LETTER = re.compile(r"[(*]*([A-Za-z])(?:[).:,*\n]| -|$)|.*\b[Aa]nswer(?: is)?:? \(?([A-Z]\b(?! \w)|[a-z](?=[).:,]|\s*$))"
+                    r"|.*\b(?:[Oo]ption|[Cc]hoice) \(?([A-Z]\b|[a-z](?=[).:,]|\s*$))", re.DOTALL)  # fmt: skip
 
 
 def exact(answer: str, sample: Sample) -> float:
@@ -42,7 +42,7 @@ def choice(answer: str, sample: Sample) -> float:
 def letter_of(answer: str) -> str | None:
     """The letter, in upper case, of the alternative that an answer chooses; None where it names none."""
     found = LETTER.match(answer.strip())
-    return (found[1] or found[2]).upper() if found else None
+    return next(filter(None, found.groups())).upper() if found else None
 
 
 def find_rewarder(name: str) -> Rewarder:
@@ -71,7 +71,7 @@ def find_rewarder(name: str) -> Rewarder:
 
 def mark(rewarder: Rewarder, answer: str, sample: Sample) -> float:
     """A checked mark; raises ValueError for one that is no number in [0, 1]."""
-    value = rewarder(answer, sample)
-    if not (isinstance(value, (bool, int, float)) and math.isfinite(value) and 0 <= value <= 1):
+    value = float(rewarder(answer, sample))
+    if not 0 <= value <= 1:
         raise ValueError(f"its mark for {answer!r} is {value!r}; a number in [0, 1] is wanted")
-    return float(value)
+    return value

@@ -82,7 +82,7 @@ class Tracker:
 
     def log_validation(self, values: dict[str, Any], text: str) -> None:
         """Writes a validation everywhere, the answers among it to the file alone; its `text` for the person watching."""
-        best = ", the lowest so far: weights kept" if values["best"] else ""
+        best = ", the best so far: weights kept" if values["best"] else ""
         self.message(f"update {values['update']}/{self._total} {text}{best}")
         self._record(values)
 

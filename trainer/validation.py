@@ -84,15 +84,15 @@ class Validation:
         return (regular or update == total) and update != state.validated
 
     @torch.no_grad()
-    def measure(self, stop: StopRequest) -> tuple[dict[str, float | None], list[dict], str]:
-        """The losses, answers to a few questions, and the losses in words. Raises Stopped when a signal comes meanwhile to any
-        rank."""
+    def measure(self, stop: StopRequest) -> tuple[dict[str, float | None], list[dict], str, float]:
+        """The losses, answers to a few questions, the losses in words, and what is lowest for the best weights. Raises Stopped when
+        a signal comes meanwhile to any rank."""
         self.run.model.eval()
         try:
             losses, asked = self.losses(stop), self.asked if self.run.ranks.is_main else []
             answers = [answer for number in asked if (answer := self.ask(number))]
             finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}  # json knows no infinity
-            return finite, answers, in_words(losses)
+            return finite, answers, in_words(losses), losses["eval_loss"]
         finally:
             self.run.model.train()
 

@@ -186,10 +186,10 @@ def different(keys: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
 
 
 def read_prompts(
-    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features
+    decoder: PackedDecoder, prompts: Sequence[Prompt], features: Features, room: int
 ) -> tuple[torch.Tensor, KeyValueCache, torch.Tensor, torch.Tensor]:
-    """Reads B prompts: logits [B, V], the cache, which of its K places hold a token of a row (bool [B, K]), and the
-    rows' lengths int64 [B].
+    """Reads B prompts: logits [B, V], the cache, with `room` for more tokens, which of its K places hold a token of a row
+    (bool [B, K]), and the rows' lengths int64 [B].
 
     The text up to the last image's end is read once for all prompts that share it, and their rows are copies. Both that
     and the rest are padded on the right; `mask` hides the padding between the two from all that follows.
@@ -197,7 +197,7 @@ def read_prompts(
     model, device = decoder.model, decoder.model.device
     shared = [min(p.image_starts[-1] + p.image_tokens, len(p.ids) - 1) if p.image_starts else 0 for p in prompts]
     first, rows = different([p.key()[:end] for p, end in zip(prompts, shared, strict=True)])
-    cache, width = decoder.new_cache(), max(shared)
+    cache, width = decoder.new_cache(room), max(shared)
     if width:
         decoder(embed(model, [prompts[i] for i in first], [(0, shared[i]) for i in first], features), cache)
         if rows != list(range(len(prompts))):
@@ -223,7 +223,7 @@ def generate_batch(
     `choose`, if given, chooses the tokens int64 [B'] in place of `sampling`, from logits [B', V] and the rows' numbers.
     """
     first, copies = different([prompt.key() for prompt in prompts])
-    logits, cache, held, lengths = read_prompts(decoder, [prompts[place] for place in first], features)
+    logits, cache, held, lengths = read_prompts(decoder, [prompts[place] for place in first], features, min(256, sampling.max_new_tokens))
     if len(first) < len(prompts):
         copies = torch.tensor(copies, device=logits.device)
         cache.select(copies)

@@ -39,13 +39,11 @@ def pack_linear(*linears: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class KeyValueCache:
-    """Keys and values of the first `length` positions, in memory with room to grow; transformers' cache copies everything
+    """Keys and values of the first `length` positions, in memory with `room` for more tokens; transformers' cache copies everything
     for every token. Positions that a step did not finish are written again: `length` grows when a step ends."""
 
-    ROOM = 256  # tokens
-
-    def __init__(self, layers: int):
-        self.length = 0
+    def __init__(self, layers: int, room: int = 256):
+        self.length, self.room = 0, room
         self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers  # [B, G, capacity, d] each
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +51,7 @@ class KeyValueCache:
         B, G, T, d = k.shape
         held, start, end = self.layers[layer], self.length, self.length + T
         if held is None or end > held[0].shape[2]:
-            larger = k.new_empty(2, B, G, end + self.ROOM, d).unbind()
+            larger = k.new_empty(2, B, G, end + self.room, d).unbind()
             if start:
                 larger[0][:, :, :start], larger[1][:, :, :start] = held[0][:, :, :start], held[1][:, :, :start]
             self.layers[layer] = held = larger
@@ -135,9 +133,9 @@ class PackedDecoder:
         self.blocks = [PackedBlock(block) for block in model.model.layers]
         self.norm, self.head = model.model.norm, pack_linear(model.lm_head)
 
-    def new_cache(self) -> KeyValueCache:
+    def new_cache(self, room: int = 256) -> KeyValueCache:
         """An empty cache."""
-        return KeyValueCache(len(self.blocks))
+        return KeyValueCache(len(self.blocks), room)
 
     def __call__(
         self, x: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None = None,

@@ -165,7 +165,7 @@ def prepare(folder: Path = FOLDER, seed: int = 42) -> None:
     one_by_one = [conversation([(question, answer)], f"test/{number}.png", kind=kind_of(answer))
                   for number, turns in test.items() for question, answer in turns]  # fmt: skip
     files = {"llm": texts, "captions": captions, "sft": rng.sample(sft, len(sft)), "test": one_by_one}
-    files |= {"short": files["sft"][:700], "marks": marked_rows(train, rng, 10_400), "held_out": one_by_one[::24]}
+    files |= {"short": files["sft"][:700], "marks": marked_rows(train, rng, 12_600), "held_out": one_by_one[::24]}
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{folder / name}.jsonl: {len(rows)} conversations", flush=True)

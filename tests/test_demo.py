@@ -49,7 +49,7 @@ def test_questions_to_be_marked_have_either_answer_as_often(rows):
         assert row["image"].startswith("train/")
         if answer in ("yes", "no"):
             counts.setdefault(demo.is_negated(question), []).append(answer)
-    assert len(rows["marks"]) == 10_400 and all(answers.count("yes") == answers.count("no") > 1000 for answers in counts.values())
+    assert len(rows["marks"]) == 12_600 and all(answers.count("yes") == answers.count("no") > 1000 for answers in counts.values())
 
 
 def test_learning_from_marks_is_scored_before_and_after(tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ class TrainState:
     seconds: float = 0.0  # spent training, over all interruptions
     tracker_id: str | None = None
     validated: int = 0  # the update of the last validation
-    best_loss: float | None = None  # the lowest validation loss, and its update
+    best_loss: float | None = None  # the lowest validation loss, or minus the highest reward, and its update
     best_update: int = 0
 
     def advance(self, sampler: ResumableSampler, total: int) -> None:

@@ -20,7 +20,7 @@ REFRESH = "2s"
 SHOWN_AT_FIRST = 4
 CHARTS = (("loss", "eval_loss"), ("eval_loss", "eval_loss_blank", "eval_loss_shuffled", "eval_loss_seen"), ("aux_loss",),
           ("reward", "eval_reward"), ("useless_groups",), ("entropy",), ("length",), ("kl",), ("learning_rate",), ("tokens_per_second",), ("peak_memory_mb",))  # fmt: skip
-FIGURES = {"update": ",.0f", "epoch": ".2f", "loss": ".4f", "eval_loss": ".4f", "tokens_per_second": ",.0f"}
+FIGURES = {"update": ",.0f", "epoch": ".2f", "loss": ".4f", "eval_loss": ".4f", "reward": ".4f", "tokens_per_second": ",.0f"}
 AXES = {"update": "axis_update", "seconds": "axis_time", "epoch": "axis_epoch"}
 ANSWERS_SHOWN = 6  # of one question, as training went on
 

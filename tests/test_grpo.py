@@ -109,7 +109,8 @@ def test_equal_marks_change_nothing(data, encoder_folder, tmp_path):
     assert lines[-1]["useless_groups"] == 1 and lines[-1]["reward"] == 1 and len(lines) == 11
 
 
-@pytest.mark.parametrize("flags", [{}, {"use_moe": 1}, {"temperature": 0.7, "normalize": 1}], ids=["dense", "moe", "tempered"])
+@pytest.mark.parametrize("flags", [{}, {"use_moe": 1}, {"temperature": 0.7, "normalize": 1}, {"max_new_tokens": 250, "max_seq_len": 800}],
+                         ids=["dense", "moe", "tempered", "long"])  # fmt: skip
 def test_the_gradient_is_that_of_cross_entropy_weighted_by_hand(data, encoder_folder, tmp_path, flags, monkeypatch):
     """Two answers, one marked 1: advantages +1/2 and -1/2, and 1 and -1 as parts of their standard deviation."""
     trainer = make_trainer(data, encoder_folder, tmp_path, group_size=2, accumulation_steps=2, **flags)
@@ -128,8 +129,9 @@ def test_the_gradient_is_that_of_cross_entropy_weighted_by_hand(data, encoder_fo
     groups = [group for batch in batches for group in trainer.sample(trainer.decoder(), batch)]
     assert {abs(advantage) for group in groups for advantage in group.advantages} == {1.0 if "normalize" in flags else 0.5}
     tokens, loss = sum(len(group.sampled) for group in groups), 0
+    assert sum(sum(group.advantages) for group in groups) == pytest.approx(0) and sum(len(group.answers) for group in groups) == 10
+    assert ({len(group.answers) for group in groups} == {2}) != ("max_new_tokens" in flags)
     for group in groups:  # each answer in a row of its own
-        assert len(group.answers) == 2 and sum(group.advantages) == pytest.approx(0)
         for answer, advantage in zip(group.answers, group.advantages, strict=True):
             ids = torch.tensor([[*group.prompt.ids, *answer]])
             features = torch.stack([image.features for image in group.images]) if group.images else None

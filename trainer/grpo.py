@@ -119,7 +119,7 @@ class TokenSampler:
 
 @dataclass
 class Group:
-    """A question and the different answers to it, ready to learn from."""
+    """A question and different answers to it, all unless they are long, ready to learn from."""
 
     prompt: Prompt
     images: tuple[ImageInput, ...]
@@ -222,9 +222,9 @@ class GRPOTrainer(Trainer):
         images = {number: ImageInput(features=vectors) for number, vectors in features.items()}
         keys = [(settings.seed, self.state.update, index) for index in batch.indices]
         uniforms = np.concatenate([np.random.default_rng(key).random((G, settings.max_new_tokens), np.float32) for key in keys])
-        chooser = TokenSampler(torch.from_numpy(uniforms).to(self.ranks.device), settings.temperature)
+        sampler = TokenSampler(torch.from_numpy(uniforms).to(self.ranks.device), settings.temperature)
         limit = Sampling(max_new_tokens=settings.max_new_tokens)
-        texts = generate_batch(decoder, [prompt for prompt in prompts for _ in range(G)], features, limit, self.renderer.im_end, chooser)
+        texts = generate_batch(decoder, [prompt for prompt in prompts for _ in range(G)], features, limit, self.renderer.im_end, sampler)
         found = []
         for number, (prompt, index) in enumerate(zip(prompts, batch.indices, strict=True)):
             rows = range(number * G, (number + 1) * G)
@@ -235,14 +235,16 @@ class GRPOTrainer(Trainer):
             deviation = (sum((marks[answer] - mean) ** 2 * count for answer, count in counts.items()) / G) ** 0.5
             same = len(set(marks.values())) == 1
             for row, answer in zip(rows, answers, strict=True):
-                self.sums["entropy"] += sum(entropy for _, entropy in chooser.chosen[row][: len(answer)])
+                self.sums["entropy"] += sum(entropy for _, entropy in sampler.chosen[row][: len(answer)])
             self.sums.update(groups=1, same=same, answers=G, reward=mean * G, tokens=sum(map(len, answers)))
             if same and not self.reference:
                 continue
-            advantages = [0.0 if same else (marks[answer] - mean) / (deviation if settings.normalize else 1.0) for answer in counts]
-            sampled = [chance for answer in counts for chance, _ in chooser.chosen[rows[answers.index(answer)]][: len(answer)]]
-            shown = tuple(images[number] for number in prompt.images)
-            found.append(Group(prompt, shown, list(counts), sampled, advantages, list(counts.values())))
+            shown, different = tuple(images[number] for number in prompt.images), list(counts)
+            share = max(1, 2 * len(prompt.ids) // max(map(len, different)))  # answers of a row: attention costs its square
+            for own in (different[at : at + share] for at in range(0, len(different), share)):
+                advantages = [0.0 if same else (marks[answer] - mean) / (deviation if settings.normalize else 1.0) for answer in own]
+                sampled = [chance for answer in own for chance, _ in sampler.chosen[rows[answers.index(answer)]][: len(answer)]]
+                found.append(Group(prompt, shown, own, sampled, advantages, [counts[answer] for answer in own]))
         return found
 
     def together(self, act: Callable[[], list]) -> list:

@@ -111,6 +111,11 @@ def test_links_lead_to_files_and_headings(name):
     assert links or name not in (*READMES, *TUTORIALS)
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_figure_is_left_to_fill_in(name):
+    assert "TODO" not in read(name)
+
+
 @pytest.mark.parametrize("pair", [READMES, TUTORIALS], ids=["README", "how-it-works"])
 def test_both_languages_show_the_same_commands_images_and_sections(pair):
     english, chinese = ([re.sub(r"[ \t]*#.*", "", block) for block in re.findall(r"(?s)```\w*\n.*?```", read(name))] for name in pair)

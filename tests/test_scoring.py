@@ -202,7 +202,7 @@ def test_parquet_is_scored_like_the_images_it_was_made_of(data, tokenizer, tmp_p
         reports.append(report | {"data": ""})
         predictions.append([json.loads(line) for line in target.read_text().splitlines()])
     assert reports[0]["kinds"].keys() == {"kind 0", "kind 1", "kind 2"} and reports[0]["total"]["questions"] == 44
-    assert [{**row, "images": 0} for row in predictions[0]] == [{**row, "images": 0} for row in predictions[1]]
+    assert [{**row, "images": 0, "where": 0} for row in predictions[0]] == [{**row, "images": 0, "where": 0} for row in predictions[1]]
     assert predictions[1][-1]["images"] == [f"of {tmp_path}/shards/data.parquet:44"] * len(predictions[0][-1]["images"])
     for kind in ("exact", "rouge_l"):
         assert reports[0]["total"][kind]["value"] == reports[1]["total"][kind]["value"]

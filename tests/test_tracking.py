@@ -142,7 +142,7 @@ def test_lines_say_the_first_loss_and_a_time_that_exists(data, encoder_folder, t
     values = {"update": 3, "epoch": 0.5, "loss": None, "aux_loss": None, "learning_rate": 1e-3, "tokens_per_second": 7.0}
     for seconds, clock in ((119.7, "0:02:00"), (3599.6, "1:00:00"), (0.4, "0:00:00"), (90061, "1 day, 1:01:01")):
         with Tracker(trainer.config, True, 3, 11, None) as tracker:
-            tracker.log({**values, "seconds_left": seconds})
+            tracker.log({**values, "seconds_left": seconds}, "nothing trained")
         assert capsys.readouterr().err == f"epoch 0.500 update 3/11 nothing trained lr 1.000e-03 7 tokens/s left {clock}\n"
 
 

@@ -45,6 +45,7 @@ from train_sft_vlm import DEFAULTS as SFT
 from trainer import distributed, resume
 from trainer.build import build, freeze, warn_of_small_steps
 from trainer.config import TrainConfig, parse_config
+from trainer.grpo import GRPOConfig
 from trainer.guards import StopRequest, TrainingFailed
 from trainer.loop import Trainer, cosine
 from trainer.main import main
@@ -203,10 +204,10 @@ def test_too_few_updates_to_learn_are_told_at_the_start(samples, batch_size, rat
     assert ("too little to learn" in capsys.readouterr().err) == told
 
 
-def test_the_table_of_flags_is_printed_with_the_defaults_of_both_scripts():
+def test_the_tables_of_flags_are_printed_with_the_defaults_of_both_scripts():
     done = subprocess.run([sys.executable, "-m", "docs.flags"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines()[2:])
-    assert set(rows) == {f"--{item.name}" for item in dataclasses.fields(TrainConfig)}
+    rows = dict(line.strip("| ").split(" | ", 1) for line in done.stdout.splitlines() if line.startswith("| --"))
+    assert set(rows) == {f"--{item.name}" for item in dataclasses.fields(GRPOConfig)}
     assert rows["--epochs"].startswith("4 (2) | ") and rows["--data_path"].startswith("dataset/pretrain_data.jsonl (dataset/sft_data.jsonl) | ")
     assert str(REPOSITORY) not in done.stdout
 

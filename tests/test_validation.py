@@ -142,7 +142,7 @@ def test_answers_are_what_the_model_says_to_held_out_questions(data, encoder_fol
     """Against transformers' generate, one question at a time."""
     trainer = make_trainer(data, encoder_folder, tmp_path, eval_data_path=0.3)
     trainer.train_epochs(1, StopRequest())
-    (_, said, _), rows = trainer.validation.measure(StopRequest()), data[0].read_text().splitlines()
+    (_, said, *_), rows = trainer.validation.measure(StopRequest()), data[0].read_text().splitlines()
     assert len(said) == 3
     model, dataset = trainer.run.model.eval(), trainer.run.dataset
     for answer in said:

@@ -23,7 +23,7 @@ class TrainingFailed(Exception):
 class BadData(TrainingFailed):
     """Too many samples that cannot be used. What was trained before is worth saving."""
 
-    remedy = "Mend the data, a line for a line, and continue with --from_resume 1; more or fewer lines: start with --from_weight {weight}"
+    remedy = "Mend the data, a line for a line, and continue with --from_resume 1; more or fewer lines: --from_weight {weight} without it"
 
 
 class Stopped(Exception):

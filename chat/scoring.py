@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.answers import CJK, anls, exact_match, references, rouge_l, vqa_accuracy
+from dataset.answers import CJK, anls, exact_match, last_answer, references, rouge_l, vqa_accuracy
 from dataset.images import ImageSource, hash_of, open_images
 from dataset.jsonl import parse_json
 from dataset.sources import Mixture, open_samples
@@ -152,7 +152,7 @@ def read_questions(samples: Mixture, images: ImageSource) -> list[Question]:
     for number in range(len(samples)):
         sample, before = samples[number], len(questions)
         several = references(sample) if sample.answers not in (None, ()) else ()
-        last = max(at for at, turn in enumerate(sample.turns) if turn.role == "assistant")
+        last = last_answer(sample.turns) if several else -1
         names = tuple(ref if isinstance(ref, str) else int(hash_of(ref)) for ref in sample.images)
         for name in filter(lambda name: isinstance(name, str), names):
             images.find(name, sample.where)

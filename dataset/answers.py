@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from model.errors import SampleError, shown
 
-if TYPE_CHECKING:
-    from .jsonl import Sample  # which loads torch
+if TYPE_CHECKING:  # both load torch
+    from model.conversation import Turn
+
+    from .jsonl import Sample
 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # scripts without spaces between words
 WORD = re.compile(f"[{CJK}]|[^\\W_{CJK}]+")
@@ -32,13 +34,18 @@ LEAST = 3  # references that must agree with an answer of accuracy 1
 ANLS_THRESHOLD = 0.5
 
 
+def last_answer(turns: "Sequence[Turn]") -> int:
+    """The place of the last answer among the turns."""
+    return max(place for place, turn in enumerate(turns) if turn.role == "assistant")
+
+
 def references(sample: "Sample") -> tuple[str, ...]:
     """What the last answer of a sample is compared with: its `answers`, or without them that answer itself.
 
     Raises SampleError for `answers` that are no list of texts.
     """
     if sample.answers in (None, ()):
-        said = [turn.content for turn in sample.turns if turn.role == "assistant"][-1]
+        said = sample.turns[last_answer(sample.turns)].content
         return (said.split("</think>")[-1].lstrip("\n") if "</think>" in said else said,)  # what was thought is no part of it
     given = sample.answers
     if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) for text in given):

@@ -36,7 +36,8 @@ from train_grpo_vlm import DEFAULTS
 from trainer import distributed
 from trainer.build import build
 from trainer.config import parse_config
-from trainer.grpo import GRPOConfig, GRPOTrainer, TokenSampler, pack
+from trainer.groups import TokenSampler, pack
+from trainer.grpo import GRPOConfig, GRPOTrainer
 from trainer.guards import TrainingFailed
 from trainer.main import main
 from trainer.resume import load_training_state

@@ -106,7 +106,7 @@ def failure(error: Exception, config: TrainConfig, began: float) -> str | None:
     remedy = loader_remedy(error)
     if ran_out_of_memory(error):
         text = (f"memory ran out: {first_line(error)}. An update needs less of it with a smaller --batch_size (times as many"
-                " --accumulation_steps), with --gradient_checkpointing 1, a smaller --max_seq_len or fewer --image_tokens")  # fmt: skip
+                " --accumulation_steps), with --gradient_checkpointing 1, a smaller --max_seq_len, fewer --image_tokens, --group_size")  # fmt: skip
     # When a loader process dies, its connection may be seen to break first.
     elif "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
         text = f"a loader process died, for want of memory if it said nothing: {text}. Fewer --num_workers need less of it"

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from model.conversation import Rendered, Renderer, Turn, count_images, with_tiles
 from model.device import bf16_is_fast, usable_device
 from model.errors import UsageError
-from model.inference.generation import Prompt, Sampling, generate_batch
+from model.inference.generation import Prompt, Sampling, generate_batch, text_of
 from model.inference.packed import PackedDecoder
 from model.load import read_folder, read_native
 from model.model_vlm import MiniMindVLM
@@ -77,8 +77,8 @@ class Assistant:
         return Prompt(rendered.ids, rendered.image_starts, tuple(images), self.model.config.image_tokens)
 
     def text(self, ids: list[int]) -> str:
-        """Tokens as text, without half a character at its end."""
-        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        """Tokens as text."""
+        return text_of(self.tokenizer, ids)
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of each token as it comes, joined that of all: a character spread over several tokens comes with the

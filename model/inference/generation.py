@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -98,6 +99,11 @@ class Prompt:
         for start, number in zip(self.image_starts, self.images, strict=True):
             key[start : start + self.image_tokens] = -1 - number
         return key
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as text, without half a character at its end."""
+    return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True).rstrip("\ufffd")
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
